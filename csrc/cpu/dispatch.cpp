@@ -1,0 +1,93 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace reptile_ext {
+
+void loss_rows_portable(const LossProblem&, int64_t, int64_t, void*);
+#if defined(REPTILE_EXT_X86)
+void loss_rows_avx2(const LossProblem&, int64_t, int64_t, void*);
+void loss_rows_avx512(const LossProblem&, int64_t, int64_t, void*);
+void loss_rows_avx512_bf16(const LossProblem&, int64_t, int64_t, void*);
+#endif
+
+namespace {
+
+const InstructionSet kSets[] = {
+    {"portable", loss_rows_portable, [] { return true; }},
+#if defined(REPTILE_EXT_X86)
+    // __builtin_cpu_supports also asks whether the operating system saves the registers.
+    {"avx2", loss_rows_avx2,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+    {"avx512", loss_rows_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {"avx512_bf16", loss_rows_avx512_bf16,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bf16");
+     }},
+#endif
+};
+constexpr int kNumSets = sizeof(kSets) / sizeof(kSets[0]);
+
+std::atomic<const InstructionSet*> in_use{nullptr};
+thread_local char message[256];
+
+const InstructionSet* find(const char* name, const char** error) {
+  char known[128] = "";
+  for (const InstructionSet& set : kSets) {
+    if (!set.is_supported()) continue;
+    if (std::strcmp(set.name, name) == 0) return &set;
+    std::strcat(known, known[0] ? ", " : "");
+    std::strcat(known, set.name);
+  }
+  std::snprintf(message, sizeof message,
+                "REPTILE_EXT_CPU must be one of the instruction sets this processor can run (%s); got '%.40s'", known,
+                name);
+  *error = message;
+  return nullptr;
+}
+
+}  // namespace
+
+const InstructionSet* instruction_sets(int* count) {
+  *count = kNumSets;
+  return kSets;
+}
+
+const InstructionSet* select_instruction_set(const char* name, const char** error) {
+  const InstructionSet* set = find(name, error);
+  if (set) in_use.store(set);
+  return set;
+}
+
+const InstructionSet* current_instruction_set(const char** error) {
+  const InstructionSet* set = in_use.load(std::memory_order_relaxed);
+  if (set) return set;
+  const char* wanted = std::getenv("REPTILE_EXT_CPU");
+  if (wanted && wanted[0]) return select_instruction_set(wanted, error);
+  int best = 0;
+  for (int i = 1; i < kNumSets; ++i) {
+    if (kSets[i].is_supported()) best = i;
+  }
+  in_use.store(&kSets[best]);
+  return &kSets[best];
+}
+
+size_t scratch_bytes(const LossProblem& p) {
+  // Three exponential rows and, for the packed path, three more; in the arithmetic type, padded (loss_rows.cpp).
+  const bool double_arithmetic = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
+  const size_t row = (size_t(p.vocab_size) + 63) / 64 * 64 * (double_arithmetic ? 8 : 4);
+  return 6 * row;
+}
+
+}  // namespace reptile_ext

@@ -1,0 +1,60 @@
+// What a row driver is asked to do, in plain C: pointers, strides, numbers. No framework, no templates.
+//
+// A problem is `num_rows` pairs of rows, student logits and teacher logits, of `vocab_size` classes each. Rows need
+// not be neighbours in memory: row n is found by splitting n into indices of `row_sizes` (row-major, the leading
+// shape of the tensors with neighbouring dimensions merged where all operands allow it) and going
+// `row_strides[i]` elements along each. Strides are in elements and 64-bit throughout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace reptile_ext {
+
+// PyTorch's limit is 64 dimensions; one of them holds the classes.
+constexpr int kMaxRowDims = 63;
+
+// Positions match DIVERGENCES and REDUCTIONS in reptile_ext/arguments.py.
+enum class Divergence : int { kForwardKl = 0 };
+enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+constexpr size_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// One [..., V] operand: where its first element is and how far apart its rows and classes are.
+struct Operand {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t class_stride = 1;
+  int64_t row_strides[kMaxRowDims] = {};
+};
+
+struct LossProblem {
+  int64_t num_rows = 0;
+  int64_t vocab_size = 0;     // classes that are compared
+  int64_t gradient_size = 0;  // classes of a gradient row: those past vocab_size are set to zero
+  int num_row_dims = 0;
+  int64_t row_sizes[kMaxRowDims] = {};
+  Operand student, teacher;
+  Operand gradient;  // data == nullptr: the loss alone. May be the student's own memory.
+
+  Divergence divergence = Divergence::kForwardKl;
+  double beta = 0;
+  double student_temperature = 1, teacher_temperature = 1;
+  double soft_scale = 1;  // soft_weight · S
+  double hard_weight = 0, label_smoothing = 0;
+
+  const int64_t* labels = nullptr;  // [num_rows]; needed if hard_weight > 0; in range for every row that is in
+  const double* weights = nullptr;  // [num_rows], nullptr: all 1. A row with weight 0 is out: never read, gradient 0
+  double gradient_scale = 1;        // on top of the row's weight: 1 / denominator
+
+  double* row_losses = nullptr;  // [num_rows], written: weight · loss of the row
+};
+
+// Does rows [begin, end). `scratch` is this thread's own, of scratch_bytes(problem) bytes, aligned to 64.
+using LossRowsFn = void (*)(const LossProblem& problem, int64_t begin, int64_t end, void* scratch);
+
+}  // namespace reptile_ext

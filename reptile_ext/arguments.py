@@ -1,0 +1,296 @@
+"""Every check of an argument, in one place, worded for the person who made the mistake.
+
+`Options` holds the keywords of a loss after checking; it is made once for each combination a program uses
+(the constructor is memoised), so that a training step does not pay for it again. The tensors are checked on
+every call by `check_tensors`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The order is the `Divergence` enumeration of csrc/divergence.h.
+DIVERGENCES = ("forward_kl",)
+# The order is the `Reduction` enumeration of csrc/rows.h.
+REDUCTIONS = ("none", "mean", "sum")
+TEMPERATURE_SCALINGS = ("t2", "none")
+VOCABS = ("error", "truncate")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+_T2 = "t2"
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> int:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, one of {', '.join(map(repr, known))}; got {value!r}")
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    return known.index(value)
+
+
+def _number(name: str, value: Any, wanted: str, ok: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        # Accept what behaves as a real scalar (NumPy scalars); tensors would mean a host sync on CUDA.
+        if isinstance(value, Tensor) or not hasattr(value, "__float__") or isinstance(value, bool):
+            raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}")
+    number = float(value)
+    if not ok(number):
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return number
+
+
+def _is_positive(v: float) -> bool:
+    return math.isfinite(v) and v > 0
+
+
+def _is_non_negative(v: float) -> bool:
+    return math.isfinite(v) and v >= 0
+
+
+class Options(NamedTuple):
+    """The keywords of a loss, checked and resolved."""
+
+    divergence: str
+    kind: int  # position of `divergence` in DIVERGENCES
+    beta: float
+    student_temperature: float
+    teacher_temperature: float
+    soft_scale: float  # soft_weight · S, S = T_s·T_t or 1
+    hard_weight: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: int  # position in REDUCTIONS
+    truncate: bool
+    dim: int
+    inplace: bool
+
+
+def _make_options(
+    divergence: str,
+    beta: float | None,
+    temperature: float | tuple[float, float],
+    temperature_scaling: str,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    vocab: str,
+    dim: int,
+    inplace: bool,
+) -> Options:
+    kind = _one_of("divergence", divergence, DIVERGENCES)
+    if beta is not None:
+        raise ValueError(f"beta has no meaning for divergence={divergence!r}; got beta={beta!r}, wanted None")
+    if isinstance(temperature, tuple):
+        if len(temperature) != 2:
+            raise ValueError(
+                f"temperature must be one number or a pair (student, teacher); got {len(temperature)} numbers"
+            )
+        t_s, t_t = temperature
+    else:
+        t_s = t_t = temperature
+    wanted = "a positive, finite number or a pair (student, teacher) of them"
+    t_s = _number("temperature", t_s, wanted, _is_positive)
+    t_t = _number("temperature", t_t, wanted, _is_positive)
+    _one_of("temperature_scaling", temperature_scaling, TEMPERATURE_SCALINGS)
+    soft = _number("soft_weight", soft_weight, "a finite number >= 0", _is_non_negative)
+    hard = _number("hard_weight", hard_weight, "a finite number >= 0", _is_non_negative)
+    smoothing = _number(
+        "label_smoothing", label_smoothing, "a number between 0 and 1", lambda v: 0.0 <= v <= 1.0
+    )
+    for name, value in (("ignore_index", ignore_index), ("dim", dim)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be True or False; got {type(inplace).__name__}")
+    return Options(
+        divergence=divergence,
+        kind=kind,
+        beta=0.0,
+        student_temperature=t_s,
+        teacher_temperature=t_t,
+        soft_scale=soft * (t_s * t_t if temperature_scaling == _T2 else 1.0),
+        hard_weight=hard,
+        label_smoothing=smoothing,
+        ignore_index=ignore_index,
+        reduction=_one_of("reduction", reduction, REDUCTIONS),
+        truncate=_one_of("vocab", vocab, VOCABS) == 1,
+        dim=dim,
+        inplace=inplace,
+    )
+
+
+_memoised_options = functools.lru_cache(maxsize=1024)(_make_options)
+
+
+def make_options(
+    divergence: str,
+    beta: float | None,
+    temperature: float | tuple[float, float],
+    temperature_scaling: str,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    vocab: str,
+    dim: int,
+    inplace: bool,
+) -> Options:
+    """Check the keywords of a loss and resolve them; the result is remembered."""
+    if isinstance(temperature, list):
+        temperature = tuple(temperature)
+    # torch.compile traces through the plain function: a cache is a side effect it would have to guard.
+    make = _make_options if torch.compiler.is_compiling() else _memoised_options
+    try:
+        return make(
+            divergence,
+            beta,
+            temperature,
+            temperature_scaling,
+            soft_weight,
+            hard_weight,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            vocab,
+            dim,
+            inplace,
+        )
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        # An unhashable value is a wrong value; let the checks name it.
+        return _make_options(
+            divergence,
+            beta,
+            temperature,
+            temperature_scaling,
+            soft_weight,
+            hard_weight,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            vocab,
+            dim,
+            inplace,
+        )
+
+
+def _shape(shape: Any) -> str:
+    return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def check_tensors(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+) -> int:
+    """Check shapes, dtypes and devices against one another; return the class dimension, counted from 0.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes, sizes or devices that do not fit.
+    """
+    if not isinstance(student_logits, Tensor):
+        raise TypeError(f"student_logits must be a torch.Tensor; got {type(student_logits).__name__}")
+    if not isinstance(teacher_logits, Tensor):
+        raise TypeError(f"teacher_logits must be a torch.Tensor; got {type(teacher_logits).__name__}")
+    if student_logits.dtype not in FLOATING:
+        raise TypeError(
+            f"student_logits must be float32, bfloat16, float16 or float64; got {student_logits.dtype}"
+        )
+    if teacher_logits.dtype not in FLOATING:
+        raise TypeError(
+            f"teacher_logits must be float32, bfloat16, float16 or float64; got {teacher_logits.dtype}"
+        )
+    s_shape = student_logits.shape
+    t_shape = teacher_logits.shape
+    ndim = len(s_shape)
+    if ndim == 0:
+        raise ValueError("student_logits must have a class dimension; got a 0-dimensional tensor")
+    dim = options.dim
+    if not -ndim <= dim < ndim:
+        raise ValueError(
+            f"dim must lie between {-ndim} and {ndim - 1} for student_logits of shape {_shape(s_shape)}; got {dim}"
+        )
+    if dim < 0:
+        dim += ndim
+    if s_shape != t_shape:
+        if len(t_shape) != ndim:
+            raise ValueError(
+                f"teacher_logits must have the shape of student_logits, {_shape(s_shape)}; got {_shape(t_shape)}"
+            )
+        if s_shape[:dim] != t_shape[:dim] or s_shape[dim + 1 :] != t_shape[dim + 1 :]:
+            raise ValueError(
+                "teacher_logits must have the shape of student_logits outside the class dimension "
+                f"(dim={options.dim}), {_shape(s_shape)}; got {_shape(t_shape)}"
+            )
+        if not options.truncate:
+            raise ValueError(
+                f"teacher_logits has {t_shape[dim]} classes and student_logits has {s_shape[dim]} (dim={options.dim}); "
+                "both need the same number, or pass vocab='truncate' to compare the classes they share"
+            )
+    if s_shape[dim] == 0 or t_shape[dim] == 0:
+        raise ValueError(
+            f"student_logits and teacher_logits need at least one class in dim={options.dim}; "
+            f"got {_shape(s_shape)} and {_shape(t_shape)}"
+        )
+    device = student_logits.device
+    if teacher_logits.device != device:
+        raise ValueError(
+            f"teacher_logits must be on the device of student_logits, {device}; got {teacher_logits.device}"
+        )
+    if labels is not None:
+        _check_rows("labels", labels, s_shape, dim, device)
+        if labels.dtype not in INTEGERS:
+            raise TypeError(f"labels must have an integer dtype; got {labels.dtype}")
+    elif options.hard_weight > 0:
+        raise ValueError(f"labels are needed for hard_weight={options.hard_weight}; got None")
+    if weight is not None:
+        _check_rows("weight", weight, s_shape, dim, device)
+        if weight.dtype not in FLOATING:
+            raise TypeError(
+                f"weight must be float32, bfloat16, float16 or float64; got {weight.dtype}"
+                + (" (a mask goes in as mask.float())" if weight.dtype == torch.bool else "")
+            )
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("weight is a constant of the loss and gets no gradient; pass weight.detach()")
+    if denominator is not None:
+        if options.reduction == 0:
+            raise ValueError("denominator divides the sum over rows, and reduction='none' has no sum; drop one of them")
+        if isinstance(denominator, Tensor):
+            if denominator.dim() != 0:
+                raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {_shape(denominator.shape)}")
+            if denominator.is_complex() or denominator.dtype == torch.bool:
+                raise TypeError(f"denominator must be a real number; got {denominator.dtype}")
+            if denominator.device != device and denominator.device.type != "cpu":
+                raise ValueError(f"denominator must be on {device} or on the CPU; got {denominator.device}")
+        else:
+            _number("denominator", denominator, "a positive, finite number or a 0-d tensor", _is_positive)
+    return dim
+
+
+def _check_rows(name: str, rows: Tensor, s_shape: torch.Size, dim: int, device: torch.device) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(rows).__name__}")
+    # Compared piecewise: building the wanted shape costs as much as the rest of the check.
+    shape = rows.shape
+    if len(shape) != len(s_shape) - 1 or shape[:dim] != s_shape[:dim] or shape[dim:] != s_shape[dim + 1 :]:
+        wanted = [*s_shape[:dim], *s_shape[dim + 1 :]]
+        raise ValueError(
+            f"{name} must have the shape of student_logits without the class dimension, {_shape(wanted)}; "
+            f"got {_shape(shape)}"
+        )
+    if rows.device != device:
+        raise ValueError(f"{name} must be on the device of student_logits, {device}; got {rows.device}")

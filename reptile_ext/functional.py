@@ -1,0 +1,282 @@
+"""The fused losses as functions."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .arguments import REDUCTIONS, Options, check_tensors, make_options
+
+__all__ = ["distillation_loss"]
+
+_NONE = REDUCTIONS.index("none")
+_MEAN = REDUCTIONS.index("mean")
+_SUM = REDUCTIONS.index("sum")
+
+_warned_devices: set[str] = set()
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Runs the operator and hands its gradient on to autograd.
+
+    The gradient is kept on `ctx` rather than saved: the first backward gives it away, so that autograd may take it as
+    it is (and a scale is applied where it lies) instead of copying N·V elements. A second backward through the same
+    graph, which is rare, computes it anew.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        denominator: Tensor | None,
+        scale: float,
+        options: Options,
+        dim: int,
+    ) -> Tensor:
+        ctx.options = options
+        ctx.scale = scale
+        ctx.dim = dim
+        ctx.set_materialize_grads(False)
+        if options.inplace:
+            loss = ops.distillation_loss_(student, teacher, labels, weight, denominator, *_numbers(options, scale, dim))
+            ctx.gradient = student.detach()
+            torch.autograd.graph.increment_version(student)
+            return loss
+        loss, ctx.gradient = ops.distillation_loss(
+            student, teacher, labels, weight, denominator, *_numbers(options, scale, dim), ctx.needs_input_grad[0]
+        )
+        # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
+        ctx.save_for_backward(student, teacher, labels, weight, denominator)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_output is None:
+            return (None,) * 8
+        options: Options = ctx.options
+        gradient, ctx.gradient = ctx.gradient, None
+        if options.inplace:
+            if gradient is None or torch.is_grad_enabled():
+                raise RuntimeError(
+                    "distillation_loss(inplace=True) supports one backward pass and no double backward: "
+                    "the logits were overwritten by their gradient; pass inplace=False"
+                )
+            return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
+        needs_student, needs_teacher = ctx.needs_input_grad[:2]
+        if gradient is not None and not needs_teacher and not torch.is_grad_enabled():
+            return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
+        student, teacher, *rows = ctx.saved_tensors
+        grads = ops.reference_gradients(
+            (student, teacher), tuple(rows), options, ctx.scale, grad_output, (needs_student, needs_teacher)
+        )
+        return (*grads, *[None] * 6)
+
+
+def _numbers(options: Options, scale: float, dim: int) -> tuple[Any, ...]:
+    """The numbers of the operators' schema, in its order."""
+    return (
+        options.kind,
+        options.beta,
+        options.student_temperature,
+        options.teacher_temperature,
+        options.soft_scale,
+        options.hard_weight,
+        options.label_smoothing,
+        options.ignore_index,
+        options.reduction,
+        scale,
+        dim,
+    )
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
+    """gradient · grad_output, where the gradient lies; nothing to do when grad_output is 1, the usual case."""
+    if grad_output.dim() == 0:
+        return gradient if grad_output.item() == 1.0 else gradient.mul_(grad_output)
+    return gradient if bool((grad_output == 1).all()) else gradient.mul_(grad_output.unsqueeze(dim))
+
+
+def _raise_value_error(error: RuntimeError) -> None:
+    """The operators raise RuntimeError for values that only they look at; to the caller those are ValueErrors."""
+    message = str(error)
+    if message.startswith(("labels ", "weight ", "inplace=")):
+        raise ValueError(message) from None
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    temperature: float | tuple[float, float] = 1.0,
+    temperature_scaling: str = "t2",
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    vocab: str = "error",
+    dim: int = -1,
+    inplace: bool = False,
+) -> Tensor:
+    """Distillation loss of student logits against teacher logits, and its gradient, in one fused pass.
+
+    Equivalent PyTorch, for one temperature T, labels, no weights::
+
+        x = F.log_softmax(student_logits.float() / T, dim)
+        y = F.log_softmax(teacher_logits.float() / T, dim)
+        soft = T * T * (y.exp() * (y - x)).sum(dim)
+        hard = F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=label_smoothing)
+        loss = (soft_weight * soft + hard_weight * hard)[labels != ignore_index].mean()
+
+    Args:
+        student_logits: [..., V], float32, bfloat16, float16 or float64, any strides.
+        teacher_logits: the same shape; its dtype may differ. Gets a gradient too if it requires one (slower).
+        labels: integers, the shape without the class dimension. A row whose label is `ignore_index` is out: no loss,
+            no gradient, never read. Needed if `hard_weight` > 0.
+        divergence: "forward_kl", KL(teacher ‖ student).
+        beta: parameter of the divergences that have one.
+        temperature: T, or a pair (student's, teacher's).
+        temperature_scaling: "t2" multiplies the soft loss, value and gradient, by T_s·T_t, so that its gradient keeps
+            its size when the temperature changes (Hinton et al. 2015); "none" does not.
+        soft_weight, hard_weight: weights of the divergence and of the cross entropy, which is taken at temperature 1.
+        label_smoothing: in [0, 1], of the cross entropy; spread over the classes that are not masked by −inf.
+        weight: float ≥ 0, one a row; a row of weight 0 is out.
+        ignore_index: the label of rows that are out.
+        reduction: "mean" (Σ w ℓ / Σ w over the rows that are in; 0 if there are none), "sum" or "none".
+        denominator: Σ w ℓ / denominator instead, for a count that is known only globally (gradient accumulation, data
+            parallelism). A number or a 0-d tensor.
+        vocab: "error" if the numbers of classes differ, or "truncate" to compare the classes both have.
+        dim: the class dimension.
+        inplace: write the gradient over the student's logits, so that nothing of their size is allocated. The logits
+            are gone afterwards, must not be a leaf, and allow one backward pass.
+
+    Returns:
+        A scalar, or the leading shape with reduction="none"; float32, or float64 if either input is.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
+
+    Classes at −inf in both rows count for nothing. A row with a NaN or +inf, or nothing but −inf, gets a NaN loss and
+    gradient and leaves the other rows alone.
+
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015.
+    """
+    options = make_options(
+        divergence,
+        beta,
+        temperature,
+        temperature_scaling,
+        soft_weight,
+        hard_weight,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        vocab,
+        dim,
+        inplace,
+    )
+    dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
+    compiling = torch.compiler.is_compiling()
+    if (student_logits.device.type not in ("cpu", "meta")) or (
+        # vmap, grad and jvp of torch.func see through plain PyTorch only.
+        not compiling and torch._C._are_functorch_transforms_active()
+    ):
+        _warn_once(student_logits.device.type)
+        return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
+    if options.inplace:
+        _check_inplace(student_logits)
+
+    scale = 1.0
+    if denominator is not None:
+        if isinstance(denominator, Tensor):
+            denominator = denominator.detach().to(student_logits.device, torch.float64)
+        else:
+            scale = 1.0 / denominator
+            denominator = None
+        options = options._replace(reduction=_SUM)
+    if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
+        labels = labels.to(torch.int64).contiguous()
+    if weight is not None:
+        weight = weight.detach().to(torch.float64).contiguous()
+
+    if student_logits.dtype == torch.float16 and options.reduction != _NONE:
+        # A float16 gradient that is already divided by the number of rows underflows before a loss scaler can help.
+        # So it is kept per row, of order 1, and gets its factor in the backward pass, as in a plain PyTorch program.
+        losses = _apply(student_logits, teacher_logits, labels, weight, None, 1.0, options._replace(reduction=_NONE), dim)
+        total = losses.sum()
+        if denominator is not None:
+            return total / denominator.to(total.dtype)
+        if options.reduction == _MEAN:
+            return total / _weight_in(losses, labels, weight, options.ignore_index).to(total.dtype)
+        return total * scale
+    return _apply(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
+
+
+def _apply(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: Tensor | None,
+    scale: float,
+    options: Options,
+    dim: int,
+) -> Tensor:
+    """The operator, differentiably: by the fast path in an eager program, as an operator in a traced one."""
+    rows = (labels, weight, denominator)
+    grad_enabled = torch.is_grad_enabled()
+    needs_student = grad_enabled and student.requires_grad
+    needs_grad = needs_student or (grad_enabled and teacher.requires_grad)
+    try:
+        if torch.compiler.is_compiling():
+            # In place, a traced program gains nothing: the compiler plans the memory.
+            numbers = _numbers(options, scale, dim)
+            return torch.ops.reptile_ext.distillation_loss(student, teacher, *rows, *numbers, needs_student)[0]
+        if needs_grad:
+            return _FusedLoss.apply(student, teacher, *rows, scale, options, dim)
+        return ops.distillation_loss(student, teacher, *rows, *_numbers(options, scale, dim), False)[0]
+    except RuntimeError as error:
+        _raise_value_error(error)
+        raise
+
+
+def _weight_in(losses: Tensor, labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Σ w over the rows that are in, or 1 if there are none."""
+    w = torch.ones_like(losses, dtype=torch.float64) if weight is None else weight
+    if labels is not None:
+        w = torch.where(labels == ignore_index, 0.0, w)
+    total = w.sum()
+    return torch.where(total == 0, 1.0, total)
+
+
+def _check_inplace(student_logits: Tensor) -> None:
+    if not torch.is_grad_enabled() or not student_logits.requires_grad:
+        return
+    if student_logits.is_leaf:
+        raise ValueError(
+            "inplace=True overwrites student_logits, which is a leaf that requires grad: pass the output of a model, "
+            "or inplace=False"
+        )
+
+
+def _warn_once(device: str) -> None:
+    if device in ("cpu", "meta") or device in _warned_devices:
+        return
+    _warned_devices.add(device)
+    warnings.warn(
+        f"reptile_ext has no kernels for device type {device!r}; distillation_loss runs in plain PyTorch there "
+        "(right, but slower and with more memory)",
+        stacklevel=3,
+    )

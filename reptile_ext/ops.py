@@ -1,0 +1,184 @@
+"""Loads the compiled operators and tells PyTorch about them: fake implementations and autograd formulas.
+
+`torch.ops.reptile_ext.distillation_loss` computes the loss and its gradient in one go. It is what torch.compile and
+torch.export see. Eager programs reach the same kernel through `functional._FusedLoss`, which hands the gradient's
+memory on to autograd instead of copying it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import DIVERGENCES, REDUCTIONS, Options
+
+TORCH_MINIMUM = (2, 10)
+
+
+def _load() -> ctypes.CDLL:
+    """Load the operator library, or say in one sentence why it could not be and what to do."""
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < TORCH_MINIMUM:
+        raise ImportError(
+            f"reptile_ext needs torch >= {'.'.join(map(str, TORCH_MINIMUM))} and torch {torch.__version__} is "
+            "installed: run `pip install --upgrade torch`."
+        )
+    import reptile_ext
+
+    # Two folders in an editable install: the sources' and the compiled files'.
+    for folder in reptile_ext.__path__:
+        library = Path(folder) / "_ops.so"
+        if not library.exists():
+            continue
+        try:
+            torch.ops.load_library(str(library))
+            return ctypes.CDLL(str(library))
+        except (OSError, RuntimeError) as error:
+            raise ImportError(
+                f"reptile_ext's compiled operators do not fit this machine or torch {torch.__version__} ({error}): "
+                "build them anew, in a clone of the project with `pip install --force-reinstall --no-deps .`"
+            ) from error
+    raise ImportError(
+        "reptile_ext's compiled operators are missing: this looks like a source tree that was not built; "
+        "run `pip install .` in it, or leave its folder if the package is installed elsewhere."
+    )
+
+
+_library = _load()
+_library.reptile_ext_instruction_set.restype = ctypes.c_char_p
+_library.reptile_ext_instruction_set.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]
+
+
+def instruction_set(name: str | None = None) -> str:
+    """The CPU instruction set the kernels use: "portable", "avx2", "avx512" or "avx512_bf16".
+
+    With a name, use that one from now on, in all threads. The environment variable REPTILE_EXT_CPU does the same at
+    the start of a program.
+
+    Raises:
+        ValueError: the name, or the environment variable, is not a set that this processor can run.
+    """
+    error = ctypes.c_char_p()
+    result = _library.reptile_ext_instruction_set(None if name is None else name.encode(), ctypes.byref(error))
+    if result is None:
+        raise ValueError((error.value or b"").decode())
+    return str(result.decode())
+
+
+distillation_loss = torch.ops.reptile_ext.distillation_loss.default
+distillation_loss_ = torch.ops.reptile_ext.distillation_loss_.default
+
+
+def _fake_loss(student: Tensor, teacher: Tensor, reduction: int, dim: int) -> Tensor:
+    double = torch.float64 in (student.dtype, teacher.dtype)
+    shape = [n for d, n in enumerate(student.shape) if d != dim % student.dim()]
+    return student.new_empty(
+        shape if REDUCTIONS[reduction] == "none" else [], dtype=torch.float64 if double else torch.float32
+    )
+
+
+@torch.library.register_fake("reptile_ext::distillation_loss")
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: Tensor | None,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    soft_scale: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    scale: float,
+    dim: int,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(student) if needs_gradient else student.new_empty([0])
+    return _fake_loss(student, teacher, reduction, dim), gradient
+
+
+@torch.library.register_fake("reptile_ext::distillation_loss_")
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: Tensor | None,
+    divergence: int,
+    beta: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    soft_scale: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    scale: float,
+    dim: int,
+) -> Tensor:
+    return _fake_loss(student, teacher, reduction, dim)
+
+
+def reference_gradients(
+    inputs: tuple[Tensor, Tensor],
+    rows: tuple[Tensor | None, Tensor | None, Tensor | None],
+    options: Options,
+    scale: float,
+    grad_output: Tensor,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for student and teacher by plain PyTorch: what the kernel does not compute (the teacher's gradient,
+    derivatives of derivatives, a second backward). Differentiable if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        student, teacher = (
+            x if create_graph else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
+        )
+        loss = reference.with_options(student, teacher, *rows, options) * scale
+        wanted = [x for x, need in zip((student, teacher), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph))
+    return (next(found) if needed[0] else None, next(found) if needed[1] else None)
+
+
+def scale_gradient(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
+    """d loss / d student times what comes from above, in the gradient's dtype; a new tensor."""
+    factor = grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(dim)
+    return (gradient * factor).to(gradient.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, labels, weight, denominator, *numbers = inputs
+    ctx.numbers = numbers
+    ctx.save_for_backward(student, teacher, labels, weight, denominator, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    student, teacher, labels, weight, denominator, gradient = ctx.saved_tensors
+    (kind, beta, t_s, t_t, soft_scale, hard_weight, smoothing, ignore, reduction, scale, dim, has_gradient) = ctx.numbers
+    needs_student, needs_teacher = ctx.needs_input_grad[:2]
+    grad_student: Tensor | None = None
+    grad_teacher: Tensor | None = None
+    if torch.is_grad_enabled() or needs_teacher or not has_gradient:
+        truncate = True  # harmless where the sizes are equal
+        options = Options(
+            DIVERGENCES[kind], kind, beta, t_s, t_t, soft_scale, hard_weight, smoothing, ignore, reduction, truncate, dim, False
+        )
+        grad_student, grad_teacher = reference_gradients(
+            (student, teacher), (labels, weight, denominator), options, scale, grad_loss, (needs_student, needs_teacher)
+        )
+    elif needs_student:
+        grad_student = scale_gradient(gradient, grad_loss, dim)
+    return (grad_student, grad_teacher, *[None] * 15)
+
+
+torch.library.register_autograd("reptile_ext::distillation_loss", _backward, setup_context=_setup_context)
