@@ -1,0 +1,26 @@
+"""Reptile: knowledge distillation as one readable loop.
+
+    from reptile_ext.training import Reptile, Until
+
+    reptile = Reptile(student, teacher, temperature=2.0, hard_weight=0.5)
+    result = reptile.fit(train_loader, eval_loader, until=Until(metric="accuracy", target=0.9, steps=10_000))
+
+Read top-down: `reptile` is the loop, `batches` what it samples from, `metrics` what it measures, `checkpoint` how it
+survives a kill, `report` its curves, `recipes` whole runs that `reptile distill` starts. Needs the extra `train`.
+"""
+
+try:
+    import accelerate as _accelerate  # noqa: F401
+    import safetensors as _safetensors  # noqa: F401
+    import torchmetrics as _torchmetrics  # noqa: F401
+    import tqdm as _tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"reptile_ext.training needs the extra 'train': pip install 'reptile_ext[train]' (no module {error.name!r})",
+        name=error.name,
+    ) from error
+
+from .metrics import METRICS
+from .reptile import Reptile, Result, Until
+
+__all__ = ["METRICS", "Reptile", "Result", "Until"]

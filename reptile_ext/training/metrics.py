@@ -1,0 +1,95 @@
+"""What an evaluation measures: torchmetrics over the rows of a whole evaluation set, each row with the same weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+# Name → whether more is better. "loss" is the objective that is trained; the others do not depend on its settings.
+METRICS = {
+    "loss": False,
+    "cross_entropy": False,  # nats a row, against the labels
+    "perplexity": False,  # exp(cross_entropy)
+    "accuracy": True,  # share of the rows whose largest logit is the label's
+    "f1": True,  # macro: mean over classes
+    "agreement": True,  # share of the rows where student and teacher put the same class first
+}
+_NEED_LABELS = ("cross_entropy", "perplexity", "accuracy", "f1")
+
+
+def check_metrics(metrics: Sequence[str], has_teacher: bool) -> None:
+    """Raise a ValueError for a name that is not known or cannot be measured."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metrics must be among {', '.join(map(repr, METRICS))}; got {name!r}")
+        if name == "agreement" and not has_teacher:
+            raise ValueError("metrics: 'agreement' is agreement with the teacher, and teacher is None")
+
+
+def better(name: str, new: float, old: float | None) -> bool:
+    """Whether `new` improves on `old`; NaN never does."""
+    if math.isnan(new):
+        return False
+    return old is None or (new > old if METRICS[name] else new < old)
+
+
+class Evaluation:
+    """Accumulates the named metrics batch by batch; with several processes, torchmetrics adds them up."""
+
+    def __init__(self, metrics: Sequence[str], ignore_index: int, device: torch.device) -> None:
+        self._names = metrics
+        self._ignore_index = ignore_index
+        self._device = device
+        self._metrics: dict[str, Metric] = {}
+
+    def _metric(self, name: str, make: type[Metric], **keywords: object) -> Metric:
+        # Made on first use: the number of classes is known from the logits alone.
+        if name not in self._metrics:
+            self._metrics[name] = make(**keywords).to(self._device)
+        return self._metrics[name]
+
+    def update(self, loss: Tensor, rows: int, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> None:
+        """`loss` is the mean over the `rows` rows that count; logits [..., V]; labels [...]."""
+        if rows == 0:
+            return
+        self._metric("loss", MeanMetric).update(loss, rows)
+        num_classes = logits.shape[-1]
+        logits = logits.reshape(-1, num_classes)
+        prediction = logits.argmax(-1)
+        if labels is None:
+            missing = [name for name in self._names if name in _NEED_LABELS]
+            if missing:
+                raise ValueError(f"metrics {missing} need labels in the eval batches; got a batch without")
+            kept = torch.ones_like(prediction, dtype=torch.bool)
+        else:
+            labels = labels.reshape(-1)
+            kept = labels != self._ignore_index
+            if "cross_entropy" in self._names or "perplexity" in self._names:
+                # Not torchmetrics.text.Perplexity: it keeps a softmax of all logits; its value is exp of this mean.
+                nats = F.cross_entropy(logits.float(), labels.long(), ignore_index=self._ignore_index)
+                self._metric("cross_entropy", MeanMetric).update(nats, rows)
+            count = {"num_classes": num_classes, "validate_args": False}
+            if "accuracy" in self._names:
+                accuracy = self._metric("accuracy", MulticlassAccuracy, average="micro", **count)
+                accuracy.update(prediction[kept], labels[kept])
+            if "f1" in self._names:
+                f1 = self._metric("f1", MulticlassF1Score, average="macro", **count)
+                f1.update(prediction[kept], labels[kept])
+        if "agreement" in self._names and teacher_logits is not None:
+            first = teacher_logits.reshape(-1, teacher_logits.shape[-1]).argmax(-1)
+            self._metric("agreement", MeanMetric).update((prediction == first)[kept].float())
+
+    def compute(self) -> dict[str, float]:
+        """The metrics by name, "loss" always among them."""
+        if "loss" not in self._metrics:
+            raise ValueError("eval must hold at least one row that counts; got none")
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        if "perplexity" in self._names:
+            values["perplexity"] = math.exp(min(values["cross_entropy"], 700.0))
+        return {name: values[name] for name in ("loss", *(n for n in self._names if n != "loss"))}

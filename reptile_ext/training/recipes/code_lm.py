@@ -1,0 +1,187 @@
+"""A language model of Python source: a small transformer teaches an LSTM.
+
+The text is the standard library of the Python that runs this, a tenth of its files held out. The vocabulary is trained
+on the spot. The teacher draws on all of the training text; the students get a small sample of it, as is usual when a
+large model that has read much is distilled on the little data at hand. The distilled student and the one without a
+teacher see the very same blocks of that sample in the same order, for the same number of steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import torch
+from pydantic import PositiveInt
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from ..checkpoint import write_atomically
+from .comparison import Recipe, Settings, Task
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+
+
+class CodeLM(Settings):
+    """Distil a transformer language model of Python source into an Embedding + LSTM + Linear."""
+
+    vocabulary: PositiveInt = 8192
+    """Size of the byte-level byte-pair vocabulary."""
+    length: PositiveInt = 64
+    """Tokens in a sample."""
+    transfer_tokens: PositiveInt = 60_000
+    """Tokens of training text that the students get."""
+    held_out_tokens: PositiveInt = 24_000
+    """Tokens of the held-out files that are evaluated."""
+    teacher_width: PositiveInt = 192
+    teacher_layers: PositiveInt = 3
+    teacher_heads: PositiveInt = 3
+    student_width: PositiveInt = 128
+    """Size of the student's embedding and of its LSTM's state."""
+
+    batch: PositiveInt = 8
+    hard_weight: float = 0.5
+    teacher_steps: PositiveInt = 900
+    teacher_learning_rate: float = 2e-3
+    steps: PositiveInt = 500
+    learning_rate: float = 4e-3
+    eval_every: PositiveInt = 250
+    checkpoint_every: PositiveInt = 250
+
+
+class Transformer(nn.Module):
+    """A decoder: token ids [B, T] to logits [B, T, V]; the output weight is the embedding's."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        for block in self.blocks:
+            hidden = block(hidden)
+        return F.linear(self.norm(hidden), self.tokens.weight)
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each on a normalised input and added to it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.mix = nn.Linear(width, width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        heads = self.query_key_value(self.norm_attention(hidden)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = heads.movedim(-3, 0).transpose(-3, -2)  # three of [B, heads, T, width / heads]
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.mix(attended.transpose(-3, -2).flatten(-2))
+        return hidden + self.feed_forward(self.norm_feed_forward(hidden))
+
+
+class LSTM(nn.Module):
+    """Embedding, LSTM, Linear: token ids [B, T] to logits [B, T, V]."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.output = nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, _ = self.lstm(self.embedding(ids))
+        logits: Tensor = self.output(hidden)
+        return logits
+
+
+def build(settings: CodeLM, folder: Path) -> Task:
+    train_text, held_out_text = standard_library()
+    tokenizer = _tokenizer(settings.vocabulary, train_text, folder / "tokenizer.json")
+    train = _blocks(tokenizer, train_text, settings.length)
+    held_out = _blocks(tokenizer, held_out_text, settings.length)
+
+    # Samples from all over the text: every n-th block.
+    transfer = _thin(train, settings.transfer_tokens // settings.length)
+    held_out = _thin(held_out, settings.held_out_tokens // settings.length)
+
+    torch.manual_seed(settings.seed)
+    vocabulary = tokenizer.get_vocab_size()
+    teacher = Transformer(
+        vocabulary, settings.length, settings.teacher_width, settings.teacher_layers, settings.teacher_heads
+    )
+    student = LSTM(vocabulary, settings.student_width)
+
+    def loader(blocks: Tensor, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
+        # The label of each token is the one after it, so a sample is cut from length + 1 tokens.
+        return DataLoader(TensorDataset(blocks[:, :-1], blocks[:, 1:]), settings.batch, shuffle=shuffle)
+
+    seen = min(settings.teacher_steps * settings.accumulate * settings.batch, len(train)) * settings.length
+    return Task(
+        teacher=teacher,
+        student=student,
+        teacher_train=loader(train, True),
+        student_train=loader(transfer, True),
+        held_out=loader(held_out, False),
+        metrics=("cross_entropy", "perplexity", "accuracy"),
+        notes=(
+            f"Text: Python's standard library, {train.numel():,} tokens to train on, of which the teacher reads {seen:,}; "
+            f"vocabulary {vocabulary:,}.",
+            f"Both students start from the same weights and see the same {transfer[:, 1:].numel():,} of these tokens in "
+            f"the same order, {settings.steps} steps of {settings.batch * settings.accumulate * settings.length} tokens; "
+            "one also sees the teacher's answers to them.",
+            f"Held out: {held_out[:, 1:].numel():,} tokens of other files. Loss in nats a token.",
+        ),
+    )
+
+
+def standard_library() -> tuple[list[str], list[str]]:
+    """The source files of this Python's standard library: (to train on, held out). Its tests are left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    train, held_out = [], []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _NOT_LIBRARY.isdisjoint(relative.parts):
+            # A file's name decides, so that it stays on its side when files are added or removed.
+            is_held_out = hashlib.sha256(relative.as_posix().encode()).digest()[0] % 10 == 0
+            text = path.read_text(encoding="utf-8", errors="replace")
+            (held_out if is_held_out else train).append(text)
+    if not train or not held_out:
+        raise FileNotFoundError(f"no standard library sources in {root}: this Python was installed without them")
+    return train, held_out
+
+
+def _tokenizer(size: int, texts: list[str], path: Path) -> Tokenizer:
+    """Train a byte-level byte-pair vocabulary and keep it in the run folder, or take the one that is there."""
+    if not path.exists():
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(texts, vocab_size=size, min_frequency=2, show_progress=False)
+        write_atomically(path, lambda temporary: trained.save(str(temporary)))
+    return Tokenizer.from_file(str(path))
+
+
+def _blocks(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
+    """All texts after one another in blocks of length + 1 tokens, each sharing one token with the next."""
+    ids = torch.tensor([token for encoding in tokenizer.encode_batch(texts) for token in encoding.ids])
+    return ids.unfold(0, length + 1, length)
+
+
+def _thin(blocks: Tensor, count: int) -> Tensor:
+    """`count` of the blocks, evenly spaced."""
+    if count > len(blocks):
+        raise ValueError(f"the text has {len(blocks)} blocks, and {count} are asked for: lower transfer_tokens or held_out_tokens")
+    return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+
+RECIPE = Recipe(settings=CodeLM, build=build)

@@ -1,0 +1,160 @@
+"""What all recipes do, and the settings that all have.
+
+A recipe brings its data, a teacher, a student and its settings; `run` does the same with all of them: train the teacher,
+distil it into the student, train the same student without a teacher (same start, same data in the same order, same
+steps, same learning rate), and compare the three on data that none of them saw.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from safetensors.torch import load_model
+from torch import nn
+
+from .. import Reptile, Until
+from ..checkpoint import read_log, write_atomically, write_json
+from ..report import draw_curves, format_table, time_losses
+
+
+class Settings(BaseSettings):
+    """What every recipe lets you set, by flag or in a TOML file. A flag wins over the file."""
+
+    model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True, cli_kebab_case=True)
+
+    seed: int = 0
+    """Seed of the models' first weights and of the order of the data."""
+    batch: PositiveInt = 8
+    """Samples in a micro-batch."""
+    accumulate: PositiveInt = 1
+    """Micro-batches in a step."""
+    precision: str = "float32"
+    """float32, bfloat16 or float16 (autocast)."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of the distillation."""
+    hard_weight: float = 0.5
+    """Weight of the labels' cross entropy beside the teacher's divergence, which has weight 1."""
+    inplace: bool = False
+    """Write the loss's gradient over the student's logits, which saves their size in memory."""
+    teacher_steps: PositiveInt = 100
+    """Steps that train the teacher."""
+    teacher_learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of the teacher."""
+    steps: PositiveInt = 100
+    """Steps that train each student."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of the students."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW, for all three."""
+    schedule: str = "cosine"
+    """constant, linear or cosine."""
+    warmup: int = 20
+    """Steps of linear rise of the learning rate."""
+    eval_every: PositiveInt = 100
+    """Steps between evaluations on the held-out data."""
+    checkpoint_every: PositiveInt = 100
+    """Steps between checkpoints."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # no environment variables: SEED=1 meant for something else must not get in
+
+
+@dataclass
+class Task:
+    """What a recipe brings. The loaders give pairs (inputs, labels)."""
+
+    teacher: nn.Module
+    student: nn.Module
+    teacher_train: Iterable[Any]
+    student_train: Iterable[Any]
+    held_out: Iterable[Any]
+    metrics: Sequence[str]  # of METRICS, without "agreement"
+    notes: Sequence[str]  # what each of the three sees, said with the results
+
+
+@dataclass(frozen=True)
+class Recipe:
+    settings: type[Settings]
+    build: Callable[[Any, Path], Task]  # (settings, run folder); may leave a file such as the vocabulary there
+
+
+def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = True) -> dict[str, Any]:
+    """Do all of it in `folder`, going on where an earlier run of the same settings was stopped; return the report."""
+    started = time.perf_counter()
+    task = recipe.build(settings, folder)
+    untaught = copy.deepcopy(task.student)  # before the student learns anything: the same start
+    common = {
+        "schedule": settings.schedule,
+        "warmup": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "accumulate": settings.accumulate,
+        "precision": settings.precision,
+        "seed": settings.seed,
+    }
+    labels = {**common, "metrics": task.metrics}
+    teacher = Reptile(task.teacher, None, learning_rate=settings.teacher_learning_rate, **labels)
+    distilled = Reptile(
+        task.student,
+        task.teacher,
+        learning_rate=settings.learning_rate,
+        temperature=settings.temperature,
+        hard_weight=settings.hard_weight,
+        inplace=settings.inplace,
+        **{**common, "metrics": (*task.metrics, "agreement")},
+    )
+    alone = Reptile(untaught, None, learning_rate=settings.learning_rate, **labels)
+    stages = {
+        "teacher": (teacher, task.teacher_train, settings.teacher_steps),
+        "student": (distilled, task.student_train, settings.steps),
+        "student alone": (alone, task.student_train, settings.steps),
+    }
+    table: dict[str, dict[str, float]] = {}
+    lines = []
+    for name, (reptile, train, steps) in stages.items():
+        print(f"{name}: {steps} steps", flush=True)
+        stage_folder = folder / name.replace(" ", "-")
+        result = reptile.fit(
+            train,
+            task.held_out,
+            until=Until(steps=steps),
+            eval_every=settings.eval_every,
+            checkpoint_every=settings.checkpoint_every,
+            folder=stage_folder,
+            resume=True,
+            progress_bar=progress_bar,
+        )
+        parameters = sum(parameter.numel() for parameter in reptile.student.parameters())
+        table[name] = {"parameters": parameters, **result.metrics, "seconds": result.seconds}
+        lines += [{"model": name, **line} for line in read_log(stage_folder / "metrics.jsonl")]
+
+    inputs, _ = next(iter(task.student_train))
+    times = time_losses(task.student, task.teacher, inputs, settings.temperature)
+    report = {"models": table, "milliseconds": times, "notes": list(task.notes), "minutes": 0.0}
+    report["minutes"] = (time.perf_counter() - started) / 60
+    text = "".join(f"{line}\n" for line in map(json.dumps, lines))
+    write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    weights = (folder / "student" / "student.safetensors").read_bytes()
+    write_atomically(folder / "student.safetensors", lambda path: path.write_bytes(weights))
+    write_atomically(folder / "curves.png", lambda path: draw_curves(lines, task.metrics, path))
+    write_json(folder / "report.json", report)
+    print(format_table(report, task.metrics), flush=True)
+    return report
+
+
+def evaluate(recipe: Recipe, settings: Settings, folder: Path) -> dict[str, float]:
+    """Metrics of a run folder's distilled student on the held-out data."""
+    task = recipe.build(settings, folder)
+    load_model(task.student, folder / "student.safetensors")
+    return Reptile(task.student, None, metrics=task.metrics, precision=settings.precision).evaluate(task.held_out)
