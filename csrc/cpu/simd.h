@@ -474,13 +474,36 @@ struct ArithmeticOf<double> {
 template <class T>
 using Arithmetic = typename ArithmeticOf<T>::Type;
 
+// The last n < 2 · kLanes elements of a row. Dead lanes hold −inf, which is what a masked class holds, so the code
+// that follows needs no second version of itself.
+#if defined(__AVX512F__)
+inline void load2_tail(const float* p, int n, Float& a, Float& b) {
+  const uint32_t live = (1u << n) - 1;
+  const __m512 dead = _mm512_set1_ps(kNegInf);
+  a.v = _mm512_mask_loadu_ps(dead, __mmask16(live), p);
+  b.v = _mm512_mask_loadu_ps(dead, __mmask16(live >> 16), p + 16);
+}
+inline void load2_tail(const double* p, int n, Double& a, Double& b) {
+  const uint32_t live = (1u << n) - 1;
+  const __m512d dead = _mm512_set1_pd(kNegInf);
+  a.v = _mm512_mask_loadu_pd(dead, __mmask8(live), p);
+  b.v = _mm512_mask_loadu_pd(dead, __mmask8(live >> 8), p + 8);
+}
+inline void load2_tail(const BFloat16* p, int n, Float& a, Float& b) {
+  const __m512i dead = _mm512_set1_epi16(int16_t(0xff80));
+  split_bf16(_mm512_mask_loadu_epi16(dead, (1u << n) - 1, p), a, b);
+}
+inline void load2_tail(const Float16* p, int n, Float& a, Float& b) {
+  const uint32_t live = (1u << n) - 1;
+  const __m256i dead = _mm256_set1_epi16(int16_t(0xfc00));
+  a.v = _mm512_cvtph_ps(_mm256_mask_loadu_epi16(dead, __mmask16(live), p));
+  b.v = _mm512_cvtph_ps(_mm256_mask_loadu_epi16(dead, __mmask16(live >> 16), p + 16));
+}
+#else
 inline void set_negative_infinity(float* p) { *p = kNegInf; }
 inline void set_negative_infinity(double* p) { *p = kNegInf; }
 inline void set_negative_infinity(BFloat16* p) { p->bits = 0xff80; }
 inline void set_negative_infinity(Float16* p) { p->bits = 0xfc00; }
-
-// The last n < 2 · kLanes elements of a row. Dead lanes hold −inf, which is what a masked class holds, so the code
-// that follows needs no second version of itself.
 template <class T, class V>
 inline void load2_tail(const T* p, int n, V& a, V& b) {
   alignas(64) T buffer[2 * V::kLanes];
@@ -488,6 +511,7 @@ inline void load2_tail(const T* p, int n, V& a, V& b) {
   std::memcpy(buffer, p, size_t(n) * sizeof(T));
   load2(buffer, a, b);
 }
+#endif
 template <class T, class V>
 inline void store2_tail(T* p, int n, V a, V b) {
   alignas(64) T buffer[2 * V::kLanes];

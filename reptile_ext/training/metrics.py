@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from ..functional import distillation_loss
 
 # Name → whether more is better. "loss" is the objective that is trained; the others do not depend on its settings.
 METRICS = {
@@ -72,7 +73,9 @@ class Evaluation:
             kept = labels != self._ignore_index
             if "cross_entropy" in self._names or "perplexity" in self._names:
                 # Not torchmetrics.text.Perplexity: it keeps a softmax of all logits; its value is exp of this mean.
-                nats = F.cross_entropy(logits.float(), labels.long(), ignore_index=self._ignore_index)
+                nats = distillation_loss(
+                    logits, logits, labels, soft_weight=0.0, hard_weight=1.0, ignore_index=self._ignore_index
+                )
                 self._metric("cross_entropy", MeanMetric).update(nats, rows)
             count = {"num_classes": num_classes, "validate_args": False}
             if "accuracy" in self._names:

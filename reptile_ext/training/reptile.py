@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm.auto import tqdm
@@ -169,7 +168,10 @@ class Reptile:
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         self.metrics = tuple(metrics)
         self.make_optimizer = optimizer or functools.partial(
-            torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay
+            torch.optim.AdamW,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            fused=self.accelerator.device.type in ("cpu", "cuda"),  # four times faster than the loop over parameters
         )
         self.schedule = schedule
         self.warmup = warmup
@@ -179,6 +181,8 @@ class Reptile:
         self.shift_labels = shift_labels
         self.dim = dim
         self.seed = seed
+        if teacher is None:
+            loss |= {"soft_weight": 0.0, "hard_weight": 1.0}  # the cross entropy, by the same kernel
         self.criterion = DistillationLoss(**loss)
         self.ignore_index: int = loss.get("ignore_index", -100)
         self._rows_per_sample: int | None = None
@@ -377,14 +381,12 @@ class Reptile:
 
     def _loss(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, rows: Tensor) -> Tensor:
         """Sum of the loss over these rows, divided by `rows`."""
-        rows = rows.clamp(min=1)
-        if teacher_logits is not None:
-            loss: Tensor = self.criterion(logits, teacher_logits, labels, denominator=rows)
-            return loss
-        if labels is None:
-            raise ValueError("teacher=None trains on labels; got a batch without")
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        return F.cross_entropy(flat, labels.reshape(-1).long(), ignore_index=self.ignore_index, reduction="sum") / rows
+        if teacher_logits is None:
+            if labels is None:
+                raise ValueError("teacher=None trains on labels; got a batch without")
+            teacher_logits = logits.detach()  # `criterion` gives the divergence no weight: any logits of this shape do
+        loss: Tensor = self.criterion(logits, teacher_logits, labels, denominator=rows.clamp(min=1))
+        return loss
 
     def _make_scheduler(self, optimizer: Optimizer, until: Until) -> LRScheduler:
         if not isinstance(self.schedule, str):

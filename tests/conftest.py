@@ -1,0 +1,42 @@
+"""Settings and fixtures of the suite: warnings are errors, hypothesis repeats itself, threads and sets are put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from reptile_ext import _C, ops
+
+INSTRUCTION_SETS = _C.cpu_info()["supported"]
+
+# The same examples in every run: a failure in CI is a failure at home. Time is never a verdict.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=100)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    # torch.compile and torch.export warn of their own code; nothing of ours can change that.
+    for module in ("torch", "copyreg", "functools"):
+        config.addinivalue_line("filterwarnings", rf"ignore::DeprecationWarning:{module}(\..*)?")
+        config.addinivalue_line("filterwarnings", rf"ignore::FutureWarning:{module}(\..*)?")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def each_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on every instruction set that this machine has."""
+    before = ops.instruction_set()
+    assert ops.instruction_set(request.param) == request.param
+    yield request.param
+    ops.instruction_set(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_threads() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

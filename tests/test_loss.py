@@ -1,0 +1,437 @@
+"""Values and gradients of `distillation_loss` against the oracle, by the tolerance rule of oracle.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import INSTRUCTION_SETS
+from oracle import DTYPES, check, exact, make_labels, make_logits, name_of, plain, run
+
+import reptile_ext
+from reptile_ext import ops
+
+# ------------------------------------------------------------------------------------ the oracle's own witnesses
+
+
+@pytest.mark.parametrize("kind", ["random", "flat", "near_equal"])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"temperature": 3.0},
+        {"temperature": (2.0, 0.5), "temperature_scaling": "none"},
+        {"hard_weight": 0.7, "soft_weight": 0.3, "label_smoothing": 0.2, "temperature": 2.0},
+        {"reduction": "sum", "hard_weight": 1.0, "soft_weight": 0.0},
+        {"reduction": "none", "hard_weight": 1.0},
+        {"denominator": 11.0},
+    ],
+    ids=str,
+)
+def test_oracle_equals_pytorchs_own_losses(kind: str, keywords: dict) -> None:
+    """The reference and F.kl_div / F.cross_entropy, both in float64, are written independently and must agree."""
+    student, teacher = make_logits(kind, 9, 50, torch.float64)
+    labels = make_labels(9, 50)
+    upstream = torch.randn(9) if keywords.get("reduction") == "none" else None
+    found = run(exact, student, teacher, labels, upstream=upstream, **keywords)
+    right = run(plain, student, teacher, labels, upstream=upstream, **keywords)
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-13)  # F.kl_div cancels; near_equal's D is 1e-9
+
+
+def test_oracle_equals_closed_forms() -> None:
+    """Two classes: D = p log(p/q) + (1−p) log((1−p)/(1−q)), gradient q − p. One class: 0."""
+    p, q = 0.8, 0.3
+    student, teacher = torch.tensor([[math.log(q / (1 - q)), 0.0]]), torch.tensor([[math.log(p / (1 - p)), 0.0]])
+    loss, gradient = run(exact, student.double(), teacher.double())
+    assert loss.item() == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), rel=1e-6)
+    assert gradient.flatten().tolist() == pytest.approx([q - p, p - q], rel=1e-6)
+    loss, gradient = run(exact, torch.tensor([[3.0], [-9.0]]), torch.tensor([[1.0], [1e4]]))
+    assert loss.item() == 0.0 and gradient.tolist() == [[0.0], [0.0]]
+
+
+def test_oracle_sees_a_wrong_loss() -> None:
+    """The tolerance rule rejects a relative error of 1e-4 in the teacher, in every dtype with a small enough ε."""
+    student, teacher = make_logits("random", 4, 1000)
+    with pytest.raises(AssertionError, match="gradient: our error"):
+        from oracle import assert_near
+
+        assert_near(run(reptile_ext.distillation_loss, student, teacher * 1.0001), student, teacher)
+
+
+# ----------------------------------------------------------------------------------------------- kinds and sizes
+
+# 1, 2, 3: no full vector. 15, 16, 17: around one register. 1000: blocks of no vector's size, one maximum probe is too
+# short. 32,003: odd and longer than a block. 128,256: a real vocabulary, beyond the L2 with a few rows.
+VOCAB_SIZES = (1, 2, 3, 15, 16, 17, 1000, 32_003, 128_256)
+KINDS = ("random", "flat", "peaked", "near_equal", "late_peak", "rising")
+
+
+def rows_for(vocab_size: int) -> int:
+    return 7 if vocab_size <= 1000 else 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_loss(each_set: str, kind: str, vocab_size: int, dtype: torch.dtype) -> None:
+    student, teacher = make_logits(kind, rows_for(vocab_size), vocab_size, dtype)
+    check(student, teacher, temperature=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_and_hard_loss(each_set: str, kind: str, vocab_size: int, dtype: torch.dtype) -> None:
+    """The cross entropy rides along, with an exponential of its own because T_s ≠ 1."""
+    rows = rows_for(vocab_size)
+    student, teacher = make_logits(kind, rows, vocab_size, dtype)
+    labels = make_labels(rows, vocab_size)
+    check(student, teacher, labels, temperature=(2.0, 3.0), hard_weight=0.5, soft_weight=0.5, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), itertools.permutations(DTYPES, 2), ids=name_of)
+def test_mixed_dtypes(each_set: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+    for vocab_size in (3, 1000, 5000):
+        student, _ = make_logits("random", 5, vocab_size, student_dtype)
+        _, teacher = make_logits("random", 5, vocab_size, teacher_dtype)
+        check(student, teacher, make_labels(5, vocab_size), temperature=2.0, hard_weight=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+KEYWORDS = [
+    {"temperature": 1.0, "hard_weight": 1.0},  # the cross entropy shares the soft exponentials
+    {"temperature": 1.0, "hard_weight": 1.0, "label_smoothing": 0.3},
+    {"temperature": (1.0, 4.0), "hard_weight": 1.0},
+    {"temperature": (4.0, 1.0), "hard_weight": 1.0, "label_smoothing": 1.0},
+    {"temperature": 0.25, "temperature_scaling": "none"},
+    {"temperature": (0.5, 3.0), "temperature_scaling": "none", "soft_weight": 2.5},
+    {"soft_weight": 0.0, "hard_weight": 2.0, "temperature": 3.0},  # the teacher counts for nothing
+    {"soft_weight": 0.0, "hard_weight": 2.0, "label_smoothing": 0.1},
+    {"soft_weight": 0.0},  # nothing counts
+    {"hard_weight": 0.5, "ignore_index": 0},  # a label that is in range
+    {"denominator": 5.0, "hard_weight": 0.5},
+    {"denominator": 0.25},
+    {"temperature": [2, 3]},  # a list, and integers
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_keywords(keywords: dict, reduction: str, weighted: bool) -> None:
+    if "denominator" in keywords and reduction == "none":
+        keywords = {**keywords, "denominator": None}
+    student, teacher = make_logits("random", (3, 4), 33)
+    labels = make_labels((3, 4), 33)
+    labels[0, 0] = 0
+    keywords = {**keywords, "reduction": reduction}
+    if weighted:
+        keywords["weight"] = torch.rand(3, 4).round(decimals=1)
+        keywords["weight"][0, 2] = 0.0
+    if isinstance(keywords.get("temperature"), list):
+        loss = reptile_ext.distillation_loss(student, teacher, labels, **keywords)
+        keywords["temperature"] = tuple(keywords["temperature"])
+        assert torch.equal(loss, reptile_ext.distillation_loss(student, teacher, labels, **keywords))
+    for dtype in DTYPES:
+        upstream = torch.randn(3, 4) if reduction == "none" else None
+        check(student.to(dtype), teacher.to(dtype), labels, upstream=upstream, **keywords)
+
+
+def test_mean_is_the_weighted_mean_over_rows_that_are_in() -> None:
+    """By hand: Σ w ℓ / Σ w without the ignored row and without the row of weight 0."""
+    student, teacher = make_logits("random", 4, 10, torch.float64)
+    rows = reptile_ext.distillation_loss(student, teacher, reduction="none")
+    labels, weight = torch.tensor([1, -100, 2, 3]), torch.tensor([1.0, 7.0, 0.0, 3.0])
+    loss = reptile_ext.distillation_loss(student, teacher, labels, weight=weight)
+    assert loss.item() == pytest.approx((rows[0] + 3 * rows[3]).item() / 4, rel=1e-14)
+    total = reptile_ext.distillation_loss(student, teacher, labels, weight=weight, reduction="sum")
+    assert total.item() == pytest.approx((rows[0] + 3 * rows[3]).item(), rel=1e-14)
+    each = reptile_ext.distillation_loss(student, teacher, labels, weight=weight, reduction="none")
+    torch.testing.assert_close(each, torch.stack([rows[0], rows[0] * 0, rows[0] * 0, 3 * rows[3]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("denominator_dtype", [torch.int64, torch.float32, torch.float64], ids=name_of)
+def test_a_tensor_denominator_is_its_number(dtype: torch.dtype, denominator_dtype: torch.dtype) -> None:
+    student, teacher = make_logits("random", 6, 40, dtype)
+    for reduction in ("mean", "sum"):
+        number = run(reptile_ext.distillation_loss, student, teacher, denominator=13, reduction=reduction)
+        tensor = run(
+            reptile_ext.distillation_loss,
+            student,
+            teacher,
+            denominator=torch.tensor(13, dtype=denominator_dtype),
+            reduction=reduction,
+        )
+        torch.testing.assert_close(tensor, number, rtol=1e-6 if dtype != torch.bfloat16 else 2**-7, atol=1e-7)
+        check(student, teacher, denominator=torch.tensor(13, dtype=denominator_dtype), reduction=reduction)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=name_of)
+def test_labels_of_every_integer_dtype_and_stride(label_dtype: torch.dtype) -> None:
+    student, teacher = make_logits("random", (4, 6), 12)
+    labels = torch.randint(12, (4, 6))
+    right = run(reptile_ext.distillation_loss, student, teacher, labels, hard_weight=1.0)
+    for strided in (labels.to(label_dtype), labels.to(label_dtype).t().contiguous().t()):
+        found = run(reptile_ext.distillation_loss, student, teacher, strided, hard_weight=1.0)
+        assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(("ours", "theirs"), [(40, 33), (33, 40), (5000, 4097), (17, 1)])
+def test_truncated_vocabularies(each_set: str, ours: int, theirs: int, dtype: torch.dtype) -> None:
+    """The shared classes, each side renormalised over them; the rest of the student gets a gradient of 0."""
+    student, _ = make_logits("random", 5, ours, dtype)
+    _, teacher = make_logits("random", 5, theirs, dtype)
+    shared = min(ours, theirs)
+    labels = make_labels(5, shared)
+    keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1}
+    check(student, teacher, labels, vocab="truncate", **keywords)
+    loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, vocab="truncate", **keywords)
+    cut = run(reptile_ext.distillation_loss, student[:, :shared], teacher[:, :shared], labels, **keywords)
+    torch.testing.assert_close((loss, gradient[:, :shared]), cut)
+    assert (gradient[:, shared:] == 0).all()
+
+
+def test_truncate_along_another_dimension() -> None:
+    student, teacher = torch.randn(3, 20, 4), torch.randn(3, 13, 4)
+    check(student, teacher, make_labels((3, 4), 13), vocab="truncate", dim=1, hard_weight=1.0)
+
+
+# ------------------------------------------------------------------------------------------------------ layouts
+
+
+def _copy_into(memory: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    assert memory.shape == z.shape
+    return memory.copy_(z)
+
+
+# name: (logits [2, 3, V] -> the same logits lying otherwise in memory)
+LAYOUTS = {
+    "contiguous": lambda z: z.contiguous(),
+    "class_stride_2": lambda z: _copy_into(z.new_full((*z.shape[:-1], 2 * z.shape[-1]), torch.nan)[..., ::2], z),
+    "padded_rows": lambda z: _copy_into(z.new_full((*z.shape[:-1], z.shape[-1] + 3), torch.nan)[..., 1:-2], z),
+    "misaligned": lambda z: _copy_into(z.new_full((z.numel() + 1,), torch.nan)[1:].view_as(z), z),
+    "class_first": lambda z: z.movedim(-1, 0).contiguous().movedim(0, -1),
+    "rows_transposed": lambda z: z.transpose(0, 1).contiguous().transpose(0, 1),
+    "shifted": lambda z: _copy_into(z.new_full((z.shape[0], z.shape[1] + 1, z.shape[2]), torch.nan)[:, :-1], z),
+    "expanded": lambda z: z[:1].expand_as(z),
+}
+LAYOUT_PAIRS = [(name, name) for name in LAYOUTS] + [("contiguous", name) for name in list(LAYOUTS)[1:]]
+LAYOUT_PAIRS += [(name, "contiguous") for name in list(LAYOUTS)[1:]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(("student_layout", "teacher_layout"), LAYOUT_PAIRS)
+def test_layouts(each_set: str, student_layout: str, teacher_layout: str, dtype: torch.dtype) -> None:
+    for vocab_size in (1, 37, 1030):
+        student, teacher = make_logits("random", (2, 3), vocab_size, dtype)
+        student, teacher = LAYOUTS[student_layout](student), LAYOUTS[teacher_layout](teacher)
+        check(student, teacher, make_labels((2, 3), vocab_size), hard_weight=0.5, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_segmentation(dtype: torch.dtype, channels_last: bool) -> None:
+    """[B, C, H, W] with dim=1 against F.kl_div and F.cross_entropy as segmentation programs call them."""
+    student, teacher = make_logits("random", (2, 5, 6), 7, dtype)
+    student, teacher = (z.movedim(-1, 1).contiguous() for z in (student, teacher))
+    if channels_last:
+        student = student.to(memory_format=torch.channels_last)
+        teacher = teacher.to(memory_format=torch.channels_last)
+    labels = make_labels((2, 5, 6), 7)
+    check(student, teacher, labels, dim=1, hard_weight=1.0, temperature=2.0)
+    loss = reptile_ext.distillation_loss(student.double(), teacher.double(), labels, dim=1, soft_weight=0.0, hard_weight=1.0)
+    assert loss.item() == pytest.approx(F.cross_entropy(student.double(), labels).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (4, 6, 5), (2, 3, 4, 5), (2, 1, 3, 1, 4), (1, 1), (3, 1)], ids=str)
+def test_every_dim(shape: tuple[int, ...]) -> None:
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    for dim in range(-len(shape), len(shape)):
+        leading = [n for d, n in enumerate(shape) if d != dim % len(shape)]
+        upstream = torch.randn(leading)
+        check(student, teacher, reduction="none", upstream=upstream, dim=dim)
+        check(student, teacher, dim=dim, weight=torch.rand(leading) + 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_next_token_slice(dtype: torch.dtype) -> None:
+    """logits[:, :-1] against labels[:, 1:]: a view with a gap between batches, not copied, gradient 0 in the gap."""
+    whole_s, whole_t = make_logits("random", (3, 5), 101, dtype)
+    tokens = torch.randint(101, (3, 5))
+    whole_s.requires_grad_()
+    loss = reptile_ext.distillation_loss(whole_s[:, :-1], whole_t[:, :-1], tokens[:, 1:], hard_weight=1.0)
+    loss.backward()
+    right = run(
+        reptile_ext.distillation_loss,
+        whole_s.detach()[:, :-1].contiguous(),
+        whole_t[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        hard_weight=1.0,
+    )
+    assert torch.equal(loss.detach(), right[0]) and torch.equal(whole_s.grad[:, :-1], right[1])
+    assert (whole_s.grad[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)], ids=str)
+def test_no_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    student, teacher, labels = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1]).long()
+    for reduction in ("mean", "sum"):
+        for denominator in (None, 3.0, torch.tensor(3)):
+            loss, gradient = run(
+                reptile_ext.distillation_loss,
+                student,
+                teacher,
+                labels,
+                hard_weight=1.0,
+                reduction=reduction,
+                denominator=denominator,
+            )
+            assert loss.item() == 0.0 and gradient.shape == shape
+    loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, reduction="none")
+    assert loss.shape == shape[:-1] and gradient.shape == shape
+
+
+def test_many_rows_in_many_chunks() -> None:
+    """More rows than one task takes, with a third of them out and a layout in which no dimensions merge."""
+    student, teacher = make_logits("random", (50, 70), 40)
+    student, teacher = LAYOUTS["rows_transposed"](student), LAYOUTS["padded_rows"](teacher)
+    labels = make_labels((50, 70), 40)
+    check(student, teacher, labels, hard_weight=0.5, reduction="none", upstream=torch.randn(50, 70))
+
+
+# ------------------------------------------------------------------------------------------------------- in place
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "class_stride_2", "padded_rows", "misaligned", "class_first", "shifted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_inplace_equals_the_default_and_overwrites_the_logits(each_set: str, layout: str, dtype: torch.dtype) -> None:
+    labels = make_labels((2, 3), 1030)
+    keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1}
+    for reduction in ("mean", "none"):
+        student, teacher = make_logits("random", (2, 3), 1030, dtype)
+        right = run(reptile_ext.distillation_loss, student, teacher, labels, reduction=reduction, **keywords)
+        leaf = student.clone().requires_grad_()
+        logits = LAYOUTS[layout](leaf * 1)
+        before = logits.detach().clone()
+        loss = reptile_ext.distillation_loss(logits, teacher, labels, reduction=reduction, inplace=True, **keywords)
+        assert torch.equal(loss.detach(), right[0])
+        assert not torch.equal(logits.detach(), before)
+        if dtype != torch.float16:  # float16 keeps the rows' own gradients until backward
+            assert torch.equal(logits.detach(), right[1])
+        loss.sum().backward()
+        assert torch.equal(leaf.grad, right[1])
+        assert torch.equal(logits.detach(), right[1]), "the gradient lies where the logits were"
+
+
+def test_inplace_needs_a_result_of_a_computation() -> None:
+    leaf = torch.randn(3, 5, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace=True overwrites student_logits, which is a leaf"):
+        reptile_ext.distillation_loss(leaf, torch.randn(3, 5), inplace=True)
+
+
+def test_inplace_without_a_gradient_leaves_the_logits_alone() -> None:
+    student, teacher = make_logits("random", 3, 50)
+    before = student.clone()
+    loss = reptile_ext.distillation_loss(student, teacher, inplace=True)
+    assert torch.equal(student, before)
+    assert torch.equal(loss, reptile_ext.distillation_loss(student, teacher))
+    leaf = student.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(loss, reptile_ext.distillation_loss(leaf, teacher, inplace=True))
+    assert torch.equal(leaf.detach(), before)
+
+
+def test_inplace_refuses_logits_that_share_memory() -> None:
+    logits = (torch.randn(1, 5, requires_grad=True) * 1).expand(3, 5)
+    with pytest.raises(ValueError, match="inplace=True needs student_logits whose elements do not share memory"):
+        reptile_ext.distillation_loss(logits, torch.randn(3, 5), inplace=True)
+
+
+def test_inplace_checks_before_it_writes() -> None:
+    logits = torch.randn(3, 5, requires_grad=True) * 1
+    before = logits.detach().clone()
+    with pytest.raises(ValueError, match="labels must lie in"):
+        reptile_ext.distillation_loss(logits, torch.randn(3, 5), torch.tensor([0, 1, 5]), hard_weight=1.0, inplace=True)
+    assert torch.equal(logits.detach(), before)
+
+
+def test_inplace_gives_a_teacher_that_wants_a_gradient_one_or_says_no() -> None:
+    """Silence would be a teacher that does not learn."""
+    student, teacher = make_logits("random", 3, 9)
+    teacher.requires_grad_()
+    logits = student.clone().requires_grad_() * 1
+    try:
+        reptile_ext.distillation_loss(logits, teacher, inplace=True).backward()
+    except (ValueError, RuntimeError) as error:
+        assert "inplace" in str(error) and "teacher" in str(error)
+        return
+    right = teacher.detach().clone().requires_grad_()
+    reptile_ext.distillation_loss(student, right).backward()
+    torch.testing.assert_close(teacher.grad, right.grad)
+
+
+# ------------------------------------------------------------------------------------------------ instruction sets
+
+
+def _in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    """And the loss computed there is the loss that the same set computes here."""
+    code = (
+        "import torch, reptile_ext; from reptile_ext import ops; torch.manual_seed(5);"
+        "print(ops.instruction_set(), reptile_ext.distillation_loss(torch.randn(3, 999), torch.randn(3, 999)).item().hex())"
+    )
+    result = _in_a_process(code, REPTILE_EXT_CPU=name)
+    assert result.returncode == 0, result.stderr
+    before = ops.instruction_set()
+    try:
+        ops.instruction_set(name)
+        torch.manual_seed(5)
+        loss = reptile_ext.distillation_loss(torch.randn(3, 999), torch.randn(3, 999)).item().hex()
+    finally:
+        ops.instruction_set(before)
+    assert result.stdout.split() == [name, loss]
+
+
+def test_an_unknown_instruction_set_is_named() -> None:
+    words = "REPTILE_EXT_CPU must be one of the instruction sets this processor can run (portable"
+    for code in (
+        "from reptile_ext import ops; ops.instruction_set()",
+        "import torch, reptile_ext; reptile_ext.distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3))",
+    ):
+        result = _in_a_process(code, REPTILE_EXT_CPU="nonsense")
+        assert result.returncode != 0 and words in result.stderr and "got 'nonsense'" in result.stderr, result.stderr
+    before = ops.instruction_set()
+    with pytest.raises(ValueError, match="got 'sse9'"):
+        ops.instruction_set("sse9")
+    assert ops.instruction_set() == before
+
+
+def test_sets_agree_with_one_another() -> None:
+    """Within the accuracy promise, hence within twice the error of either."""
+    student, teacher = make_logits("random", 4, 5003)
+    results = {}
+    before = ops.instruction_set()
+    try:
+        for name in INSTRUCTION_SETS:
+            ops.instruction_set(name)
+            results[name] = run(reptile_ext.distillation_loss, student, teacher, temperature=2.0)
+    finally:
+        ops.instruction_set(before)
+    for name in INSTRUCTION_SETS[1:]:
+        torch.testing.assert_close(results[name], results["portable"], rtol=1e-5, atol=1e-9)
