@@ -11,15 +11,17 @@
 //     in between    `value` turns the sums into D
 //     second pass   the functor's `gradient` from q and p, for every class
 //
-// What a functor of value type V has to have:
+// What a functor of value type V has to have, all static:
 //
-//     void add(V e_s, V e_t, V a, V b)      one class (one vector of classes) of the first pass
-//     void merge(const F& block)            sums of one block of a row into the sums of the row; blocks bound the
-//                                           rounding error of long rows
-//     double value(const RowStats&) const   D of the row, before it is cut off at 0
-//     V gradient(V q, V p) const            T_s · ∂D/∂s of a class. Every such gradient is homogeneous of degree 1
-//                                           in (q, p), so the driver passes both already multiplied by the row's
-//                                           coefficient
+//     kSums                                       how many sums over the classes its value needs
+//     add(V (&sums)[kSums], e_s, e_t, a, b)       one class (one vector of classes) of the first pass
+//     value(const double (&sums)[kSums], row)     D of the row, before it is cut off at 0
+//     gradient(q, p)                              T_s · ∂D/∂s of a class. Every such gradient is homogeneous of degree
+//                                                 1 in (q, p), so the driver passes both already multiplied by the
+//                                                 row's coefficient
+//
+// The sums stay the driver's: it holds them in a vector whose lanes are classes of one row, or rows side by side, adds
+// up blocks of a long row to bound the rounding error, and reduces them.
 //
 // V brings +, −, ·, fma, and add_product_where_positive(acc, e, d) = acc + (e > 0 ? e·d : 0), which keeps a class
 // without mass out of a sum whatever d is (−inf − −inf is NaN).
@@ -43,18 +45,19 @@ struct RowStats {
 };
 
 // Forward KL, Σ p (y − x).
-//     value     ln 2 · Σ e_t (b − a) / Z_t + log Z_s − log Z_t
+//     sum       Σ e_t (b − a)
+//     value     ln 2 · sum / Z_t + log Z_s − log Z_t
 //     gradient  q − p
 template <class V>
 struct ForwardKl {
-  V cross = V(0);  // Σ e_t (b − a)
-
-  void add(V /*e_s*/, V e_t, V a, V b) { cross = add_product_where_positive(cross, e_t, b - a); }
-  void merge(const ForwardKl& block) { cross = cross + block.cross; }
-  double value(const RowStats& row) const {
-    return kLn2 * reduce_add(cross) / row.z_t + (row.log_z_s - row.log_z_t);
+  static constexpr int kSums = 1;
+  static void add(V (&sums)[kSums], V /*e_s*/, V e_t, V a, V b) {
+    sums[0] = add_product_where_positive(sums[0], e_t, b - a);
   }
-  V gradient(V q, V p) const { return q - p; }
+  static double value(const double (&sums)[kSums], const RowStats& row) {
+    return kLn2 * sums[0] / row.z_t + (row.log_z_s - row.log_z_t);
+  }
+  static V gradient(V q, V p) { return q - p; }
 };
 
 // The registry: calls `visit` with the functor of a kind. A new divergence is one line here.

@@ -95,7 +95,7 @@ def test_soft_and_hard_loss(each_set: str, kind: str, vocab_size: int, dtype: to
     check(student, teacher, labels, temperature=(2.0, 3.0), hard_weight=0.5, soft_weight=0.5, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), itertools.permutations(DTYPES, 2), ids=name_of)
+@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), list(itertools.permutations(DTYPES, 2)), ids=name_of)
 def test_mixed_dtypes(each_set: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
     for vocab_size in (3, 1000, 5000):
         student, _ = make_logits("random", 5, vocab_size, student_dtype)

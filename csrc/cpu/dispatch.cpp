@@ -84,10 +84,14 @@ const InstructionSet* current_instruction_set(const char** error) {
 }
 
 size_t scratch_bytes(const LossProblem& p) {
-  // Three exponential rows and, for the packed path, three more; in the arithmetic type, padded (loss_rows.cpp).
+  // Three rows of exponentials and, to gather rows of any layout, three more; or three pairs of vectors for each class
+  // of up to 4,096, for rows side by side. Padded, in the arithmetic type (loss_rows.cpp).
+  constexpr size_t kWidestPair = 32, kSideBySideMaxClasses = 4096;
   const bool double_arithmetic = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
-  const size_t row = (size_t(p.vocab_size) + 63) / 64 * 64 * (double_arithmetic ? 8 : 4);
-  return 6 * row;
+  const size_t classes = (size_t(p.vocab_size) + 63) / 64 * 64;
+  const bool is_contiguous = p.student.class_stride == 1 && p.teacher.class_stride == 1;
+  const size_t rows = !is_contiguous && classes <= kSideBySideMaxClasses ? 3 * kWidestPair : 6;
+  return rows * classes * (double_arithmetic ? 8 : 4);
 }
 
 }  // namespace reptile_ext

@@ -15,6 +15,10 @@
 // prevent is overflow, and for that it need not be exact. A row whose sums come out beyond kTame (the maximum is
 // more than 60 powers of two above the probe's) or not finite is done again with its exact maximum.
 //
+// Where the classes are strided and the rows are neighbours (images: [B, C, H, W], classes in C), the same two passes
+// run with rows in the lanes instead of classes ("side by side"). Any other layout, and mixed types, are gathered row by
+// row into scratch and scattered back.
+//
 // Hard-label cross entropy runs in the same two passes with m as its reference: at T_s = 1 it shares e_s, else it
 // has e_1 = 2^((s − m) log2 e) as a third scratch row.
 
@@ -28,6 +32,7 @@ namespace {
 constexpr int64_t kProbe = 512;
 constexpr int64_t kBlock = 4096;    // elements between roundings into the row's sums; a multiple of every pair
 constexpr double kTame = 0x1p60;
+constexpr int64_t kSideBySideMaxClasses = 4096;  // beyond it the scratch of a pair of rows leaves the cache
 constexpr int64_t kScratchPad = 64;  // elements; rounds a scratch row up to whole pairs and keeps 64-byte alignment
 
 constexpr size_t kPrefetchBytes = 3072;
@@ -83,27 +88,30 @@ double exp2_one(typename V::Scalar a) {
   return lanes[0];
 }
 
-// Sums over the classes of a block or a row. Kept twice, one for each half of a pair: two independent chains.
+// Sums over classes, of a block or of all. In the lanes: classes of one row, or rows side by side.
 template <class V, class D>
 struct Sums {
-  V z_s = V(0), z_t = V(0);
-  D divergence;
-  V z_1 = V(0);    // cross entropy at temperature 1
-  V a_1 = V(0);    // Σ a of the classes that are not masked, for label smoothing
-  V count = V(0);  // how many those are
+  V z_s, z_t;
+  V divergence[D::kSums];
+  V z_1;    // cross entropy at temperature 1
+  V a_1;    // Σ a of the classes that are not masked, for label smoothing
+  V count;  // how many those are
 
+  Sums() : z_s(0), z_t(0), z_1(0), a_1(0), count(0) {
+    for (V& sum : divergence) sum = V(0);
+  }
   void merge(const Sums& other) {
     z_s = z_s + other.z_s;
     z_t = z_t + other.z_t;
-    divergence.merge(other.divergence);
+    for (int i = 0; i < D::kSums; ++i) divergence[i] = divergence[i] + other.divergence[i];
     z_1 = z_1 + other.z_1;
     a_1 = a_1 + other.a_1;
     count = count + other.count;
   }
 };
 
-// First pass over one vector of classes, those whose exponentials go to scratch from i on. The call comes by value: a
-// copy that no store can alias stays in registers.
+// First pass over one vector, its exponentials going to scratch from i on. The call comes by value: a copy that no store
+// can alias stays in registers.
 template <bool kHard, class V, class D>
 inline void first_pass(const Call<typename V::Scalar> call, V m_s, V m_t, int64_t i, V s, V t, Sums<V, D>& sums) {
   const V a = (s - m_s) * V(call.k_s);
@@ -114,7 +122,7 @@ inline void first_pass(const Call<typename V::Scalar> call, V m_s, V m_t, int64_
   e_t.store(call.e_t + i);
   sums.z_s = sums.z_s + e_s;
   sums.z_t = sums.z_t + e_t;
-  sums.divergence.add(e_s, e_t, a, b);
+  D::add(sums.divergence, e_s, e_t, a, b);
   if constexpr (kHard) {
     const V a_1 = (s - m_s) * V(call.k_1);
     if (!call.shares_exp) {
@@ -129,7 +137,59 @@ inline void first_pass(const Call<typename V::Scalar> call, V m_s, V m_t, int64_
   }
 }
 
-// One row. `gradient` may be null, or `student`'s own memory; label is read only if kHard. Returns the row's loss.
+// What stands between the passes: one row, in double.
+template <class D>
+struct RowSums {
+  double z_s, z_t;
+  double divergence[D::kSums];
+  double z_1 = 0, a_1 = 0, count = 0;
+};
+
+// Its result: the loss, unweighted, and what e_s, e_t and e_1 are multiplied with to become this row's share of the
+// gradient, A (gradient of D) + B (q_1 − label − smoothing).
+struct RowCoefficients {
+  double loss;
+  double to_q, to_p, to_q1;
+  double label, uniform;  // subtracted at the label; at every class that is not masked
+};
+
+template <bool kHard, class D, class Scalar>
+RowCoefficients finish_row(const Call<Scalar>& call, const RowSums<D>& sums, Scalar m_s, Scalar s_label, double weight) {
+  const RowStats row = {sums.z_s, sums.z_t, __builtin_log(sums.z_s), __builtin_log(sums.z_t)};
+  double d = D::value(sums.divergence, row);
+  if (d < 0) d = 0;  // rounding alone; a NaN stays
+  const double soft = weight * call.gradient_scale * call.soft_scale / call.student_temperature;
+  RowCoefficients c = {call.soft_scale * d, soft / sums.z_s, soft / sums.z_t, 0, 0, 0};
+  if (kHard) {
+    const double z_1 = call.shares_exp ? sums.z_s : sums.z_1;
+    const double log_z_1 = __builtin_log(z_1);
+    const double hard = weight * call.gradient_scale * call.hard_weight;
+    double cross_entropy = log_z_1 - kLn2 * ((s_label - m_s) * call.k_1);
+    if (call.smooth) {
+      const double uniform = log_z_1 - kLn2 * sums.a_1 / sums.count;
+      cross_entropy = (1 - call.label_smoothing) * cross_entropy + call.label_smoothing * uniform;
+      c.uniform = hard * call.label_smoothing / sums.count;
+    }
+    c.loss += call.hard_weight * cross_entropy;
+    c.to_q1 = hard / z_1;
+    c.label = hard * (1 - call.label_smoothing);
+  }
+  return c;
+}
+
+// The gradient of the label's own class, in one rounding: the second pass does not know where the label is.
+template <class D, class V, class Scalar>
+Scalar label_gradient(const Call<Scalar>& call, const RowCoefficients& c, Scalar m_s, Scalar m_t, Scalar s_label,
+                      Scalar t_label) {
+  const double e_s = exp2_one<V>((s_label - m_s) * call.k_s), e_t = exp2_one<V>((t_label - m_t) * call.k_t);
+  const double e_1 = call.shares_exp ? e_s : exp2_one<V>((s_label - m_s) * call.k_1);
+  Scalar lanes[V::kLanes];
+  D::gradient(V(Scalar(e_s * c.to_q)), V(Scalar(e_t * c.to_p))).store(lanes);
+  return Scalar(lanes[0] + e_1 * c.to_q1 - c.label - (s_label == kNegInf ? 0 : c.uniform));
+}
+
+// One row, classes in the lanes. `gradient` may be null, or `student`'s own memory; label is read only if kHard.
+// Returns the row's loss.
 template <bool kHard, class D, class In, class V = Arithmetic<In>>
 double loss_row(const Call<typename V::Scalar> call, const In* student, const In* teacher, In* gradient, int64_t label,
                 double weight) {
@@ -137,16 +197,15 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
   constexpr int kPair = 2 * V::kLanes;
   const int64_t vocab_size = call.vocab_size;
 
-  RowStats row;
-  Sums<V, D> sums;
+  RowSums<D> row;
   Scalar m_s, m_t;
-  double z_1 = 0;
   for (bool exact = vocab_size <= kProbe;; exact = true) {
     const int64_t probed = exact ? vocab_size : kProbe;
     m_s = row_max(student, probed);
     m_t = row_max(teacher, probed);
     if (!exact && !(m_s > kNegInf && m_t > kNegInf)) continue;  // the probe saw only masked classes, or a NaN
 
+    // The halves of a pair are two independent chains of additions.
     Sums<V, D> half_0, half_1;
     for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < vocab_size ? begin + kBlock : vocab_size;
@@ -172,49 +231,28 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
       half_0.merge(block_0);
       half_1.merge(block_1);
     }
-    sums = half_0;
-    sums.merge(half_1);
-    row.z_s = reduce_add(sums.z_s);
-    row.z_t = reduce_add(sums.z_t);
-    if (kHard) z_1 = call.shares_exp ? row.z_s : reduce_add(sums.z_1);
-    if (exact || (is_tame(row.z_s) && is_tame(row.z_t) && (!kHard || is_tame(z_1)))) break;
-  }
-  row.log_z_s = __builtin_log(row.z_s);
-  row.log_z_t = __builtin_log(row.z_t);
-
-  double d = sums.divergence.value(row);
-  if (d < 0) d = 0;  // rounding alone; a NaN stays
-  double loss = call.soft_scale * d;
-
-  double label_gradient = 0, smooth_gradient = 0;
-  Scalar s_label = 0, t_label = 0;
-  if (kHard) {
-    s_label = to_float(student[label]);
-    t_label = to_float(teacher[label]);
-    const double log_z_1 = __builtin_log(z_1);
-    const double at_label = kLn2 * ((s_label - m_s) * call.k_1) - log_z_1;
-    double cross_entropy = -at_label;
-    if (call.smooth) {
-      const double count = reduce_add(sums.count);
-      const double uniform = log_z_1 - kLn2 * reduce_add(sums.a_1) / count;
-      cross_entropy = (1 - call.label_smoothing) * cross_entropy + call.label_smoothing * uniform;
-      smooth_gradient = call.label_smoothing / count;
+    half_0.merge(half_1);
+    row.z_s = reduce_add(half_0.z_s);
+    row.z_t = reduce_add(half_0.z_t);
+    for (int i = 0; i < D::kSums; ++i) row.divergence[i] = reduce_add(half_0.divergence[i]);
+    if (kHard) {
+      row.z_1 = reduce_add(half_0.z_1);
+      row.a_1 = reduce_add(half_0.a_1);
+      row.count = reduce_add(half_0.count);
     }
-    loss += call.hard_weight * cross_entropy;
-    label_gradient = 1 - call.label_smoothing;
+    if (exact || (is_tame(row.z_s) && is_tame(row.z_t) && is_tame(row.z_1))) break;
   }
-  if (!gradient) return weight * loss;
+  // Read before the gradient overwrites them.
+  const Scalar s_label = kHard ? to_float(student[label]) : Scalar(0);
+  const Scalar t_label = kHard ? to_float(teacher[label]) : Scalar(0);
+  const RowCoefficients c = finish_row<kHard>(call, row, m_s, s_label, weight);
+  if (!gradient) return weight * c.loss;
 
-  // Second pass: A (gradient of D) + B (q_1 − label − smoothing), with the coefficients folded into q, p and q_1.
-  const double soft = weight * call.gradient_scale * call.soft_scale / call.student_temperature;
-  const double hard = weight * call.gradient_scale * call.hard_weight;
-  const V to_q = V(Scalar(soft / row.z_s)), to_p = V(Scalar(soft / row.z_t));
-  const V to_q1 = V(kHard ? Scalar(hard / z_1) : Scalar(0));
-  const V uniform = V(Scalar(hard * smooth_gradient));
+  const V to_q = V(Scalar(c.to_q)), to_p = V(Scalar(c.to_p)), to_q1 = V(Scalar(c.to_q1)), uniform = V(Scalar(c.uniform));
   const Scalar* e_1 = call.shares_exp ? call.e_s : call.e_1;
   const auto second = [&](int64_t i, V& g_0, V& g_1) {
     const auto one = [&](int64_t j) {
-      V g = sums.divergence.gradient(V::load(call.e_s + j) * to_q, V::load(call.e_t + j) * to_p);
+      V g = D::gradient(V::load(call.e_s + j) * to_q, V::load(call.e_t + j) * to_p);
       if constexpr (kHard) g = g + V::load(e_1 + j) * to_q1;
       return g;
     };
@@ -248,16 +286,125 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
     second(i, g_0, g_1);
     store2_tail(gradient + i, int(vocab_size - i), g_0, g_1);
   }
-  if (kHard) {
-    // The label's own class, once more and in one rounding: the loop above does not know where the label is.
-    const double e_s = exp2_one<V>((s_label - m_s) * call.k_s), e_t = exp2_one<V>((t_label - m_t) * call.k_t);
-    const double e_1 = call.shares_exp ? e_s : exp2_one<V>((s_label - m_s) * call.k_1);
-    Scalar lanes[V::kLanes];
-    sums.divergence.gradient(V(Scalar(e_s * (soft / row.z_s))), V(Scalar(e_t * (soft / row.z_t)))).store(lanes);
-    const double masked_or_not = s_label == kNegInf ? 0 : smooth_gradient;
-    from_float(Scalar(lanes[0] + hard * (e_1 / z_1 - label_gradient - masked_or_not)), gradient + label);
+  if (kHard) from_float(label_gradient<D, V>(call, c, m_s, m_t, s_label, t_label), gradient + label);
+  return weight * c.loss;
+}
+
+// `live` ≤ 2 · kLanes rows side by side: class v of row r is student[v · stride + r]. Rows whose weight is 0 share the
+// arithmetic and nothing else: no lane sees another, and their gradient is written as 0.
+template <bool kHard, class D, class In, class V = Arithmetic<In>>
+void loss_side_by_side(const Call<typename V::Scalar> call, const LossProblem& p, const In* student, int64_t s_stride,
+                       const In* teacher, int64_t t_stride, In* gradient, int64_t g_stride, int64_t first_row, int live) {
+  using Scalar = typename V::Scalar;
+  constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
+  constexpr int64_t kBlockClasses = 64;
+  const int64_t vocab_size = call.vocab_size;
+  const auto load = [live](const In* z, V(&out)[2]) {
+    if (live == kPair) {
+      load2(z, out[0], out[1]);
+    } else {
+      load2_tail(z, live, out[0], out[1]);
+    }
+  };
+
+  V m_s[2] = {V(Scalar(kNegInf)), V(Scalar(kNegInf))}, m_t[2] = {m_s[0], m_s[0]}, s[2], t[2];
+  for (int64_t v = 0; v < vocab_size; ++v) {
+    load(student + v * s_stride, s);
+    load(teacher + v * t_stride, t);
+    for (int h = 0; h < 2; ++h) {
+      m_s[h] = max(m_s[h], s[h]);
+      m_t[h] = max(m_t[h], t[h]);
+    }
   }
-  return weight * loss;
+  Sums<V, D> sums[2];
+  for (int64_t begin = 0; begin < vocab_size; begin += kBlockClasses) {
+    const int64_t end = begin + kBlockClasses < vocab_size ? begin + kBlockClasses : vocab_size;
+    Sums<V, D> block[2];
+    for (int64_t v = begin; v < end; ++v) {
+      load(student + v * s_stride, s);
+      load(teacher + v * t_stride, t);
+      for (int h = 0; h < 2; ++h) {
+        first_pass<kHard>(call, m_s[h], m_t[h], v * kPair + h * kLanes, s[h], t[h], block[h]);
+      }
+    }
+    sums[0].merge(block[0]);
+    sums[1].merge(block[1]);
+  }
+
+  V to_q[2], to_p[2], to_q1[2], uniform[2], in[2];
+  Scalar at_label[kPair];
+  for (int h = 0; h < 2; ++h) {
+    Scalar z_s[kLanes], z_t[kLanes], d[D::kSums][kLanes], z_1[kLanes], a_1[kLanes], count[kLanes], top_s[kLanes],
+        top_t[kLanes];
+    sums[h].z_s.store(z_s);
+    sums[h].z_t.store(z_t);
+    for (int i = 0; i < D::kSums; ++i) sums[h].divergence[i].store(d[i]);
+    sums[h].z_1.store(z_1);
+    sums[h].a_1.store(a_1);
+    sums[h].count.store(count);
+    m_s[h].store(top_s);
+    m_t[h].store(top_t);
+    Scalar q[kLanes] = {}, p_[kLanes] = {}, q1[kLanes] = {}, u[kLanes] = {}, is_in[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int element = element_of_lane<In>(h, l);
+      is_in[l] = kNegInf;
+      if (element >= live) continue;
+      const int64_t r = first_row + element;
+      const double weight = p.weights ? p.weights[r] : 1.0;
+      p.row_losses[r] = 0;
+      if (weight == 0) continue;
+      is_in[l] = 0;
+      RowSums<D> row;
+      row.z_s = z_s[l];
+      row.z_t = z_t[l];
+      for (int i = 0; i < D::kSums; ++i) row.divergence[i] = d[i][l];
+      row.z_1 = z_1[l];
+      row.a_1 = a_1[l];
+      row.count = count[l];
+      const Scalar s_label = kHard ? to_float(student[p.labels[r] * s_stride + element]) : Scalar(0);
+      const Scalar t_label = kHard ? to_float(teacher[p.labels[r] * t_stride + element]) : Scalar(0);
+      const RowCoefficients c = finish_row<kHard>(call, row, top_s[l], s_label, weight);
+      p.row_losses[r] = weight * c.loss;
+      q[l] = Scalar(c.to_q);
+      p_[l] = Scalar(c.to_p);
+      q1[l] = Scalar(c.to_q1);
+      u[l] = Scalar(c.uniform);
+      if (kHard) at_label[element] = label_gradient<D, V>(call, c, top_s[l], top_t[l], s_label, t_label);
+    }
+    to_q[h] = V::load(q);
+    to_p[h] = V::load(p_);
+    to_q1[h] = V::load(q1);
+    uniform[h] = V::load(u);
+    in[h] = V::load(is_in);
+  }
+  if (!gradient) return;
+
+  const Scalar* e_1 = call.shares_exp ? call.e_s : call.e_1;
+  for (int64_t v = 0; v < vocab_size; ++v) {
+    if (kHard && call.smooth) load(student + v * s_stride, s);
+    V g[2];
+    for (int h = 0; h < 2; ++h) {
+      const int64_t j = v * kPair + h * kLanes;
+      g[h] = D::gradient(V::load(call.e_s + j) * to_q[h], V::load(call.e_t + j) * to_p[h]);
+      if constexpr (kHard) {
+        g[h] = g[h] + V::load(e_1 + j) * to_q1[h];
+        if (call.smooth) g[h] = g[h] - where_not_masked(s[h], uniform[h]);
+      }
+      g[h] = where_not_masked(in[h], g[h]);
+    }
+    if (live == kPair) {
+      store2(gradient + v * g_stride, g[0], g[1]);
+    } else {
+      store2_tail(gradient + v * g_stride, live, g[0], g[1]);
+    }
+  }
+  if (kHard) {
+    for (int element = 0; element < live; ++element) {
+      const int64_t r = first_row + element;
+      if (p.weights && p.weights[r] == 0) continue;
+      from_float(at_label[element], gradient + p.labels[r] * g_stride + element);
+    }
+  }
 }
 
 // Where row n of an operand starts: the indices of n, counted up row by row.
@@ -330,13 +477,34 @@ void clear_classes(const Operand& operand, int64_t offset, int64_t from, int64_t
   });
 }
 
-// Rows [begin, end). kPacked: the operands' classes are not neighbours in memory, or their types differ; each row is
-// gathered into scratch, widened on the way, and its gradient scattered back.
-template <class In, bool kPacked>
+enum class Layout {
+  kContiguous,  // classes are neighbours
+  kSideBySide,  // rows are neighbours
+  kGathered,    // neither, or types that differ
+};
+
+Layout layout_of(const LossProblem& p) {
+  const bool same_type = p.student.dtype == p.teacher.dtype;
+  const auto all = [&](auto&& holds) {
+    return holds(p.student) && holds(p.teacher) && (!p.gradient.data || holds(p.gradient));
+  };
+  if (same_type && all([](const Operand& o) { return o.class_stride == 1; })) return Layout::kContiguous;
+  const int last = p.num_row_dims - 1;
+  if (same_type && p.vocab_size <= kSideBySideMaxClasses && last >= 0 && p.row_sizes[last] >= 8 &&
+      all([last](const Operand& o) { return o.row_strides[last] == 1; })) {
+    return Layout::kSideBySide;
+  }
+  return Layout::kGathered;
+}
+
+// Rows [begin, end) of one storage type and layout.
+template <class In, Layout kLayout>
 void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
   using V = Arithmetic<In>;
   using Scalar = typename V::Scalar;
-  const int64_t n = p.vocab_size, row_size = padded(n);
+  constexpr int kPair = 2 * V::kLanes;
+  const int64_t n = p.vocab_size;
+  const int64_t row_size = padded(n) * (kLayout == Layout::kSideBySide ? kPair : 1);
   Scalar* rows = static_cast<Scalar*>(scratch);
 
   Call<Scalar> call;
@@ -346,7 +514,8 @@ void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) 
   call.shares_exp = p.student_temperature == 1.0;
   call.smooth = p.label_smoothing > 0;
   // Fresh memory larger than a cache; in place the line is in the cache already.
-  call.stream = !kPacked && p.gradient.data != p.student.data && p.num_rows * n * int64_t(sizeof(In)) >= (1 << 22);
+  call.stream = kLayout == Layout::kContiguous && p.gradient.data != p.student.data &&
+                p.num_rows * n * int64_t(sizeof(In)) >= (1 << 22);
   call.vocab_size = n;
   call.soft_scale = p.soft_scale;
   call.hard_weight = p.hard_weight;
@@ -356,70 +525,94 @@ void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) 
   call.e_s = rows;
   call.e_t = rows + row_size;
   call.e_1 = rows + 2 * row_size;
-  In *packed_s = nullptr, *packed_t = nullptr, *packed_g = nullptr;
-  if constexpr (kPacked) {  // In is Scalar here
-    packed_s = rows + 3 * row_size;
-    packed_t = rows + 4 * row_size;
-    packed_g = rows + 5 * row_size;
-  }
   // Without a soft part the teacher is not looked at; the student in its place gives D = 0 and no gradient.
   const Operand& teacher = p.soft_scale > 0 ? p.teacher : p.student;
+  const bool hard = p.hard_weight > 0;
 
   RowIndex index(p, begin);
-  for (int64_t r = begin; r < end; ++r, index.next()) {
-    const double weight = p.weights ? p.weights[r] : 1.0;
+  for (int64_t r = begin; r < end;) {
+    const int64_t s_offset = index.offset(p.student), t_offset = index.offset(teacher);
     const int64_t g_offset = p.gradient.data ? index.offset(p.gradient) : 0;
-    if (weight == 0) {
-      p.row_losses[r] = 0;
-      if (p.gradient.data) clear_classes(p.gradient, g_offset, 0, p.gradient_size);
+    const In* s = static_cast<const In*>(p.student.data) + s_offset;  // meaningless if gathered
+    const In* t = static_cast<const In*>(teacher.data) + t_offset;
+    In* g = p.gradient.data ? static_cast<In*>(p.gradient.data) + g_offset : nullptr;
+
+    if constexpr (kLayout == Layout::kSideBySide) {
+      const int last = p.num_row_dims - 1;
+      int64_t live = p.row_sizes[last] - index.index[last];
+      live = live < end - r ? live : end - r;
+      live = live < kPair ? live : kPair;
+      bool any = !p.weights;
+      for (int64_t i = 0; i < live && !any; ++i) any = p.weights[r + i] != 0;
+      if (any) {
+        with_divergence<V>(p.divergence, [&](auto divergence) {
+          using D = decltype(divergence);
+          const auto run = hard ? loss_side_by_side<true, D, In> : loss_side_by_side<false, D, In>;
+          run(call, p, s, p.student.class_stride, t, teacher.class_stride, g, p.gradient.class_stride, r, int(live));
+        });
+      }
+      for (int64_t i = 0; i < live; ++i, ++r, index.next()) {
+        if (!any) p.row_losses[r] = 0;
+        if (g) clear_classes(p.gradient, g_offset + i, any ? n : 0, p.gradient_size);
+      }
       continue;
     }
-    const int64_t s_offset = index.offset(p.student), t_offset = index.offset(teacher);
-    const In *s, *t;
-    In* g = nullptr;
-    if constexpr (kPacked) {
-      gather_row(p.student, s_offset, n, packed_s);
-      gather_row(teacher, t_offset, n, packed_t);
-      s = packed_s;
-      t = packed_t;
-      if (p.gradient.data) g = packed_g;
+
+    const double weight = p.weights ? p.weights[r] : 1.0;
+    if (weight == 0) {
+      p.row_losses[r] = 0;
+      if (g) clear_classes(p.gradient, g_offset, 0, p.gradient_size);
     } else {
-      s = static_cast<const In*>(p.student.data) + s_offset;
-      t = static_cast<const In*>(teacher.data) + t_offset;
-      if (p.gradient.data) g = static_cast<In*>(p.gradient.data) + g_offset;
+      if constexpr (kLayout == Layout::kGathered) {  // In is Scalar here
+        gather_row(p.student, s_offset, n, rows + 3 * row_size);
+        gather_row(teacher, t_offset, n, rows + 4 * row_size);
+        s = rows + 3 * row_size;
+        t = rows + 4 * row_size;
+        if (g) g = rows + 5 * row_size;
+      }
+      with_divergence<V>(p.divergence, [&](auto divergence) {
+        using D = decltype(divergence);
+        const auto run = hard ? loss_row<true, D, In> : loss_row<false, D, In>;
+        p.row_losses[r] = run(call, s, t, g, hard ? p.labels[r] : 0, weight);
+      });
+      if (g) {
+        if constexpr (kLayout == Layout::kGathered) scatter_row(p.gradient, g_offset, n, rows + 5 * row_size);
+        if (p.gradient_size > n) clear_classes(p.gradient, g_offset, n, p.gradient_size);
+      }
     }
-    with_divergence<V>(p.divergence, [&](auto divergence) {
-      using D = decltype(divergence);
-      p.row_losses[r] = p.hard_weight > 0 ? loss_row<true, D>(call, s, t, g, p.labels[r], weight)
-                                          : loss_row<false, D>(call, s, t, g, 0, weight);
-    });
-    if (p.gradient.data) {
-      if constexpr (kPacked) scatter_row(p.gradient, g_offset, n, packed_g);
-      if (p.gradient_size > n) clear_classes(p.gradient, g_offset, n, p.gradient_size);
-    }
+    ++r;
+    index.next();
   }
   if (call.stream) stream_fence();
+}
+
+template <Layout kLayout>
+void loss_rows_of_type(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
+  switch (p.student.dtype) {
+    case DType::kFloat32:
+      return loss_rows<float, kLayout>(p, begin, end, scratch);
+    case DType::kBFloat16:
+      return loss_rows<BFloat16, kLayout>(p, begin, end, scratch);
+    case DType::kFloat16:
+      return loss_rows<Float16, kLayout>(p, begin, end, scratch);
+    case DType::kFloat64:
+      return loss_rows<double, kLayout>(p, begin, end, scratch);
+  }
 }
 
 }  // namespace
 
 void REPTILE_EXT_LOSS_ROWS(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
-  const bool double_arithmetic = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
-  const bool direct = p.student.dtype == p.teacher.dtype && p.student.class_stride == 1 && p.teacher.class_stride == 1 &&
-                      (!p.gradient.data || p.gradient.class_stride == 1);
-  if (!direct) {
-    return double_arithmetic ? loss_rows<double, true>(p, begin, end, scratch)
-                             : loss_rows<float, true>(p, begin, end, scratch);
-  }
-  switch (p.student.dtype) {
-    case DType::kFloat32:
-      return loss_rows<float, false>(p, begin, end, scratch);
-    case DType::kBFloat16:
-      return loss_rows<BFloat16, false>(p, begin, end, scratch);
-    case DType::kFloat16:
-      return loss_rows<Float16, false>(p, begin, end, scratch);
-    case DType::kFloat64:
-      return loss_rows<double, false>(p, begin, end, scratch);
+  switch (layout_of(p)) {
+    case Layout::kContiguous:
+      return loss_rows_of_type<Layout::kContiguous>(p, begin, end, scratch);
+    case Layout::kSideBySide:
+      return loss_rows_of_type<Layout::kSideBySide>(p, begin, end, scratch);
+    case Layout::kGathered:
+      // In the arithmetic type, whatever the storage types are.
+      return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64
+                 ? loss_rows<double, Layout::kGathered>(p, begin, end, scratch)
+                 : loss_rows<float, Layout::kGathered>(p, begin, end, scratch);
   }
 }
 

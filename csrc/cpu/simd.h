@@ -474,6 +474,26 @@ struct ArithmeticOf<double> {
 template <class T>
 using Arithmetic = typename ArithmeticOf<T>::Type;
 
+template <class T>
+struct IsBFloat16 {
+  static constexpr bool value = false;
+};
+template <>
+struct IsBFloat16<BFloat16> {
+  static constexpr bool value = true;
+};
+
+// Which element of a pair is in lane l of its half h. Only a driver with something to say to single lanes asks.
+template <class T>
+constexpr int element_of_lane(int h, int l) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  constexpr bool kInterleaved = IsBFloat16<T>::value;
+#else
+  constexpr bool kInterleaved = false;
+#endif
+  return kInterleaved ? 2 * l + h : h * Arithmetic<T>::kLanes + l;
+}
+
 // The last n < 2 · kLanes elements of a row. Dead lanes hold −inf, which is what a masked class holds, so the code
 // that follows needs no second version of itself.
 #if defined(__AVX512F__)

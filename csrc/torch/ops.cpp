@@ -278,7 +278,8 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   p.row_losses = row_losses.data();
   const size_t scratch = scratch_bytes(p);
   constexpr int64_t kPairsPerTask = 1 << 15;  // below this, waking a thread costs more than it does
-  const int64_t chunk = std::max<int64_t>(1, kPairsPerTask / p.vocab_size);
+  int64_t chunk = std::max<int64_t>(1, kPairsPerTask / p.vocab_size);
+  if (chunk > 64) chunk = chunk / 64 * 64;  // whole pairs of vectors of rows that lie side by side
   parallel_rows(p.num_rows, chunk, [&](int64_t begin, int64_t end) {
     set->loss_rows(p, begin, end, thread_scratch(scratch));
   });

@@ -1,0 +1,268 @@
+"""The command line: reptile distill | evaluate | benchmark | doctor.
+
+`doctor` has to work where nothing else does, so that this module imports only the standard library; each command
+imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: reptile <command> [options]
+
+  distill [recipe]   train a teacher, distil it into a student, compare with the student alone (default: code-lm)
+  evaluate <folder>  held-out metrics of the distilled student of a run folder
+  benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
+  doctor             say what is installed, whether the kernels load, and what to do if not
+
+reptile <command> --help says more.
+"""
+
+
+class CommandError(Exception):
+    """Something the user can put right; the message says what."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code: 0 fine, 1 it failed, 2 the command line or a file of settings is wrong."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "distill": distill,
+        "evaluate": evaluate,
+        "benchmark": benchmark,
+        "doctor": doctor,
+    }
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command not in commands:
+        print(f"reptile: unknown command {command!r}; known: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        return commands[command](rest)
+    except CommandError as error:
+        print(f"reptile {command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"reptile {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def distill(argv: list[str]) -> int:
+    """Train a teacher, distil it into a student, and compare with the same student trained without a teacher."""
+    recipes = _recipes()
+    # The recipe decides which flags there are, so it is looked for first: the first word, or a key of the file.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", type=Path)
+    known, rest = early.parse_known_args(argv)
+    given = bool(argv) and not argv[0].startswith("-")
+    path = known.config if known.resume is None else known.resume / "config.toml"
+    values = {} if path is None else _read_toml(path)
+    name = values.pop("recipe", "code-lm")
+    if given:
+        name, argv = argv[0], argv[1:]
+    if name not in recipes.RECIPES:
+        raise CommandError(f"recipe must be one of {', '.join(recipes.RECIPES)}; got {name!r}")
+    if known.resume is not None and (known.config is not None or given or set(rest) - {"--quiet"}):
+        raise CommandError("--resume takes recipe and settings from the folder: only --quiet goes with it")
+
+    parser = argparse.ArgumentParser(
+        prog=f"reptile distill {name}",
+        description=distill.__doc__,
+        epilog=f"Recipes: {', '.join(recipes.RECIPES)}; `reptile distill RECIPE --help` shows the settings of one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder (default: runs/RECIPE-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run that was stopped in this folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    settings, options = _settings(recipes.RECIPES[name].settings, values, parser, argv, path)
+
+    if options.resume is not None:
+        folder = options.resume
+    else:
+        folder = options.out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        if folder.exists() and any(folder.iterdir()):
+            raise CommandError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump()})
+    print(f"recipe {name}, run folder {folder}", flush=True)
+    bars = not options.quiet and sys.stderr.isatty()
+    report = recipes.run(recipes.RECIPES[name], settings, folder, progress_bar=bars)
+    print(f"\n{report['minutes']:.1f} minutes. In {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}")
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Print the metrics of a run folder's distilled student on the held-out data, as JSON."""
+    parser = argparse.ArgumentParser(prog="reptile evaluate", description=evaluate.__doc__)
+    parser.add_argument("folder", type=Path, help="run folder of `reptile distill`")
+    folder = parser.parse_args(argv).folder
+    recipes = _recipes()
+    values = _read_toml(folder / "config.toml")
+    if not (folder / "student.safetensors").exists():
+        raise CommandError(f"{folder} has no student yet: finish the run with `reptile distill --resume {folder}`")
+    recipe = recipes.RECIPES[values.pop("recipe")]
+    print(json.dumps(recipes.evaluate(recipe, recipe.settings(**values), folder)))
+    return 0
+
+
+def benchmark(argv: list[str]) -> int:
+    """Time the fused loss against eager PyTorch and torch.compile on this machine."""
+    parser = argparse.ArgumentParser(prog="reptile benchmark", description=benchmark.__doc__, allow_abbrev=False)
+    parser.add_argument("--shapes", default="default", help="named set of shapes (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    parser.add_argument("--repeats", type=int, default=7, help="measurements of each case (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="default: what torch uses")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the chart and the numbers go")
+    parser.add_argument("--vocab", type=int, nargs="+", help="only these vocabulary sizes")
+    parser.add_argument("--pairs", type=float, help="student-teacher logit pairs in a case, rows × vocabulary")
+    o = parser.parse_args(argv)
+    from . import benchmark as benchmark_module
+
+    return benchmark_module.run(
+        shapes=o.shapes,
+        dtypes=tuple(o.dtypes),
+        repeats=o.repeats,
+        threads=o.threads,
+        out=o.out,
+        vocab=tuple(o.vocab) if o.vocab else None,
+        pairs=o.pairs,
+    )
+
+
+def doctor(argv: list[str]) -> int:
+    """Say what is installed and whether the kernels load. Exit code 0 if they do, 1 if not."""
+    argparse.ArgumentParser(prog="reptile doctor", description=doctor.__doc__).parse_args(argv)
+    problems: list[str] = []
+
+    def show(what: str, value: object) -> None:
+        print(f"{what:<22}{value}")
+
+    show("python", f"{platform.python_version()} ({platform.python_implementation()}, {sys.executable})")
+    show("machine", f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores")
+    for package in ("reptile_ext", "torch", "numpy"):
+        show(package, _version(package) or "not installed")
+    try:
+        import torch
+    except Exception as error:  # whatever stops it: this command reports
+        show("torch loads", f"no: {error}")
+        problems.append("torch does not load: pip install 'torch>=2.10'")
+        torch = None  # type: ignore[assignment]
+    if torch is not None:
+        show("threads", f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)")
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        show("CUDA", ", ".join(names) if names else f"none (torch built for CUDA: {torch.version.cuda or 'no'})")
+        try:
+            import reptile_ext
+        except Exception as error:
+            show("kernels load", "no")
+            problems.append(str(error))
+        else:
+            show("kernels load", f"yes, from {Path(reptile_ext.__file__).parent}")
+            problems += _examine_kernels(torch, reptile_ext, show)
+    for extra, packages in _EXTRAS.items():
+        missing = [package for package in packages if _version(package) is None]
+        state = "installed" if not missing else f"not installed ({', '.join(missing)}): pip install 'reptile_ext[{extra}]'"
+        show(f"extra {extra}", state)
+    for problem in problems:
+        print(f"\nWrong: {problem}")
+    print("\nAll is well." if not problems else "")
+    return 1 if problems else 0
+
+
+# Distributions whose absence means that the extra is not installed.
+_EXTRAS = {
+    "train": ("accelerate", "torchmetrics", "safetensors", "tqdm", "pydantic-settings", "tokenizers", "scikit-learn", "matplotlib")
+}
+
+
+def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object], None]) -> list[str]:
+    """Show what the compiled parts say of themselves, and compute one loss; return what is wrong."""
+    problems = []
+    try:
+        from reptile_ext import _C
+
+        for title, of in (("built", _C.build_info()), ("this processor", _C.cpu_info())):
+            for key, value in of.items():
+                show(f"{title}: {key}", ", ".join(value) if isinstance(value, (list, tuple)) else value)
+    except Exception as error:
+        problems.append(f"reptile_ext._C does not load ({error}): reinstall with `pip install --force-reinstall --no-deps .`")
+    chosen = os.environ.get("REPTILE_EXT_CPU")
+    try:
+        used = torch.ops.reptile_ext.cpu_capability("")
+        show("instruction set", used + (f" (REPTILE_EXT_CPU={chosen})" if chosen else ""))
+        student = torch.linspace(-2, 2, 48).reshape(3, 16).requires_grad_()
+        teacher = student.detach().flip(-1).contiguous()
+        loss = reptile_ext.distillation_loss(student, teacher)
+        loss.backward()
+        wanted = reptile_ext.reference.distillation_loss(student.detach(), teacher)
+        if not torch.allclose(loss.detach(), wanted, rtol=1e-5):
+            problems.append(f"the kernel computes {loss.item()} where plain PyTorch gets {wanted.item()}: please report it")
+    except Exception as error:
+        hint = f" (REPTILE_EXT_CPU={chosen} is set: try without)" if chosen else ""
+        problems.append(f"the kernels do not run: {error}{hint}")
+    return problems
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _recipes() -> Any:
+    """The module of the recipes, or a sentence on the extra that it needs."""
+    from .training import recipes
+
+    return recipes
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CommandError(f"there is no {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise CommandError(f"{path}: {error}") from error
+
+
+def _write_toml(path: Path, values: dict[str, Any]) -> None:
+    """Numbers, strings and booleans are written alike in TOML and JSON."""
+    from .training.checkpoint import write_atomically
+
+    text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _settings(
+    kind: Any, values: dict[str, Any], parser: argparse.ArgumentParser, argv: list[str], path: Path | None
+) -> tuple[Any, argparse.Namespace]:
+    """Settings from the file's values and the flags, which win; and the other options. Unknown keys are errors."""
+    from pydantic import ValidationError
+    from pydantic_settings import CliSettingsSource
+
+    source = CliSettingsSource(kind, root_parser=parser)
+    options = parser.parse_args(argv)
+    try:
+        return kind(_cli_settings_source=source(parsed_args=options), **values), options
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        where = f"{path} and flags" if path else "flags"
+        raise CommandError(f"settings ({where}): " + "; ".join(wrong)) from error

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the kernel tests on that build, in
+# the current Python environment (torch, pytest and hypothesis installed).
+#     tests/sanitizers.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+pip install --quiet --no-deps --target "$site" --config-settings=cmake.define.REPTILE_EXT_SANITIZE=address,undefined \
+  --config-settings=build-dir="$site/build" .
+
+compiler=${CXX:-g++}
+# Python itself is not instrumented, so the run-time comes first by LD_PRELOAD; what Python leaks is not our affair.
+# libstdc++ beside it: the sanitizer wraps its exception functions and has to find them.
+LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$site" \
+  python -m pytest -p no:cacheprovider tests/test_loss.py tests/test_promises.py tests/test_concurrency.py "$@"
