@@ -35,10 +35,9 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> int:
 
 
 def _number(name: str, value: Any, wanted: str, ok: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        # Accept what behaves as a real scalar (NumPy scalars); tensors would mean a host sync on CUDA.
-        if isinstance(value, Tensor) or not hasattr(value, "__float__") or isinstance(value, bool):
-            raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}")
+    # Anything that behaves as a real scalar (NumPy's too), but no tensor: reading one would be a host sync on CUDA.
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}")
     number = float(value)
     if not ok(number):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
@@ -54,7 +53,7 @@ def _is_non_negative(v: float) -> bool:
 
 
 class Options(NamedTuple):
-    """The keywords of a loss, checked and resolved."""
+    """The keywords of a loss, checked and resolved. `kind` to `reduction` are in the order of the operators' schema."""
 
     divergence: str
     kind: int  # position of `divergence` in DIVERGENCES
@@ -69,6 +68,10 @@ class Options(NamedTuple):
     truncate: bool
     dim: int
     inplace: bool
+
+    def operator_arguments(self, scale: float, dim: int) -> tuple[Any, ...]:
+        """The numbers of the operators' schema, from `divergence` to `dim`."""
+        return (*self[1:10], scale, dim)
 
 
 def _make_options(
@@ -88,7 +91,7 @@ def _make_options(
     kind = _one_of("divergence", divergence, DIVERGENCES)
     if beta is not None:
         raise ValueError(f"beta has no meaning for divergence={divergence!r}; got beta={beta!r}, wanted None")
-    if isinstance(temperature, tuple):
+    if isinstance(temperature, (tuple, list)):
         if len(temperature) != 2:
             raise ValueError(
                 f"temperature must be one number or a pair (student, teacher); got {len(temperature)} numbers"
@@ -102,9 +105,7 @@ def _make_options(
     _one_of("temperature_scaling", temperature_scaling, TEMPERATURE_SCALINGS)
     soft = _number("soft_weight", soft_weight, "a finite number >= 0", _is_non_negative)
     hard = _number("hard_weight", hard_weight, "a finite number >= 0", _is_non_negative)
-    smoothing = _number(
-        "label_smoothing", label_smoothing, "a number between 0 and 1", lambda v: 0.0 <= v <= 1.0
-    )
+    smoothing = _number("label_smoothing", label_smoothing, "a number between 0 and 1", lambda v: 0.0 <= v <= 1.0)
     for name, value in (("ignore_index", ignore_index), ("dim", dim)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
@@ -127,61 +128,21 @@ def _make_options(
     )
 
 
-_memoised_options = functools.lru_cache(maxsize=1024)(_make_options)
+_memoised_options = functools.lru_cache(maxsize=1024, typed=True)(_make_options)
 
 
-def make_options(
-    divergence: str,
-    beta: float | None,
-    temperature: float | tuple[float, float],
-    temperature_scaling: str,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    vocab: str,
-    dim: int,
-    inplace: bool,
-) -> Options:
-    """Check the keywords of a loss and resolve them; the result is remembered."""
-    if isinstance(temperature, list):
-        temperature = tuple(temperature)
-    # torch.compile traces through the plain function: a cache is a side effect it would have to guard.
-    make = _make_options if torch.compiler.is_compiling() else _memoised_options
+def make_options(*keywords: Any) -> Options:
+    """Check the keywords of a loss, in the order of `_make_options`, and resolve them; the result is remembered."""
+    if torch.compiler.is_compiling():  # a cache is a side effect the compiler would have to guard
+        return _make_options(*keywords)
+    if isinstance(keywords[2], list):
+        keywords = (*keywords[:2], tuple(keywords[2]), *keywords[3:])
     try:
-        return make(
-            divergence,
-            beta,
-            temperature,
-            temperature_scaling,
-            soft_weight,
-            hard_weight,
-            label_smoothing,
-            ignore_index,
-            reduction,
-            vocab,
-            dim,
-            inplace,
-        )
+        return _memoised_options(*keywords)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        # An unhashable value is a wrong value; let the checks name it.
-        return _make_options(
-            divergence,
-            beta,
-            temperature,
-            temperature_scaling,
-            soft_weight,
-            hard_weight,
-            label_smoothing,
-            ignore_index,
-            reduction,
-            vocab,
-            dim,
-            inplace,
-        )
+        return _make_options(*keywords)  # an unhashable value is a wrong value: let the checks name it
 
 
 def _shape(shape: Any) -> str:
@@ -207,13 +168,9 @@ def check_tensors(
     if not isinstance(teacher_logits, Tensor):
         raise TypeError(f"teacher_logits must be a torch.Tensor; got {type(teacher_logits).__name__}")
     if student_logits.dtype not in FLOATING:
-        raise TypeError(
-            f"student_logits must be float32, bfloat16, float16 or float64; got {student_logits.dtype}"
-        )
+        raise TypeError(f"student_logits must be float32, bfloat16, float16 or float64; got {student_logits.dtype}")
     if teacher_logits.dtype not in FLOATING:
-        raise TypeError(
-            f"teacher_logits must be float32, bfloat16, float16 or float64; got {teacher_logits.dtype}"
-        )
+        raise TypeError(f"teacher_logits must be float32, bfloat16, float16 or float64; got {teacher_logits.dtype}")
     s_shape = student_logits.shape
     t_shape = teacher_logits.shape
     ndim = len(s_shape)

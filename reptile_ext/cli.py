@@ -146,11 +146,11 @@ def doctor(argv: list[str]) -> int:
     problems: list[str] = []
 
     def show(what: str, value: object) -> None:
-        print(f"{what:<22}{value}")
+        print(f"{what:<34}{value}")
 
     show("python", f"{platform.python_version()} ({platform.python_implementation()}, {sys.executable})")
     show("machine", f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores")
-    for package in ("reptile_ext", "torch", "numpy"):
+    for package in ("torch", "numpy"):
         show(package, _version(package) or "not installed")
     try:
         import torch
@@ -168,6 +168,7 @@ def doctor(argv: list[str]) -> int:
             show("kernels load", "no")
             problems.append(str(error))
         else:
+            show("reptile_ext", reptile_ext.__version__)
             show("kernels load", f"yes, from {Path(reptile_ext.__file__).parent}")
             problems += _examine_kernels(torch, reptile_ext, show)
     for extra, packages in _EXTRAS.items():
@@ -199,8 +200,9 @@ def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object],
         problems.append(f"reptile_ext._C does not load ({error}): reinstall with `pip install --force-reinstall --no-deps .`")
     chosen = os.environ.get("REPTILE_EXT_CPU")
     try:
-        used = torch.ops.reptile_ext.cpu_capability("")
-        show("instruction set", used + (f" (REPTILE_EXT_CPU={chosen})" if chosen else ""))
+        from reptile_ext import ops
+
+        show("instruction set", ops.instruction_set() + (f" (REPTILE_EXT_CPU={chosen})" if chosen else ""))
         student = torch.linspace(-2, 2, 48).reshape(3, 16).requires_grad_()
         teacher = student.detach().flip(-1).contiguous()
         loss = reptile_ext.distillation_loss(student, teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -29,7 +30,7 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -45,19 +46,25 @@ class _FusedLoss(torch.autograd.Function):
         ctx.dim = dim
         ctx.set_materialize_grads(False)
         if options.inplace:
-            loss = ops.distillation_loss_(student, teacher, labels, weight, denominator, *_numbers(options, scale, dim))
+            loss = ops.distillation_loss_(
+                student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim)
+            )
             ctx.gradient = student.detach()
             torch.autograd.graph.increment_version(student)
             return loss
-        loss, ctx.gradient = ops.distillation_loss(
-            student, teacher, labels, weight, denominator, *_numbers(options, scale, dim), ctx.needs_input_grad[0]
+        # With a teacher that learns too, both gradients come from the reference, in the backward pass.
+        needs_student, needs_teacher = ctx.needs_input_grad[:2]
+        by_kernel = needs_student and not needs_teacher
+        loss, gradient = ops.distillation_loss(
+            student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim), by_kernel
         )
+        ctx.gradient = gradient if by_kernel else None
         # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
         ctx.save_for_backward(student, teacher, labels, weight, denominator)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 8
         options: Options = ctx.options
@@ -70,30 +77,24 @@ class _FusedLoss(torch.autograd.Function):
                 )
             return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        if gradient is not None and not needs_teacher and not torch.is_grad_enabled():
+        differentiable = torch.is_grad_enabled()
+        if gradient is not None and not differentiable:
             return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
-        student, teacher, *rows = ctx.saved_tensors
-        grads = ops.reference_gradients(
-            (student, teacher), tuple(rows), options, ctx.scale, grad_output, (needs_student, needs_teacher)
-        )
-        return (*grads, *[None] * 6)
-
-
-def _numbers(options: Options, scale: float, dim: int) -> tuple[Any, ...]:
-    """The numbers of the operators' schema, in its order."""
-    return (
-        options.kind,
-        options.beta,
-        options.student_temperature,
-        options.teacher_temperature,
-        options.soft_scale,
-        options.hard_weight,
-        options.label_smoothing,
-        options.ignore_index,
-        options.reduction,
-        scale,
-        dim,
-    )
+        student, teacher, labels, weight, denominator = ctx.saved_tensors
+        if needs_teacher or differentiable:
+            grads = ops.reference_gradients(
+                (student, teacher),
+                (labels, weight, denominator),
+                options,
+                ctx.scale,
+                grad_output,
+                (needs_student, needs_teacher),
+            )
+            return (*grads, *[None] * 6)
+        # A second backward.
+        numbers = options.operator_arguments(ctx.scale, ctx.dim)
+        _, gradient = ops.distillation_loss(student, teacher, labels, weight, denominator, *numbers, True)
+        return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
@@ -196,7 +197,7 @@ def distillation_loss(
         _warn_once(student_logits.device.type)
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
     if options.inplace:
-        _check_inplace(student_logits)
+        _check_inplace(student_logits, teacher_logits)
 
     scale = 1.0
     if denominator is not None:
@@ -211,17 +212,47 @@ def distillation_loss(
     if weight is not None:
         weight = weight.detach().to(torch.float64).contiguous()
 
-    if student_logits.dtype == torch.float16 and options.reduction != _NONE:
-        # A float16 gradient that is already divided by the number of rows underflows before a loss scaler can help.
-        # So it is kept per row, of order 1, and gets its factor in the backward pass, as in a plain PyTorch program.
-        losses = _apply(student_logits, teacher_logits, labels, weight, None, 1.0, options._replace(reduction=_NONE), dim)
-        total = losses.sum()
-        if denominator is not None:
-            return total / denominator.to(total.dtype)
-        if options.reduction == _MEAN:
-            return total / _weight_in(losses, labels, weight, options.ignore_index).to(total.dtype)
-        return total * scale
+    if student_logits.dtype == torch.float16:
+        return _float16_loss(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
     return _apply(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
+
+
+def _float16_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: Tensor | None,
+    scale: float,
+    options: Options,
+    dim: int,
+) -> Tensor:
+    """The loss of float16 logits: a gradient that is finished in the forward pass, divided by the number of rows and
+    not yet multiplied by the loss scaler, would underflow. So the operator gives the loss of each row times 2^k, its
+    gradient fills the range of the type, and everything else happens in float32 between here and the backward pass."""
+    largest = max(options.soft_scale / options.student_temperature + options.hard_weight, 2.0**-20)
+    power = 2.0 ** math.floor(math.log2(16384.0 / largest))
+    is_in = None if weight is None else (weight != 0).to(torch.float64)
+    rows = _apply(student, teacher, labels, is_in, None, power, options._replace(reduction=_NONE), dim) / power
+    if weight is not None:
+        rows = rows * weight.to(rows.dtype)
+    if options.reduction == _NONE:
+        return rows
+    total = _sum_in_order(rows) * scale
+    if denominator is not None:
+        total = total / denominator
+    elif options.reduction == _MEAN:
+        w = torch.ones_like(rows, dtype=torch.float64) if weight is None else weight
+        if labels is not None:
+            w = torch.where(labels == options.ignore_index, 0.0, w)
+        divisor = _sum_in_order(w.detach())
+        total = total / torch.where(divisor == 0, 1.0, divisor)
+    return total.to(rows.dtype)
+
+
+def _sum_in_order(x: Tensor) -> Tensor:
+    """Σ x in float64, in an order that does not depend on the number of threads, as that of torch.sum does."""
+    return x.flatten().to(torch.float64).cumsum(0)[-1] if x.numel() else x.sum(dtype=torch.float64)
 
 
 def _apply(
@@ -240,29 +271,26 @@ def _apply(
     needs_student = grad_enabled and student.requires_grad
     needs_grad = needs_student or (grad_enabled and teacher.requires_grad)
     try:
-        if torch.compiler.is_compiling():
-            # In place, a traced program gains nothing: the compiler plans the memory.
-            numbers = _numbers(options, scale, dim)
-            return torch.ops.reptile_ext.distillation_loss(student, teacher, *rows, *numbers, needs_student)[0]
-        if needs_grad:
-            return _FusedLoss.apply(student, teacher, *rows, scale, options, dim)
-        return ops.distillation_loss(student, teacher, *rows, *_numbers(options, scale, dim), False)[0]
+        if needs_grad and not torch.compiler.is_compiling():
+            fused: Tensor = _FusedLoss.apply(student, teacher, *rows, scale, options, dim)  # type: ignore[no-untyped-call]
+            return fused
+        # A traced program gains nothing by working in place: the compiler plans the memory.
+        numbers = options.operator_arguments(scale, dim)
+        return ops.distillation_loss(student, teacher, *rows, *numbers, needs_student)[0]
     except RuntimeError as error:
         _raise_value_error(error)
         raise
 
 
-def _weight_in(losses: Tensor, labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Σ w over the rows that are in, or 1 if there are none."""
-    w = torch.ones_like(losses, dtype=torch.float64) if weight is None else weight
-    if labels is not None:
-        w = torch.where(labels == ignore_index, 0.0, w)
-    total = w.sum()
-    return torch.where(total == 0, 1.0, total)
-
-
-def _check_inplace(student_logits: Tensor) -> None:
-    if not torch.is_grad_enabled() or not student_logits.requires_grad:
+def _check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        return
+    if teacher_logits.requires_grad:
+        raise ValueError(
+            "inplace=True keeps nothing to compute the gradient of teacher_logits from, which requires grad: pass "
+            "teacher_logits.detach(), or inplace=False"
+        )
+    if not student_logits.requires_grad:
         return
     if student_logits.is_leaf:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .arguments import make_options
@@ -46,7 +48,7 @@ class DistillationLoss(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        self.keywords = {
+        self.keywords: dict[str, Any] = {
             "divergence": divergence,
             "beta": beta,
             "temperature": temperature,
@@ -60,7 +62,7 @@ class DistillationLoss(nn.Module):
             "dim": dim,
             "inplace": inplace,
         }
-        make_options(**self.keywords)  # complain now, not in the first step
+        make_options(*self.keywords.values())  # complain now, not in the first step
 
     def forward(
         self,

@@ -8,6 +8,7 @@ memory on to autograd instead of copying it.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _load() -> ctypes.CDLL:
         if not library.exists():
             continue
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
             return ctypes.CDLL(str(library))
         except (OSError, RuntimeError) as error:
             raise ImportError(
@@ -70,8 +71,8 @@ def instruction_set(name: str | None = None) -> str:
     return str(result.decode())
 
 
-distillation_loss = torch.ops.reptile_ext.distillation_loss.default
-distillation_loss_ = torch.ops.reptile_ext.distillation_loss_.default
+distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.distillation_loss.default
+distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.distillation_loss_.default
 
 
 def _fake_loss(student: Tensor, teacher: Tensor, reduction: int, dim: int) -> Tensor:
@@ -82,7 +83,7 @@ def _fake_loss(student: Tensor, teacher: Tensor, reduction: int, dim: int) -> Te
     )
 
 
-@torch.library.register_fake("reptile_ext::distillation_loss")
+@torch.library.register_fake("reptile_ext::distillation_loss")  # type: ignore[untyped-decorator]
 def _(
     student: Tensor,
     teacher: Tensor,
@@ -106,7 +107,7 @@ def _(
     return _fake_loss(student, teacher, reduction, dim), gradient
 
 
-@torch.library.register_fake("reptile_ext::distillation_loss_")
+@torch.library.register_fake("reptile_ext::distillation_loss_")  # type: ignore[untyped-decorator]
 def _(
     student: Tensor,
     teacher: Tensor,
@@ -164,15 +165,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     student, teacher, labels, weight, denominator, gradient = ctx.saved_tensors
-    (kind, beta, t_s, t_t, soft_scale, hard_weight, smoothing, ignore, reduction, scale, dim, has_gradient) = ctx.numbers
+    *numbers, scale, dim, has_gradient = ctx.numbers
     needs_student, needs_teacher = ctx.needs_input_grad[:2]
     grad_student: Tensor | None = None
     grad_teacher: Tensor | None = None
     if torch.is_grad_enabled() or needs_teacher or not has_gradient:
-        truncate = True  # harmless where the sizes are equal
-        options = Options(
-            DIVERGENCES[kind], kind, beta, t_s, t_t, soft_scale, hard_weight, smoothing, ignore, reduction, truncate, dim, False
-        )
+        # truncate=True is right for equal sizes too; inplace=False, whatever was asked: the inputs are here.
+        options = Options._make((DIVERGENCES[numbers[0]], *numbers, True, dim, False))
         grad_student, grad_teacher = reference_gradients(
             (student, teacher), (labels, weight, denominator), options, scale, grad_loss, (needs_student, needs_teacher)
         )

@@ -62,8 +62,9 @@ def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
 
 def row_losses(s: Tensor, t: Tensor, labels: Tensor | None, options: Options) -> Tensor:
     """ℓ of every row of [N, V] logits of one floating dtype."""
+    # Without a soft part the teacher is not looked at; the student in its place gives D = 0 and no gradient.
     zs, lse_s = _scaled(s, options.student_temperature)
-    zt, lse_t = _scaled(t, options.teacher_temperature)
+    zt, lse_t = _scaled(t, options.teacher_temperature) if options.soft_scale > 0 else (zs, lse_s)
     loss = options.soft_scale * _not_negative(ROW_DIVERGENCES[options.divergence](zs, lse_s, zt, lse_t))
     if options.hard_weight > 0:
         assert labels is not None
@@ -91,7 +92,7 @@ def distillation_loss(
     dim: int = -1,
     inplace: bool = False,
 ) -> Tensor:
-    """`reptile_ext.distillation_loss` in plain PyTorch: same arguments, same result, any device, any order of derivative.
+    """`reptile_ext.distillation_loss` in plain PyTorch: same arguments and result, any device, any order of derivative.
 
     `inplace` is accepted and has no effect: autograd keeps what it needs.
     """

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import INSTRUCTION_SETS
-from oracle import DTYPES, check, exact, make_labels, make_logits, name_of, plain, run
+from oracle import DTYPES, assert_near, check, exact, make_labels, make_logits, name_of, plain, run
 
 import reptile_ext
 from reptile_ext import ops
@@ -55,13 +55,14 @@ def test_oracle_equals_closed_forms() -> None:
     assert loss.item() == 0.0 and gradient.tolist() == [[0.0], [0.0]]
 
 
-def test_oracle_sees_a_wrong_loss() -> None:
-    """The tolerance rule rejects a relative error of 1e-4 in the teacher, in every dtype with a small enough ε."""
+def test_the_rule_rejects_a_loss_that_is_slightly_wrong() -> None:
+    """By 1e-4 of the value, or of the gradient."""
     student, teacher = make_logits("random", 4, 1000)
-    with pytest.raises(AssertionError, match="gradient: our error"):
-        from oracle import assert_near
-
-        assert_near(run(reptile_ext.distillation_loss, student, teacher * 1.0001), student, teacher)
+    loss, gradient = run(reptile_ext.distillation_loss, student, teacher)
+    for wrong in ((loss * 1.0001, gradient), (loss, gradient * 1.0001)):
+        with pytest.raises(AssertionError, match="our error"):
+            assert_near({"": wrong}, student, teacher)
+    assert_near({"": (loss, gradient)}, student, teacher)
 
 
 # ----------------------------------------------------------------------------------------------- kinds and sizes
@@ -79,28 +80,31 @@ def rows_for(vocab_size: int) -> int:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_soft_loss(each_set: str, kind: str, vocab_size: int, dtype: torch.dtype) -> None:
+def test_soft_loss(kind: str, vocab_size: int, dtype: torch.dtype) -> None:
     student, teacher = make_logits(kind, rows_for(vocab_size), vocab_size, dtype)
-    check(student, teacher, temperature=2.0)
+    check(student, teacher, sets=INSTRUCTION_SETS, temperature=2.0)
 
 
+# 128,256 adds nothing here but time: blocks, tails and probes are those of 32,003.
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES[:-1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_soft_and_hard_loss(each_set: str, kind: str, vocab_size: int, dtype: torch.dtype) -> None:
+def test_soft_and_hard_loss(kind: str, vocab_size: int, dtype: torch.dtype) -> None:
     """The cross entropy rides along, with an exponential of its own because T_s ≠ 1."""
     rows = rows_for(vocab_size)
     student, teacher = make_logits(kind, rows, vocab_size, dtype)
     labels = make_labels(rows, vocab_size)
-    check(student, teacher, labels, temperature=(2.0, 3.0), hard_weight=0.5, soft_weight=0.5, label_smoothing=0.1)
+    keywords = {"temperature": (2.0, 3.0), "hard_weight": 0.5, "soft_weight": 0.5, "label_smoothing": 0.1}
+    check(student, teacher, labels, sets=INSTRUCTION_SETS, **keywords)
 
 
 @pytest.mark.parametrize(("student_dtype", "teacher_dtype"), list(itertools.permutations(DTYPES, 2)), ids=name_of)
-def test_mixed_dtypes(each_set: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
     for vocab_size in (3, 1000, 5000):
         student, _ = make_logits("random", 5, vocab_size, student_dtype)
         _, teacher = make_logits("random", 5, vocab_size, teacher_dtype)
-        check(student, teacher, make_labels(5, vocab_size), temperature=2.0, hard_weight=0.5)
+        labels = make_labels(5, vocab_size)
+        check(student, teacher, labels, sets=INSTRUCTION_SETS, temperature=2.0, hard_weight=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -131,6 +135,8 @@ def test_keywords(keywords: dict, reduction: str, weighted: bool) -> None:
     student, teacher = make_logits("random", (3, 4), 33)
     labels = make_labels((3, 4), 33)
     labels[0, 0] = 0
+    if "ignore_index" in keywords:
+        labels[labels == -100] = keywords["ignore_index"]
     keywords = {**keywords, "reduction": reduction}
     if weighted:
         keywords["weight"] = torch.rand(3, 4).round(decimals=1)
@@ -186,14 +192,14 @@ def test_labels_of_every_integer_dtype_and_stride(label_dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("ours", "theirs"), [(40, 33), (33, 40), (5000, 4097), (17, 1)])
-def test_truncated_vocabularies(each_set: str, ours: int, theirs: int, dtype: torch.dtype) -> None:
+def test_truncated_vocabularies(ours: int, theirs: int, dtype: torch.dtype) -> None:
     """The shared classes, each side renormalised over them; the rest of the student gets a gradient of 0."""
     student, _ = make_logits("random", 5, ours, dtype)
     _, teacher = make_logits("random", 5, theirs, dtype)
     shared = min(ours, theirs)
     labels = make_labels(5, shared)
     keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1}
-    check(student, teacher, labels, vocab="truncate", **keywords)
+    check(student, teacher, labels, sets=INSTRUCTION_SETS, vocab="truncate", **keywords)
     loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, vocab="truncate", **keywords)
     cut = run(reptile_ext.distillation_loss, student[:, :shared], teacher[:, :shared], labels, **keywords)
     torch.testing.assert_close((loss, gradient[:, :shared]), cut)
@@ -230,11 +236,12 @@ LAYOUT_PAIRS += [(name, "contiguous") for name in list(LAYOUTS)[1:]]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("student_layout", "teacher_layout"), LAYOUT_PAIRS)
-def test_layouts(each_set: str, student_layout: str, teacher_layout: str, dtype: torch.dtype) -> None:
+def test_layouts(student_layout: str, teacher_layout: str, dtype: torch.dtype) -> None:
     for vocab_size in (1, 37, 1030):
         student, teacher = make_logits("random", (2, 3), vocab_size, dtype)
         student, teacher = LAYOUTS[student_layout](student), LAYOUTS[teacher_layout](teacher)
-        check(student, teacher, make_labels((2, 3), vocab_size), hard_weight=0.5, label_smoothing=0.1)
+        labels = make_labels((2, 3), vocab_size)
+        check(student, teacher, labels, sets=INSTRUCTION_SETS, hard_weight=0.5, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
@@ -314,7 +321,7 @@ def test_many_rows_in_many_chunks() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "class_stride_2", "padded_rows", "misaligned", "class_first", "shifted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_inplace_equals_the_default_and_overwrites_the_logits(each_set: str, layout: str, dtype: torch.dtype) -> None:
+def test_inplace_equals_the_default_and_overwrites_the_logits(layout: str, dtype: torch.dtype) -> None:
     labels = make_labels((2, 3), 1030)
     keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1}
     for reduction in ("mean", "none"):

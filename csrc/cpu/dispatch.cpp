@@ -21,9 +21,7 @@ const InstructionSet kSets[] = {
 #if defined(REPTILE_EXT_X86)
     // __builtin_cpu_supports also asks whether the operating system saves the registers.
     {"avx2", loss_rows_avx2,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
     {"avx512", loss_rows_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -16,8 +16,8 @@
 // more than 60 powers of two above the probe's) or not finite is done again with its exact maximum.
 //
 // Where the classes are strided and the rows are neighbours (images: [B, C, H, W], classes in C), the same two passes
-// run with rows in the lanes instead of classes ("side by side"). Any other layout, and mixed types, are gathered row by
-// row into scratch and scattered back.
+// run with rows in the lanes instead of classes ("side by side"). Any other layout, and mixed types, are gathered row
+// by row into scratch and scattered back.
 //
 // Hard-label cross entropy runs in the same two passes with m as its reference: at T_s = 1 it shares e_s, else it
 // has e_1 = 2^((s − m) log2 e) as a third scratch row.
@@ -30,7 +30,7 @@ namespace reptile_ext {
 namespace {
 
 constexpr int64_t kProbe = 512;
-constexpr int64_t kBlock = 4096;    // elements between roundings into the row's sums; a multiple of every pair
+constexpr int64_t kBlock = 4096;  // elements between roundings into the row's sums; a multiple of every pair
 constexpr double kTame = 0x1p60;
 constexpr int64_t kSideBySideMaxClasses = 4096;  // beyond it the scratch of a pair of rows leaves the cache
 constexpr int64_t kScratchPad = 64;  // elements; rounds a scratch row up to whole pairs and keeps 64-byte alignment
@@ -110,8 +110,8 @@ struct Sums {
   }
 };
 
-// First pass over one vector, its exponentials going to scratch from i on. The call comes by value: a copy that no store
-// can alias stays in registers.
+// First pass over one vector, its exponentials going to scratch from i on. The call comes by value: a copy that no
+// store can alias stays in registers.
 template <bool kHard, class V, class D>
 inline void first_pass(const Call<typename V::Scalar> call, V m_s, V m_t, int64_t i, V s, V t, Sums<V, D>& sums) {
   const V a = (s - m_s) * V(call.k_s);
@@ -154,7 +154,8 @@ struct RowCoefficients {
 };
 
 template <bool kHard, class D, class Scalar>
-RowCoefficients finish_row(const Call<Scalar>& call, const RowSums<D>& sums, Scalar m_s, Scalar s_label, double weight) {
+RowCoefficients finish_row(const Call<Scalar>& call, const RowSums<D>& sums, Scalar m_s, Scalar s_label,
+                           double weight) {
   const RowStats row = {sums.z_s, sums.z_t, __builtin_log(sums.z_s), __builtin_log(sums.z_t)};
   double d = D::value(sums.divergence, row);
   if (d < 0) d = 0;  // rounding alone; a NaN stays
@@ -248,7 +249,8 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
   const RowCoefficients c = finish_row<kHard>(call, row, m_s, s_label, weight);
   if (!gradient) return weight * c.loss;
 
-  const V to_q = V(Scalar(c.to_q)), to_p = V(Scalar(c.to_p)), to_q1 = V(Scalar(c.to_q1)), uniform = V(Scalar(c.uniform));
+  const V to_q = V(Scalar(c.to_q)), to_p = V(Scalar(c.to_p)), to_q1 = V(Scalar(c.to_q1)),
+          uniform = V(Scalar(c.uniform));
   const Scalar* e_1 = call.shares_exp ? call.e_s : call.e_1;
   const auto second = [&](int64_t i, V& g_0, V& g_1) {
     const auto one = [&](int64_t j) {
@@ -294,7 +296,8 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
 // arithmetic and nothing else: no lane sees another, and their gradient is written as 0.
 template <bool kHard, class D, class In, class V = Arithmetic<In>>
 void loss_side_by_side(const Call<typename V::Scalar> call, const LossProblem& p, const In* student, int64_t s_stride,
-                       const In* teacher, int64_t t_stride, In* gradient, int64_t g_stride, int64_t first_row, int live) {
+                       const In* teacher, int64_t t_stride, In* gradient, int64_t g_stride, int64_t first_row,
+                       int live) {
   using Scalar = typename V::Scalar;
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   constexpr int64_t kBlockClasses = 64;

@@ -83,10 +83,18 @@ inline void from_float(float x, Float16* out) {
 // Coefficients of 2^f on [0, 1), ascending, the first exactly 1; minimax of the relative error (Remez, 60 digits).
 // float: 8.2e-8 before rounding, 1.4e-7 as evaluated. double: 3.2e-18 before rounding.
 constexpr float kExp2f[6] = {1.0f, 0.693151295f, 0.240164444f, 0.0557999127f, 0.00901703071f, 0.00186713005f};
-constexpr double kExp2d[12] = {1.0,                    0.69314718055994592839, 0.24022650695906330315, 0.055504108665602238723,
-                               0.0096181290995508956128, 0.0013333558629562675936, 0.00015403512309733948746,
-                               0.00001525317505379524616, 1.3208367308220049348e-6, 1.025321230405209001e-7,
-                               6.5595298355172712178e-9, 6.2634652734225902742e-10};
+constexpr double kExp2d[12] = {1.0,
+                               0.69314718055994592839,
+                               0.24022650695906330315,
+                               0.055504108665602238723,
+                               0.0096181290995508956128,
+                               0.0013333558629562675936,
+                               0.00015403512309733948746,
+                               0.00001525317505379524616,
+                               1.3208367308220049348e-6,
+                               1.025321230405209001e-7,
+                               6.5595298355172712178e-9,
+                               6.2634652734225902742e-10};
 constexpr float kNegInf = -__builtin_inff();
 
 #if defined(__AVX512F__)
@@ -170,8 +178,9 @@ inline void split_bf16(__m512i x, Float& a, Float& b) {
 inline __m512i join_bf16(Float a, Float b) {
 #if defined(__AVX512BF16__)
   // The instruction packs two vectors one after the other; one permutation interleaves them.
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
   return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), packed);
 #else
@@ -264,8 +273,8 @@ inline double reduce_add_pd(__m256d d) {
   return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
 }
 inline double reduce_add(Float a) {
-  return reduce_add_pd(_mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
-                                     _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))));
+  return reduce_add_pd(
+      _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))));
 }
 inline Float exp2(Float a) {
   // Clamped so that the exponent field is 0 (result 0) below −127 and all ones (result inf) above 128. The second

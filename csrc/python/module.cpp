@@ -84,7 +84,8 @@ void stream_limit(uintptr_t a, uintptr_t b, uintptr_t out, int64_t num_bytes, in
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and processor information of reptile_ext.";
-  m.def("build_info", &build_info, "How this build was made: version, compiler, torch ABI, instruction sets compiled in.");
+  m.def("build_info", &build_info,
+        "How this build was made: version, compiler, torch ABI, instruction sets compiled in.");
   m.def("cpu_info", &cpu_info, "This processor: its machine name and the compiled-in instruction sets it can run.");
   m.def("stream_limit", &stream_limit, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("num_bytes"),
         py::arg("threads"),

@@ -280,9 +280,8 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   constexpr int64_t kPairsPerTask = 1 << 15;  // below this, waking a thread costs more than it does
   int64_t chunk = std::max<int64_t>(1, kPairsPerTask / p.vocab_size);
   if (chunk > 64) chunk = chunk / 64 * 64;  // whole pairs of vectors of rows that lie side by side
-  parallel_rows(p.num_rows, chunk, [&](int64_t begin, int64_t end) {
-    set->loss_rows(p, begin, end, thread_scratch(scratch));
-  });
+  parallel_rows(p.num_rows, chunk,
+                [&](int64_t begin, int64_t end) { set->loss_rows(p, begin, end, thread_scratch(scratch)); });
 
   void* out = View(loss).data;
   const auto write = [&](int64_t i, double value) {
@@ -293,7 +292,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
     }
   };
   if (none) {
-    for (int64_t r = 0; r < p.num_rows; ++r) write(r, row_losses[r]);
+    for (int64_t r = 0; r < p.num_rows; ++r) write(r, row_losses[r] * p.gradient_scale);
   } else {
     double sum = 0;  // in row order, whoever computed the rows
     for (double row_loss : row_losses) sum += row_loss;
@@ -302,15 +301,15 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   return loss;
 }
 
-#define REPTILE_EXT_PARAMETERS                                                                                     \
-  const Tensor &student, const Tensor &teacher, const std::optional<Tensor>& labels, const std::optional<Tensor>& weight, \
-      const std::optional<Tensor>& denominator, int64_t divergence, double beta, double student_temperature, \
-      double teacher_temperature, double soft_scale, double hard_weight, double label_smoothing,                   \
-      int64_t ignore_index, int64_t reduction, double scale, int64_t dim
-#define REPTILE_EXT_ARGUMENTS                                                                                     \
-  Arguments {                                                                                                     \
-    student, teacher, labels, weight, denominator, divergence, beta, student_temperature, teacher_temperature,    \
-        soft_scale, hard_weight, label_smoothing, ignore_index, reduction, scale, dim                             \
+#define REPTILE_EXT_PARAMETERS                                                                                      \
+  const Tensor &student, const Tensor &teacher, const std::optional<Tensor>&labels,                                 \
+      const std::optional<Tensor>&weight, const std::optional<Tensor>&denominator, int64_t divergence, double beta, \
+      double student_temperature, double teacher_temperature, double soft_scale, double hard_weight,                \
+      double label_smoothing, int64_t ignore_index, int64_t reduction, double scale, int64_t dim
+#define REPTILE_EXT_ARGUMENTS                                                                                  \
+  Arguments {                                                                                                  \
+    student, teacher, labels, weight, denominator, divergence, beta, student_temperature, teacher_temperature, \
+        soft_scale, hard_weight, label_smoothing, ignore_index, reduction, scale, dim                          \
   }
 
 std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_gradient) {
@@ -342,13 +341,14 @@ Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
 }  // namespace
 }  // namespace reptile_ext
 
-#define REPTILE_EXT_SCHEMA_TAIL                                                                                     \
-  "Tensor teacher, Tensor? labels, Tensor? weight, Tensor? denominator, int divergence, float beta, "               \
-  "float student_temperature, float teacher_temperature, float soft_scale, float hard_weight, float "               \
+#define REPTILE_EXT_SCHEMA_TAIL                                                                       \
+  "Tensor teacher, Tensor? labels, Tensor? weight, Tensor? denominator, int divergence, float beta, " \
+  "float student_temperature, float teacher_temperature, float soft_scale, float hard_weight, float " \
   "label_smoothing, int ignore_index, int reduction, float scale, int dim"
 
 STABLE_TORCH_LIBRARY(reptile_ext, m) {
-  m.def("distillation_loss(Tensor student, " REPTILE_EXT_SCHEMA_TAIL ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("distillation_loss(Tensor student, " REPTILE_EXT_SCHEMA_TAIL
+        ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("distillation_loss_(Tensor(a!) student, " REPTILE_EXT_SCHEMA_TAIL ") -> Tensor");
 }
 

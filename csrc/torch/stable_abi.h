@@ -118,7 +118,7 @@ struct Convert<Tensor> {
   static StableIValue from(Tensor&& tensor) { return Convert<AtenTensorHandle>::from(tensor.release()); }
 };
 template <class T>
-struct Convert<std::optional<T>> {
+struct Convert<std::optional<T> > {
   static std::optional<T> to(StableIValue value) {
     StableIValue* inner = Convert<StableIValue*>::to(value);
     if (!inner) return std::nullopt;
@@ -141,7 +141,7 @@ struct Boxer<Result(Parameters...), function> {
   template <size_t... I>
   static void run(StableIValue* stack, std::index_sequence<I...>) {
     // Braces: arguments are taken off the stack in order.
-    std::tuple<std::decay_t<Parameters>...> arguments{Convert<std::decay_t<Parameters>>::to(stack[I])...};
+    std::tuple<std::decay_t<Parameters>...> arguments{Convert<std::decay_t<Parameters> >::to(stack[I])...};
     push(stack, std::apply(function, arguments));
   }
   static void push(StableIValue* stack, Tensor&& result) { stack[0] = Convert<Tensor>::from(std::move(result)); }
@@ -194,10 +194,10 @@ inline Tensor empty_like(const Tensor& self) {
 #define TORCH_BOX(f) (&torch::stable::detail::Boxer<std::remove_pointer_t<decltype(f)>, f>::call)
 #define STABLE_TORCH_LIBRARY(ns, m) REPTILE_EXT_LIBRARY(ns, def, nullptr, m)
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) REPTILE_EXT_LIBRARY(ns, key, #key, m)
-#define REPTILE_EXT_LIBRARY(ns, id, key, m)                                                                 \
-  static void fill_##ns##_##id(torch::stable::detail::StableLibrary&);                                      \
-  static const torch::stable::detail::StableTorchLibraryInit init_##ns##_##id(&fill_##ns##_##id, #ns, key, \
-                                                                               __FILE__, __LINE__);         \
+#define REPTILE_EXT_LIBRARY(ns, id, key, m)                                                                          \
+  static void fill_##ns##_##id(torch::stable::detail::StableLibrary&);                                               \
+  static const torch::stable::detail::StableTorchLibraryInit init_##ns##_##id(&fill_##ns##_##id, #ns, key, __FILE__, \
+                                                                              __LINE__);                             \
   static void fill_##ns##_##id(torch::stable::detail::StableLibrary& m)
 
 #endif

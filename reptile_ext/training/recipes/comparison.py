@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from safetensors.torch import load_model
 from torch import nn
@@ -33,6 +33,8 @@ class Settings(BaseSettings):
 
     seed: int = 0
     """Seed of the models' first weights and of the order of the data."""
+    threads: NonNegativeInt = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
     batch: PositiveInt = 8
     """Samples in a micro-batch."""
     accumulate: PositiveInt = 1
@@ -93,6 +95,8 @@ class Recipe:
 def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = True) -> dict[str, Any]:
     """Do all of it in `folder`, going on where an earlier run of the same settings was stopped; return the report."""
     started = time.perf_counter()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     task = recipe.build(settings, folder)
     untaught = copy.deepcopy(task.student)  # before the student learns anything: the same start
     common = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -23,20 +23,21 @@ from .comparison import Recipe, Settings, Task
 class Digits(Settings):
     """Distil a convolutional network into a small perceptron, on few labelled images of digits."""
 
-    transfer_images: PositiveInt = 100
+    transfer_images: PositiveInt = 50
     """Labelled images that the students get."""
     teacher_channels: PositiveInt = 32
-    student_width: PositiveInt = 16
+    student_width: PositiveInt = 32
     """Hidden units of the student."""
-    shift: int = 2
+    shift: int = 1
     """Largest random shift of an image, in pixels either way."""
 
+    threads: NonNegativeInt = 1  # an operation here is shorter than waking a second thread
     batch: PositiveInt = 50
     temperature: float = 4.0
     hard_weight: float = 0.5
     teacher_steps: PositiveInt = 400
     teacher_learning_rate: float = 3e-3
-    steps: PositiveInt = 1000
+    steps: PositiveInt = 800
     learning_rate: float = 1e-2
     eval_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 500

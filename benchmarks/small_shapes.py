@@ -1,0 +1,125 @@
+"""Where the time of a small call goes: `python benchmarks/small_shapes.py [rows] [vocab]`, default 64 10.
+
+Of so few logits the kernel takes a fraction; the rest is Python, the dispatcher and autograd. Each line is the median
+over calls that take turns. The lines nest, and the differences at the end are what each layer adds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reptile_ext import ops
+from reptile_ext.arguments import check_tensors, make_options
+from reptile_ext.benchmark import TEMPERATURE, Case, Data, contenders, eager, environment, ours, produced
+
+ROUNDS, IN_A_ROW = 30, 100
+
+
+class Nothing(torch.autograd.Function):
+    """The least that an autograd.Function in Python can cost."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient, None, None
+
+
+def microseconds(stages: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]) -> dict[str, float]:
+    """Median time of step(setup()) for each stage's (setup, step), the stages in turn."""
+    times: dict[str, list[int]] = {name: [] for name in stages}
+    for _ in range(ROUNDS):
+        for name, (setup, step) in stages.items():
+            for _ in range(IN_A_ROW):
+                given = setup()
+                start = time.perf_counter_ns()
+                step(given)
+                times[name].append(time.perf_counter_ns() - start)
+    return {name: statistics.median(t) / 1e3 for name, t in times.items()}
+
+
+def main(rows: int = 64, vocab: int = 10) -> None:
+    case = Case("float32", rows, vocab)
+    data = Data(case.dtype, case.pairs)
+    plain, teacher, buffer = data.logits(case)
+    student = plain.detach().requires_grad_()
+    one = torch.zeros(1, 1)
+    keywords = ("forward_kl", None, TEMPERATURE, "t2", 1.0, 0.0, 0.0, -100, "mean", "error", -1, False)
+    numbers = make_options(*keywords).operator_arguments(1.0, 1)
+    gradient, zero = torch.zeros_like(plain), torch.zeros(())
+
+    def nothing() -> None:
+        return None
+
+    def fresh(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def setup() -> Tensor:
+            student.grad = None
+            return forward()
+
+        return setup
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+
+    def operator(a: Tensor, b: Tensor) -> Callable[[Any], Any]:
+        return lambda _: ops.distillation_loss(a, b, None, None, None, *numbers, True)
+
+    def without_grad(_: Any) -> None:
+        with torch.no_grad():
+            ours(plain, teacher)
+
+    def make_options_and_check(_: Any) -> None:
+        check_tensors(plain, teacher, None, None, None, make_options(*keywords))
+
+    def step_of(name: str) -> tuple[Callable[[], None], Callable[[Any], Any]]:
+        c = next(c for c in contenders(case, data, compile=False) if c.name == name)
+        return c.setup, lambda _: c.step()
+
+    stages: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+        "checks of the arguments": (nothing, make_options_and_check),
+        "operator on [1, 1]": (nothing, operator(one, one)),
+        "operator": (nothing, operator(plain, teacher)),
+        "ours, forward under no_grad": (nothing, without_grad),
+        "ours, forward": (nothing, lambda _: ours(student, teacher)),
+        "ours, backward": (fresh(lambda: ours(student, teacher)), backward),
+        "ours, forward + backward": step_of("ours"),
+        "ours in place, forward + backward": step_of("ours in place"),
+        "  of it the producer's backward": (lambda: produced(buffer), lambda x: torch.autograd.backward(x, gradient)),
+        "empty autograd.Function, forward": (nothing, lambda _: Nothing.apply(student, zero, gradient)),
+        "empty autograd.Function, backward": (fresh(lambda: Nothing.apply(student, zero, gradient)), backward),
+        "eager, forward": (nothing, lambda _: eager(student, teacher)),
+        "eager, backward": (fresh(lambda: eager(student, teacher)), backward),
+        "eager, forward + backward": step_of("eager"),
+    }
+    for setup, step in stages.values():
+        step(setup())
+    us = microseconds(stages)
+    print("\n".join(f"{key:<16}{value}" for key, value in environment().items()))
+    print(f"\n{case}, microseconds")
+    for name, value in us.items():
+        print(f"{name:<38}{value:8.1f}")
+    total = us["ours, forward + backward"]
+    layers = {
+        "checks of the arguments": us["checks of the arguments"],
+        "dispatcher, outputs (operator on [1, 1])": us["operator on [1, 1]"],
+        "kernel (operator on the rest)": us["operator"] - us["operator on [1, 1]"],
+        "autograd.Function, forward": us["ours, forward"] - us["operator"] - us["checks of the arguments"],
+        "backward": us["ours, backward"],
+    }
+    print(f"\nours, {total:.1f} microseconds, {total / us['eager, forward + backward']:.2f} of eager's:")
+    for name, value in layers.items():
+        print(f"{name:<42}{value:8.1f} {value / total:5.0%}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

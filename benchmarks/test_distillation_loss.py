@@ -1,0 +1,65 @@
+"""The cases of `reptile benchmark` on pytest-benchmark, a group for each: `pytest benchmarks --benchmark-only`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from reptile_ext.benchmark import COMPILE_VOCAB, DTYPES, Case, Contender, Data, cases, contenders
+
+NAMES = ("ours in place", "ours", "eager", "eager fp32", "torch.compile", "limit")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case with every contender that it has."""
+    compile = not metafunc.config.getoption("--no-compile")
+    chosen = cases(metafunc.config.getoption("--shapes"))
+
+    def takes_part(case: Case, name: str) -> bool:
+        return {
+            "eager fp32": case.dtype != "float32",
+            "torch.compile": compile and case.vocab >= COMPILE_VOCAB,
+            "limit": case.is_large,
+        }.get(name, True)
+
+    pairs = [(case, name) for case in chosen for name in NAMES if takes_part(case, name)]
+    metafunc.parametrize(("case", "name"), pairs, ids=[f"{case} {name}" for case, name in pairs])
+
+
+@pytest.fixture(scope="module")
+def contender(request: pytest.FixtureRequest) -> Callable[[Case, str], Contender]:
+    """Finds a contender; the data of a dtype and the contenders of a case are made once."""
+    chosen = cases(request.config.getoption("--shapes"))
+    data: dict[str, Data] = {}
+    of_case: dict[Case, dict[str, Contender]] = {}
+
+    def find(case: Case, name: str) -> Contender:
+        if case.dtype not in data:
+            data.clear()
+            data[case.dtype] = Data(case.dtype, max(c.pairs for c in chosen))
+        if case not in of_case:
+            of_case.clear()
+            of_case[case] = {c.name: c for c in contenders(case, data[case.dtype])}
+        return of_case[case][name]
+
+    return find
+
+
+def test_forward_and_backward(
+    benchmark: BenchmarkFixture, contender: Callable[[Case, str], Contender], case: Case, name: str
+) -> None:
+    runner = contender(case, name)
+    benchmark.group = f"{case!s:30} forward + backward"
+    benchmark.name = name
+    benchmark.pedantic(runner.step, setup=runner.setup, rounds=9 if case.is_large else 500, warmup_rounds=2)
+    if benchmark.stats is not None:
+        median = benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            dtype=case.dtype,
+            rows=case.rows,
+            vocab=case.vocab,
+            ns_per_pair=median * 1e9 / case.pairs,
+            useful_gb_per_s=3 * case.pairs * DTYPES[case.dtype].itemsize / median / 1e9,
+        )

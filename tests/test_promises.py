@@ -1,0 +1,363 @@
+"""The promises of the contract that are not accuracy: zero, masks, broken rows, determinism, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import INSTRUCTION_SETS
+from oracle import DTYPES, arithmetic_of, check, exact, make_labels, make_logits, name_of, plain, run
+from torch import Tensor
+
+import reptile_ext
+from reptile_ext import reference
+
+INF, NAN = float("inf"), float("nan")
+# The promises bind every backend. The reference is one.
+BACKENDS = {"kernel": reptile_ext.distillation_loss, "reference": reference.distillation_loss}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
+# 5: less than a vector. 37: a tail. 1,500: the maximum is probed in part. 9,001: several blocks.
+VOCAB_SIZES = (5, 37, 1500, 9001)
+
+
+def rows_of(backend: Any, student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any):
+    """Loss of each row, and gradient of their sum."""
+    return run(backend, student, teacher, labels, reduction="none", **keywords)
+
+
+# -------------------------------------------------------------------------------------------- 3. zero is zero
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.3, 7.0])
+def test_equal_logits_give_exactly_zero(each_set: str, backend: Any, temperature: float, dtype: torch.dtype) -> None:
+    for kind in ("random", "flat", "peaked", "late_peak", "rising"):
+        for vocab_size in (1, 2, *VOCAB_SIZES):
+            _, logits = make_logits(kind, 3, vocab_size, dtype)
+            loss, gradient = run(backend, logits.clone(), logits.clone(), temperature=temperature)
+            assert loss.item() == 0.0, (kind, vocab_size)
+            assert (gradient == 0.0).all(), (kind, vocab_size, gradient.abs().max())
+
+
+@every_backend
+@every_dtype
+def test_equal_logits_in_different_layouts_give_exactly_zero(backend: Any, dtype: torch.dtype) -> None:
+    """A class gets the same bits wherever it lies: in the body or the tail, direct or gathered."""
+    _, logits = make_logits("random", (2, 3), 1037, dtype)
+    apart = torch.full((2, 3, 2 * 1037 + 1), NAN, dtype=dtype)[..., 1::2].copy_(logits)
+    for student, teacher in ((logits, apart), (apart, logits), (logits.movedim(-1, 0).contiguous().movedim(0, -1), logits)):
+        loss, gradient = run(backend, student, teacher, temperature=2.0)
+        assert loss.item() == 0.0 and (gradient == 0.0).all()
+
+
+@every_backend
+def test_equal_logits_with_masks_give_exactly_zero(each_set: str, backend: Any) -> None:
+    _, logits = make_logits("random", 4, 1500)
+    logits[:, ::3] = -INF
+    logits[1, :1400] = -INF  # nothing but masked classes where the maximum is probed
+    loss, gradient = run(backend, logits.clone(), logits, temperature=2.0)
+    assert loss.item() == 0.0 and (gradient == 0.0).all()
+
+
+@every_backend
+@every_dtype
+def test_divergence_is_never_negative(each_set: str, backend: Any, dtype: torch.dtype) -> None:
+    """Student and teacher a few units in the last place apart: rounding errors are far above D."""
+    for vocab_size in VOCAB_SIZES:
+        teacher = torch.randn(64, vocab_size).to(dtype)
+        for step in (1, 3):
+            student = (teacher * (1 + step * torch.finfo(dtype).eps * torch.randn(teacher.shape).sign())).to(dtype)
+            loss, _ = rows_of(backend, student, teacher)
+            assert (loss >= 0).all(), loss.min()
+
+
+# ------------------------------------------------------------------------------------------ 4. masked classes
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("temperature", [1.0, (2.0, 3.0)])
+def test_classes_masked_in_both_rows_are_as_if_deleted(
+    each_set: str, backend: Any, temperature: Any, smoothing: float, dtype: torch.dtype
+) -> None:
+    keywords = {"temperature": temperature, "hard_weight": 0.5, "label_smoothing": smoothing}
+    for vocab_size in VOCAB_SIZES:
+        student, teacher = make_logits("random", 6, vocab_size, dtype)
+        keep = torch.rand(vocab_size) > 0.4
+        keep[0], keep[1] = True, False
+        if vocab_size > 1000:
+            keep[:700] = False
+        where_kept = keep.nonzero().flatten()
+        student[:, ~keep] = teacher[:, ~keep] = -INF
+        labels = make_labels(6, len(where_kept))
+        labels_all = torch.where(labels >= 0, where_kept[labels.clamp(min=0)], labels)
+        loss, gradient = rows_of(backend, student, teacher, labels_all, **keywords)
+        short = student[:, keep], teacher[:, keep]
+        right = rows_of(exact, short[0].double(), short[1], labels, **keywords)
+        rival = rows_of(plain, *short, labels, **keywords)
+        assert (gradient[:, ~keep] == 0).all()
+        torch.testing.assert_close(loss.double(), right[0], rtol=1e-5, atol=4e-6)
+        allowed = (rival[1].double() - right[1]).abs().max() + 1e-6
+        assert (gradient[:, keep].double() - right[1]).abs().max() <= allowed
+
+
+@every_backend
+@every_dtype
+def test_teacher_mass_where_the_student_is_masked(each_set: str, backend: Any, dtype: torch.dtype) -> None:
+    """KL is +inf, as it is in the mathematics; the gradient is q − p there as everywhere, and the other rows are whole."""
+    for vocab_size in VOCAB_SIZES:
+        student, teacher = make_logits("random", 3, vocab_size, dtype)
+        whole = rows_of(backend, student, teacher)
+        student[1, vocab_size - 2] = -INF
+        loss, gradient = rows_of(backend, student, teacher)
+        assert loss[1] == INF
+        assert gradient.isfinite().all()
+        wanted = student[1].double().softmax(-1) - teacher[1].double().softmax(-1)
+        torch.testing.assert_close(gradient[1].double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+        for row in (0, 2):
+            assert torch.equal(loss[row], whole[0][row]) and torch.equal(gradient[row], whole[1][row])
+
+
+@every_backend
+def test_student_mass_where_the_teacher_is_masked_costs_nothing_extra(each_set: str, backend: Any) -> None:
+    """p = 0 there: the class is in the student's normaliser and nowhere else. By hand, two classes against one."""
+    student = torch.tensor([[1.0, 2.0]])
+    loss, gradient = run(backend, student, torch.tensor([[5.0, -INF]]))
+    q = student.softmax(-1)
+    assert loss.item() == pytest.approx(-q[0, 0].log().item(), rel=1e-6)
+    torch.testing.assert_close(gradient, q - torch.tensor([[1.0, 0.0]]), rtol=1e-6, atol=1e-7)
+
+
+@every_backend
+def test_a_masked_label_costs_infinity_and_its_gradient_is_finite(each_set: str, backend: Any) -> None:
+    for smoothing in (0.0, 0.1):
+        student, teacher = make_logits("random", 2, 40)
+        student[0, 7] = teacher[0, 7] = -INF
+        keywords = {"hard_weight": 1.0, "label_smoothing": smoothing}
+        loss, gradient = rows_of(backend, student, teacher, torch.tensor([7, 7]), **keywords)
+        assert loss[0] == INF and loss[1].isfinite() and gradient.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------- 5. broken rows
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("what", ["nan", "+inf", "all -inf", "nan and -inf"])
+def test_a_broken_row_is_visible_and_stays_alone(
+    each_set: str, backend: Any, what: str, whose: str, dtype: torch.dtype
+) -> None:
+    for vocab_size in (1, *VOCAB_SIZES):
+        for at in {0, vocab_size // 2, vocab_size - 1}:
+            student, teacher = make_logits("random", 4, vocab_size, dtype)
+            whole = rows_of(backend, student, teacher, temperature=2.0)
+            row = (student if whose == "student" else teacher)[2]
+            if "-inf" in what:
+                row.fill_(-INF)
+            if what != "all -inf":
+                row[at] = INF if what == "+inf" else NAN
+            loss, gradient = rows_of(backend, student, teacher, temperature=2.0)
+            assert loss[2].isnan() and gradient[2].isnan().all(), (vocab_size, at, loss[2], gradient[2])
+            for good in (0, 1, 3):
+                assert torch.equal(loss[good], whole[0][good]) and torch.equal(gradient[good], whole[1][good])
+
+
+@every_backend
+@pytest.mark.parametrize("what", [NAN, INF], ids=str)
+def test_a_broken_row_with_labels_is_visible(each_set: str, backend: Any, what: float) -> None:
+    """The label's class is written last, on its own: it must be NaN too."""
+    for smoothing in (0.0, 0.1):
+        for vocab_size in (5, 1500):
+            student, teacher = make_logits("random", 3, vocab_size)
+            student[1, 3] = what
+            keywords = {"hard_weight": 1.0, "label_smoothing": smoothing, "temperature": 2.0}
+            loss, gradient = rows_of(backend, student, teacher, torch.tensor([0, 1, 2]), **keywords)
+            assert loss.isnan().tolist() == [False, True, False]
+            assert gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
+
+
+@every_backend
+def test_a_broken_row_makes_the_mean_nan_and_no_other_gradient(backend: Any) -> None:
+    student, teacher = make_logits("random", 3, 30)
+    student[1, 4] = NAN
+    loss, gradient = run(backend, student, teacher)
+    assert loss.isnan()
+    assert gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- rows that are out
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("by", ["label", "weight"])
+def test_rows_that_are_out_are_never_read(each_set: str, backend: Any, by: str, dtype: torch.dtype) -> None:
+    """NaN, infinities and huge numbers in them change not one bit of anything."""
+    student, teacher = make_logits("random", 9, 600, dtype)
+    labels, weight = torch.arange(9), torch.rand(9) + 0.5
+    if by == "label":
+        labels[[0, 4, 5, 8]] = -100
+    else:
+        weight[[0, 4, 5, 8]] = 0.0
+        labels[4] = 10**9  # never looked at either
+    keywords = {"hard_weight": 0.5, "weight": weight, "temperature": 2.0, "label_smoothing": 0.1}
+    for reduction in ("mean", "sum", "none"):
+        clean = run(backend, student, teacher, labels, reduction=reduction, **keywords)
+        dirty_s, dirty_t = student.clone(), teacher.clone()
+        dirty_s[0], dirty_s[4], dirty_s[5, 7], dirty_t[8], dirty_t[5] = NAN, INF, -INF, NAN, torch.finfo(dtype).max
+        dirty = run(backend, dirty_s, dirty_t, labels, reduction=reduction, **keywords)
+        assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+        assert (dirty[1][[0, 4, 5, 8]] == 0).all() and dirty[1][1].any()
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_row_in_gives_zero_and_no_gradient(backend: Any, reduction: str, dtype: torch.dtype) -> None:
+    student = torch.full((4, 20), NAN, dtype=dtype)
+    labels = torch.full((4,), -100)
+    for labels, weight in ((labels, None), (labels * 0, torch.zeros(4)), (labels, torch.zeros(4))):
+        loss, gradient = run(backend, student, student, labels, weight=weight, hard_weight=1.0, reduction=reduction)
+        assert (loss == 0).all() and (gradient == 0).all()
+
+
+@every_dtype
+def test_inplace_clears_the_rows_that_are_out(dtype: torch.dtype) -> None:
+    leaf = torch.full((3, 50), NAN, dtype=dtype, requires_grad=True)
+    loss = reptile_ext.distillation_loss(leaf * 1, leaf.detach(), torch.full((3,), -100), inplace=True)
+    loss.backward()
+    assert loss.item() == 0.0
+    # `leaf * 1` passes the gradient on as it is.
+    assert (leaf.grad == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ 6. determinism
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"),
+    [(3, 40_001), (300, 1000), (5000, 33), (100_000, 2)],  # from many tasks a row down to a few tasks in all
+    ids=str,
+)
+def test_same_bits_in_every_run_and_with_any_number_of_threads(each_set: str, rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    labels = make_labels(rows, vocab_size)
+    weight = torch.rand(rows)
+    results = []
+    for threads in (1, 1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(
+            run(reptile_ext.distillation_loss, student, teacher, labels, weight=weight, hard_weight=0.5, temperature=2.0)
+        )
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@every_dtype
+def test_a_row_has_the_same_bits_alone_and_in_company(each_set: str, dtype: torch.dtype) -> None:
+    student, teacher = make_logits("late_peak", 40, 1500, dtype)
+    loss, gradient = rows_of(reptile_ext.distillation_loss, student, teacher)
+    for row in (0, 17, 39):
+        alone = rows_of(reptile_ext.distillation_loss, student[row : row + 1], teacher[row : row + 1])
+        assert torch.equal(alone[0][0], loss[row]) and torch.equal(alone[1][0], gradient[row])
+
+
+# -------------------------------------------------------------------------------------------------- 8. memory
+
+MEASURE = """
+import torch, reptile_ext
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+torch.set_num_threads(2)
+rows, vocab_size, inplace = 2000, 32_000, {inplace}
+dtype = torch.{dtype}
+student = torch.zeros(rows, vocab_size, dtype=dtype, requires_grad=True)
+logits = student.view(-1).view(rows, vocab_size)  # shares the memory, is no leaf
+teacher = torch.ones(rows, vocab_size, dtype=dtype)
+labels = torch.zeros(rows, dtype=torch.long)
+# Everything that is loaded or grown once, on a few rows.
+small = torch.zeros(8, vocab_size, dtype=dtype, requires_grad=True)
+reptile_ext.distillation_loss(small * 1, teacher[:8], labels[:8], temperature=2.0, hard_weight=1.0, inplace=inplace).backward()
+before = peak()
+loss = reptile_ext.distillation_loss(logits, teacher, labels, temperature=2.0, hard_weight=1.0, inplace=inplace)
+torch.autograd.grad(loss, logits)
+print((peak() - before) / (rows * vocab_size))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_nothing_of_the_logits_size_is_allocated(inplace: bool, dtype: str) -> None:
+    """The process's peak memory, in bytes a logit: in place nothing, else the gradient and nothing besides."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(inplace=inplace, dtype=dtype)],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    gradient = 0.0 if inplace else torch.finfo(getattr(torch, dtype)).bits / 8
+    assert gradient - 0.1 < float(result.stdout) < gradient + 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ dtypes
+
+
+@every_backend
+@pytest.mark.parametrize("student_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=name_of)
+def test_results_are_float32_or_float64(backend: Any, teacher_dtype: torch.dtype, student_dtype: torch.dtype) -> None:
+    """And what is in them is not a rounded 16-bit number: 1 − 2^-12 of it would be."""
+    student, teacher = make_logits("random", 3, 50, student_dtype)
+    teacher = teacher.to(teacher_dtype)
+    loss, gradient = run(backend, student, teacher)
+    assert loss.dtype == arithmetic_of(student, teacher) and gradient.dtype == student_dtype
+    assert loss.double() != loss.bfloat16().double()
+
+
+def test_a_16_bit_logit_is_widened_before_anything_is_done_to_it(each_set: str) -> None:
+    """The loss of bfloat16 logits is, bit for bit, the loss of the same numbers in float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        student, teacher = make_logits("random", 4, 1500, dtype)
+        found = reptile_ext.distillation_loss(student, teacher, temperature=2.0)
+        wide = reptile_ext.distillation_loss(student.float(), teacher.float(), temperature=2.0)
+        torch.testing.assert_close(found, wide, rtol=3e-7, atol=0)
+
+
+def test_every_16_bit_number_is_read_right(each_set: str) -> None:
+    """All 65,536 bit patterns of both formats through the kernel, subnormals too: two classes, the other at 0.
+
+    Below 20, D against a uniform teacher is 2^-1 |z| + …: a misread bit shows in the loss.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        student = torch.stack([z, torch.zeros_like(z)], -1)
+        teacher = torch.zeros_like(student)
+        loss, gradient = rows_of(reptile_ext.distillation_loss, student, teacher)
+        wide, wide_gradient = rows_of(exact, student.double(), teacher)
+        broken = z.isnan() | (z == INF)
+        assert torch.equal(loss.isnan(), broken) and torch.equal(gradient.isnan().any(-1), broken)
+        masked = z == -INF
+        assert (loss[masked] == INF).all()
+        good = ~(broken | masked)
+        torch.testing.assert_close(loss[good].double(), wide[good], rtol=1e-6, atol=4e-7)
+        torch.testing.assert_close(
+            gradient[good].double(), wide_gradient[good], rtol=torch.finfo(dtype).eps, atol=2e-7
+        )
+
+
+def test_check_accepts_every_set_on_extreme_temperatures() -> None:
+    student, teacher = make_logits("random", 5, 700)
+    for temperature in (0.01, 100.0, (0.05, 20.0)):
+        check(student, teacher, sets=INSTRUCTION_SETS, temperature=temperature)
