@@ -7,9 +7,7 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from reptile_ext.benchmark import COMPILE_VOCAB, DTYPES, Case, Contender, Data, cases, contenders
-
-NAMES = ("ours in place", "ours", "eager", "eager fp32", "torch.compile", "limit")
+from reptile_ext.benchmark import COMPILE_VOCAB, DTYPES, NAMES, Case, Contender, Data, cases, contenders
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,7 +51,8 @@ def test_forward_and_backward(
     runner = contender(case, name)
     benchmark.group = f"{case!s:30} forward + backward"
     benchmark.name = name
-    benchmark.pedantic(runner.step, setup=runner.setup, rounds=9 if case.is_large else 500, warmup_rounds=2)
+    rounds = 9 if case.is_large else 500
+    benchmark.pedantic(runner.step, setup=runner.setup, rounds=rounds, warmup_rounds=2)  # type: ignore[no-untyped-call]
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         benchmark.extra_info.update(

@@ -52,7 +52,13 @@ struct LossProblem {
   double* row_losses = nullptr;  // [num_rows], written: weight · loss of the row
 };
 
-// Does rows [begin, end). `scratch` is this thread's own, of scratch_bytes(problem) bytes, aligned to 64.
-using LossRowsFn = void (*)(const LossProblem& problem, int64_t begin, int64_t end, void* scratch);
+// What an instruction set brings. Each function does rows [begin, end).
+struct Kernels {
+  // `scratch` is the calling thread's own: scratch_bytes(problem) bytes, aligned to 64.
+  void (*loss_rows)(const LossProblem& problem, int64_t begin, int64_t end, void* scratch);
+  // gradient row n times factors[n], or times factors[0] if is_uniform; of the problem only the shape and `gradient`
+  // are looked at.
+  void (*scale_rows)(const LossProblem& problem, const double* factors, bool is_uniform, int64_t begin, int64_t end);
+};
 
 }  // namespace reptile_ext

@@ -49,6 +49,7 @@ PAIRS = 32_768_000  # student-teacher pairs of logits in a large case
 
 LARGE_PAIRS = 1 << 22  # from here on a case is beyond the caches: a streaming limit, cold caches and a peak of memory
 COMPILE_VOCAB = 1000  # torch.compile takes seconds a case, and below this size has nothing to show
+NAMES = ("ours in place", "ours", "eager", "eager fp32", "torch.compile", "limit")
 WARM_UP = 1  # rounds, after the run that is checked and the one whose memory is looked at
 FLUSH_BYTES = 1 << 27
 
@@ -481,7 +482,7 @@ def run(
         raise ValueError(f"threads must be at least 1; got {threads}")
     if plot is not None:
         _pyplot()  # find out now, not after minutes
-    if compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if compile and shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         print("without torch.compile, which needs a C++ compiler: install g++", file=sys.stderr)
         compile = False
     threads_before = torch.get_num_threads()
@@ -544,7 +545,7 @@ def _draw(results: list[Result], about: dict[str, Any], path: Path) -> None:
     """Time a pair over V; of cases with the same V the one with most rows."""
     pyplot = _pyplot()
     dtypes = list(dict.fromkeys(r.case.dtype for r in results))
-    names = list(dict.fromkeys(r.contender for r in results))
+    names = sorted({r.contender for r in results}, key=NAMES.index)
     figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.5), sharey=True, squeeze=False)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for i, name in enumerate(names):
@@ -552,9 +553,9 @@ def _draw(results: list[Result], about: dict[str, Any], path: Path) -> None:
             for r in sorted((r for r in results if (r.case.dtype, r.contender) == (dtype, name)), key=lambda r: r.case):
                 points[r.case.vocab] = r.ns_per_pair
             if points:
-                style = {"color": "black", "linestyle": "--"} if name == "limit" else {"color": f"C{i}", "marker": "o"}
+                style = {"color": "black", "linestyle": "--"} if name == "limit" else {"color": f"C{i}"}
                 vs = sorted(points)
-                axis.plot(vs, [points[v] for v in vs], label=name, markersize=4, **style)
+                axis.plot(vs, [points[v] for v in vs], label=name, marker="o", markersize=4, **style)
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="classes V")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("forward + backward, ns a pair of logits")

@@ -83,7 +83,9 @@ def distill(argv: list[str]) -> int:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder (default: runs/RECIPE-TIME)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run that was stopped in this folder")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="go on with the run that was stopped in this folder"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     settings, options = _settings(recipes.RECIPES[name].settings, values, parser, argv, path)
 
@@ -98,7 +100,9 @@ def distill(argv: list[str]) -> int:
     print(f"recipe {name}, run folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
     report = recipes.run(recipes.RECIPES[name], settings, folder, progress_bar=bars)
-    print(f"\n{report['minutes']:.1f} minutes. In {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}")
+    print(
+        f"\n{report['minutes']:.1f} minutes. In {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}"
+    )
     return 0
 
 
@@ -173,7 +177,9 @@ def doctor(argv: list[str]) -> int:
             problems += _examine_kernels(torch, reptile_ext, show)
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if _version(package) is None]
-        state = "installed" if not missing else f"not installed ({', '.join(missing)}): pip install 'reptile_ext[{extra}]'"
+        state = (
+            "installed" if not missing else f"not installed ({', '.join(missing)}): pip install 'reptile_ext[{extra}]'"
+        )
         show(f"extra {extra}", state)
     for problem in problems:
         print(f"\nWrong: {problem}")
@@ -183,7 +189,16 @@ def doctor(argv: list[str]) -> int:
 
 # Distributions whose absence means that the extra is not installed.
 _EXTRAS = {
-    "train": ("accelerate", "torchmetrics", "safetensors", "tqdm", "pydantic-settings", "tokenizers", "scikit-learn", "matplotlib")
+    "train": (
+        "accelerate",
+        "torchmetrics",
+        "safetensors",
+        "tqdm",
+        "pydantic-settings",
+        "tokenizers",
+        "scikit-learn",
+        "matplotlib",
+    )
 }
 
 
@@ -197,7 +212,9 @@ def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object],
             for key, value in of.items():
                 show(f"{title}: {key}", ", ".join(value) if isinstance(value, (list, tuple)) else value)
     except Exception as error:
-        problems.append(f"reptile_ext._C does not load ({error}): reinstall with `pip install --force-reinstall --no-deps .`")
+        problems.append(
+            f"reptile_ext._C does not load ({error}): reinstall with `pip install --force-reinstall --no-deps .`"
+        )
     chosen = os.environ.get("REPTILE_EXT_CPU")
     try:
         from reptile_ext import ops
@@ -209,7 +226,9 @@ def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object],
         loss.backward()
         wanted = reptile_ext.reference.distillation_loss(student.detach(), teacher)
         if not torch.allclose(loss.detach(), wanted, rtol=1e-5):
-            problems.append(f"the kernel computes {loss.item()} where plain PyTorch gets {wanted.item()}: please report it")
+            problems.append(
+                f"the kernel computes {loss.item()} where plain PyTorch gets {wanted.item()}: please report it"
+            )
     except Exception as error:
         hint = f" (REPTILE_EXT_CPU={chosen} is set: try without)" if chosen else ""
         problems.append(f"the kernels do not run: {error}{hint}")

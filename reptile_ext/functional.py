@@ -98,10 +98,9 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
-    """gradient · grad_output, where the gradient lies; nothing to do when grad_output is 1, the usual case."""
-    if grad_output.dim() == 0:
-        return gradient if grad_output.item() == 1.0 else gradient.mul_(grad_output)
-    return gradient if bool((grad_output == 1).all()) else gradient.mul_(grad_output.unsqueeze(dim))
+    """gradient · grad_output, where the gradient lies."""
+    ops.scale_gradient_(gradient, grad_output.contiguous(), dim)
+    return gradient
 
 
 def _raise_value_error(error: RuntimeError) -> None:

@@ -73,6 +73,7 @@ def instruction_set(name: str | None = None) -> str:
 
 distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.distillation_loss.default
 distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.distillation_loss_.default
+scale_gradient_: Callable[..., None] = torch.ops.reptile_ext.scale_gradient_.default
 
 
 def _fake_loss(student: Tensor, teacher: Tensor, reduction: int, dim: int) -> Tensor:
@@ -127,6 +128,11 @@ def _(
     dim: int,
 ) -> Tensor:
     return _fake_loss(student, teacher, reduction, dim)
+
+
+@torch.library.register_fake("reptile_ext::scale_gradient_")  # type: ignore[untyped-decorator]
+def _(gradient: Tensor, factor: Tensor, dim: int) -> None:
+    return None
 
 
 def reference_gradients(

@@ -129,8 +129,9 @@ def with_options(
     vocab_size = min(s.shape[-1], t.shape[-1])  # equal, or vocab="truncate"
     double = torch.float64 in (s.dtype, t.dtype)
     arithmetic = torch.float64 if double else torch.float32
-    s = s[..., :vocab_size].reshape(-1, vocab_size).to(arithmetic)
-    t = t[..., :vocab_size].reshape(-1, vocab_size).to(arithmetic)
+    # One layout for both: a sum in another order would make equal logits differ.
+    s = s[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
+    t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
     with torch.no_grad():
         w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)

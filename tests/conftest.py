@@ -1,4 +1,4 @@
-"""Settings and fixtures of the suite: warnings are errors, hypothesis repeats itself, threads and sets are put back."""
+"""Fixtures of the suite: every instruction set in turn, hypothesis that repeats itself, seed and threads put back."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from oracle import INSTRUCTION_SETS
 
-from reptile_ext import _C, ops
-
-INSTRUCTION_SETS = _C.cpu_info()["supported"]
+from reptile_ext import ops
 
 # The same examples in every run: a failure in CI is a failure at home. Time is never a verdict.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=100)
 hypothesis.settings.load_profile("suite")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "error")
-    # torch.compile and torch.export warn of their own code; nothing of ours can change that.
-    for module in ("torch", "copyreg", "functools"):
-        config.addinivalue_line("filterwarnings", rf"ignore::DeprecationWarning:{module}(\..*)?")
-        config.addinivalue_line("filterwarnings", rf"ignore::FutureWarning:{module}(\..*)?")
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

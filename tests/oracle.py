@@ -28,7 +28,7 @@ so a gradient of 1e-6 in a vocabulary of 128,256 is checked to as many digits as
     float16
     float64    4e-14     as float32, with 2^-53: 60 · 2^-53 = 7e-15; the oracle itself is no better than that
 
-plus half a unit in the last place of the logits' dtype (2^-9 in bfloat16, 2^-12 in float16) for a gradient that is rounded
+plus half a unit in the last place of the logits' dtype (2^-8 of the value in bfloat16, 2^-11 in float16) for a gradient that is rounded
 once more when backward() multiplies it: by what comes from above, and in float16 always (the division by the number of
 rows happens there, so that a loss scaler has something to scale).
 """
@@ -42,9 +42,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reptile_ext
-from reptile_ext import ops, reference
+from reptile_ext import _C, ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INSTRUCTION_SETS: list[str] = _C.cpu_info()["supported"]  # those that this machine has
 EPSILON = {torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6, torch.float64: 4e-14}
 
 
@@ -100,6 +101,24 @@ def make_labels(rows: int | tuple[int, ...], vocab_size: int, seed: int = 1) -> 
     return labels
 
 
+def _copy_into(memory: Tensor, z: Tensor) -> Tensor:
+    assert memory.shape == z.shape
+    return memory.copy_(z)
+
+
+# name: (logits [2, 3, V] -> the same logits lying otherwise in memory)
+LAYOUTS = {
+    "contiguous": lambda z: z.contiguous(),
+    "class_stride_2": lambda z: _copy_into(z.new_full((*z.shape[:-1], 2 * z.shape[-1]), torch.nan)[..., ::2], z),
+    "padded_rows": lambda z: _copy_into(z.new_full((*z.shape[:-1], z.shape[-1] + 3), torch.nan)[..., 1:-2], z),
+    "misaligned": lambda z: _copy_into(z.new_full((z.numel() + 1,), torch.nan)[1:].view_as(z), z),
+    "class_first": lambda z: z.movedim(-1, 0).contiguous().movedim(0, -1),
+    "rows_transposed": lambda z: z.transpose(0, 1).contiguous().transpose(0, 1),
+    "shifted": lambda z: _copy_into(z.new_full((z.shape[0], z.shape[1] + 1, z.shape[2]), torch.nan)[:, :-1], z),
+    "expanded": lambda z: z[:1].expand_as(z),
+}
+
+
 def pair(temperature: float | tuple[float, float]) -> tuple[float, float]:
     return temperature if isinstance(temperature, tuple) else (temperature, temperature)
 
@@ -127,10 +146,10 @@ def plain(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keyw
     s, t = student.movedim(dim, -1), teacher.movedim(dim, -1)
     size = min(s.shape[-1], t.shape[-1])
     s, t = s[..., :size].to(arithmetic), t[..., :size].to(arithmetic)
-    kl = F.kl_div(
-        F.log_softmax(s / t_s, -1), F.log_softmax(t / t_t, -1), reduction="none", log_target=True
-    ).sum(-1)
-    losses = keywords.get("soft_weight", 1.0) * (t_s * t_t if keywords.get("temperature_scaling", "t2") == "t2" else 1) * kl
+    kl = F.kl_div(F.log_softmax(s / t_s, -1), F.log_softmax(t / t_t, -1), reduction="none", log_target=True).sum(-1)
+    losses = (
+        keywords.get("soft_weight", 1.0) * (t_s * t_t if keywords.get("temperature_scaling", "t2") == "t2" else 1) * kl
+    )
     if keywords.get("hard_weight"):
         ce = F.cross_entropy(
             s.reshape(-1, size),
@@ -160,7 +179,12 @@ def run(loss_fn: Any, student: Tensor, teacher: Tensor, *args: Any, upstream: Te
 
 
 def sizes(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, upstream: Tensor | None, exact_loss: Tensor, keywords: dict[str, Any]
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    upstream: Tensor | None,
+    exact_loss: Tensor,
+    keywords: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """What the rounding errors of loss and gradient are proportional to; see the top of this file."""
     t_s, t_t = pair(keywords.get("temperature", 1.0))
@@ -237,7 +261,9 @@ def assert_near(
     rival = run(plain, student, teacher, labels, upstream=upstream, **keywords)
     loss_size, gradient_size = sizes(student, teacher, labels, upstream, right[0], keywords)
     # The kernel rounds its gradient to the logits' dtype; what backward() brings in comes on top of that.
-    rounded_again = torch.finfo(student.dtype).eps / 2 if upstream is not None or student.dtype == torch.float16 else 0.0
+    rounded_again = (
+        torch.finfo(student.dtype).eps / 2 if upstream is not None or student.dtype == torch.float16 else 0.0
+    )
     plain_errors = error(rival[0], right[0], loss_size), error(rival[1], right[1], gradient_size)
     for name, (loss, gradient) in found.items():
         assert loss.dtype == arithmetic_of(student, teacher)

@@ -11,8 +11,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INSTRUCTION_SETS
-from oracle import DTYPES, assert_near, check, exact, make_labels, make_logits, name_of, plain, run
+from oracle import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    LAYOUTS,
+    assert_near,
+    check,
+    exact,
+    make_labels,
+    make_logits,
+    name_of,
+    plain,
+    run,
+)
 
 import reptile_ext
 from reptile_ext import ops
@@ -213,23 +224,6 @@ def test_truncate_along_another_dimension() -> None:
 
 # ------------------------------------------------------------------------------------------------------ layouts
 
-
-def _copy_into(memory: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    assert memory.shape == z.shape
-    return memory.copy_(z)
-
-
-# name: (logits [2, 3, V] -> the same logits lying otherwise in memory)
-LAYOUTS = {
-    "contiguous": lambda z: z.contiguous(),
-    "class_stride_2": lambda z: _copy_into(z.new_full((*z.shape[:-1], 2 * z.shape[-1]), torch.nan)[..., ::2], z),
-    "padded_rows": lambda z: _copy_into(z.new_full((*z.shape[:-1], z.shape[-1] + 3), torch.nan)[..., 1:-2], z),
-    "misaligned": lambda z: _copy_into(z.new_full((z.numel() + 1,), torch.nan)[1:].view_as(z), z),
-    "class_first": lambda z: z.movedim(-1, 0).contiguous().movedim(0, -1),
-    "rows_transposed": lambda z: z.transpose(0, 1).contiguous().transpose(0, 1),
-    "shifted": lambda z: _copy_into(z.new_full((z.shape[0], z.shape[1] + 1, z.shape[2]), torch.nan)[:, :-1], z),
-    "expanded": lambda z: z[:1].expand_as(z),
-}
 LAYOUT_PAIRS = [(name, name) for name in LAYOUTS] + [("contiguous", name) for name in list(LAYOUTS)[1:]]
 LAYOUT_PAIRS += [(name, "contiguous") for name in list(LAYOUTS)[1:]]
 
@@ -255,7 +249,9 @@ def test_segmentation(dtype: torch.dtype, channels_last: bool) -> None:
         teacher = teacher.to(memory_format=torch.channels_last)
     labels = make_labels((2, 5, 6), 7)
     check(student, teacher, labels, dim=1, hard_weight=1.0, temperature=2.0)
-    loss = reptile_ext.distillation_loss(student.double(), teacher.double(), labels, dim=1, soft_weight=0.0, hard_weight=1.0)
+    loss = reptile_ext.distillation_loss(
+        student.double(), teacher.double(), labels, dim=1, soft_weight=0.0, hard_weight=1.0
+    )
     assert loss.item() == pytest.approx(F.cross_entropy(student.double(), labels).item(), rel=1e-12)
 
 
@@ -291,7 +287,11 @@ def test_next_token_slice(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)], ids=str)
 def test_no_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    student, teacher, labels = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1]).long()
+    student, teacher, labels = (
+        torch.zeros(shape, dtype=dtype),
+        torch.zeros(shape, dtype=dtype),
+        torch.zeros(shape[:-1]).long(),
+    )
     for reduction in ("mean", "sum"):
         for denominator in (None, 3.0, torch.tensor(3)):
             loss, gradient = run(
@@ -319,7 +319,9 @@ def test_many_rows_in_many_chunks() -> None:
 # ------------------------------------------------------------------------------------------------------- in place
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "class_stride_2", "padded_rows", "misaligned", "class_first", "shifted"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "class_stride_2", "padded_rows", "misaligned", "class_first", "shifted"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_inplace_equals_the_default_and_overwrites_the_logits(layout: str, dtype: torch.dtype) -> None:
     labels = make_labels((2, 3), 1030)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
-from oracle import DTYPES, arithmetic_of, check, exact, make_labels, make_logits, name_of, plain, run
+from oracle import DTYPES, INSTRUCTION_SETS, arithmetic_of, check, exact, make_labels, make_logits, name_of, plain, run
 from torch import Tensor
 
 import reptile_ext
@@ -51,7 +50,11 @@ def test_equal_logits_in_different_layouts_give_exactly_zero(backend: Any, dtype
     """A class gets the same bits wherever it lies: in the body or the tail, direct or gathered."""
     _, logits = make_logits("random", (2, 3), 1037, dtype)
     apart = torch.full((2, 3, 2 * 1037 + 1), NAN, dtype=dtype)[..., 1::2].copy_(logits)
-    for student, teacher in ((logits, apart), (apart, logits), (logits.movedim(-1, 0).contiguous().movedim(0, -1), logits)):
+    for student, teacher in (
+        (logits, apart),
+        (apart, logits),
+        (logits.movedim(-1, 0).contiguous().movedim(0, -1), logits),
+    ):
         loss, gradient = run(backend, student, teacher, temperature=2.0)
         assert loss.item() == 0.0 and (gradient == 0.0).all()
 
@@ -248,7 +251,9 @@ def test_inplace_clears_the_rows_that_are_out(dtype: torch.dtype) -> None:
     [(3, 40_001), (300, 1000), (5000, 33), (100_000, 2)],  # from many tasks a row down to a few tasks in all
     ids=str,
 )
-def test_same_bits_in_every_run_and_with_any_number_of_threads(each_set: str, rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+def test_same_bits_in_every_run_and_with_any_number_of_threads(
+    each_set: str, rows: int, vocab_size: int, dtype: torch.dtype
+) -> None:
     student, teacher = make_logits("random", rows, vocab_size, dtype)
     labels = make_labels(rows, vocab_size)
     weight = torch.rand(rows)
@@ -256,7 +261,9 @@ def test_same_bits_in_every_run_and_with_any_number_of_threads(each_set: str, ro
     for threads in (1, 1, 2, 3, 5):
         torch.set_num_threads(threads)
         results.append(
-            run(reptile_ext.distillation_loss, student, teacher, labels, weight=weight, hard_weight=0.5, temperature=2.0)
+            run(
+                reptile_ext.distillation_loss, student, teacher, labels, weight=weight, hard_weight=0.5, temperature=2.0
+            )
         )
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
@@ -276,32 +283,40 @@ def test_a_row_has_the_same_bits_alone_and_in_company(each_set: str, dtype: torc
 
 MEASURE = """
 import torch, reptile_ext
+
+class Head(torch.autograd.Function):  # a model that costs nothing: logits from x, and a gradient that is looked at only
+    @staticmethod
+    def forward(ctx, x, rows):
+        return torch.full((rows, 32_000), 0.5, dtype=torch.{dtype})
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[0, 0].float(), None
+
+def step(rows):
+    logits = Head.apply(torch.ones((), requires_grad=True), rows)
+    teacher = torch.ones_like(logits)
+    labels = torch.zeros(rows, dtype=torch.long)
+    before = peak()
+    keywords = dict(temperature=2.0, hard_weight=1.0, inplace={inplace}, reduction="{reduction}")
+    reptile_ext.distillation_loss(logits, teacher, labels, **keywords).mul(3.0).sum().backward()
+    return (peak() - before) / logits.numel()
+
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
 torch.set_num_threads(2)
-rows, vocab_size, inplace = 2000, 32_000, {inplace}
-dtype = torch.{dtype}
-student = torch.zeros(rows, vocab_size, dtype=dtype, requires_grad=True)
-logits = student.view(-1).view(rows, vocab_size)  # shares the memory, is no leaf
-teacher = torch.ones(rows, vocab_size, dtype=dtype)
-labels = torch.zeros(rows, dtype=torch.long)
-# Everything that is loaded or grown once, on a few rows.
-small = torch.zeros(8, vocab_size, dtype=dtype, requires_grad=True)
-reptile_ext.distillation_loss(small * 1, teacher[:8], labels[:8], temperature=2.0, hard_weight=1.0, inplace=inplace).backward()
-before = peak()
-loss = reptile_ext.distillation_loss(logits, teacher, labels, temperature=2.0, hard_weight=1.0, inplace=inplace)
-torch.autograd.grad(loss, logits)
-print((peak() - before) / (rows * vocab_size))
+step(8)  # what is loaded or grown once
+print(step(2000))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("inplace", [True, False])
-def test_nothing_of_the_logits_size_is_allocated(inplace: bool, dtype: str) -> None:
+@pytest.mark.parametrize(("inplace", "reduction"), [(True, "mean"), (True, "none"), (False, "mean"), (False, "none")])
+def test_nothing_of_the_logits_size_is_allocated(inplace: bool, reduction: str, dtype: str) -> None:
     """The process's peak memory, in bytes a logit: in place nothing, else the gradient and nothing besides."""
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE.format(inplace=inplace, dtype=dtype)],
+        [sys.executable, "-c", MEASURE.format(inplace=inplace, dtype=dtype, reduction=reduction)],
         env=os.environ,
         capture_output=True,
         text=True,
@@ -336,10 +351,7 @@ def test_a_16_bit_logit_is_widened_before_anything_is_done_to_it(each_set: str) 
 
 
 def test_every_16_bit_number_is_read_right(each_set: str) -> None:
-    """All 65,536 bit patterns of both formats through the kernel, subnormals too: two classes, the other at 0.
-
-    Below 20, D against a uniform teacher is 2^-1 |z| + …: a misread bit shows in the loss.
-    """
+    """All 65,536 bit patterns of both formats through the kernel, subnormals too, each against a class at 0."""
     for dtype in (torch.bfloat16, torch.float16):
         z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
         student = torch.stack([z, torch.zeros_like(z)], -1)
@@ -350,11 +362,9 @@ def test_every_16_bit_number_is_read_right(each_set: str) -> None:
         assert torch.equal(loss.isnan(), broken) and torch.equal(gradient.isnan().any(-1), broken)
         masked = z == -INF
         assert (loss[masked] == INF).all()
-        good = ~(broken | masked)
+        good = ~(broken | masked) & (z.abs().float() < 2e38)  # times log2 e beyond that is not a float32 any more
         torch.testing.assert_close(loss[good].double(), wide[good], rtol=1e-6, atol=4e-7)
-        torch.testing.assert_close(
-            gradient[good].double(), wide_gradient[good], rtol=torch.finfo(dtype).eps, atol=2e-7
-        )
+        torch.testing.assert_close(gradient[good].double(), wide_gradient[good], rtol=torch.finfo(dtype).eps, atol=2e-7)
 
 
 def test_check_accepts_every_set_on_extreme_temperatures() -> None:

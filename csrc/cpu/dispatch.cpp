@@ -7,27 +7,27 @@
 
 namespace reptile_ext {
 
-void loss_rows_portable(const LossProblem&, int64_t, int64_t, void*);
+const Kernels& kernels_portable();
 #if defined(REPTILE_EXT_X86)
-void loss_rows_avx2(const LossProblem&, int64_t, int64_t, void*);
-void loss_rows_avx512(const LossProblem&, int64_t, int64_t, void*);
-void loss_rows_avx512_bf16(const LossProblem&, int64_t, int64_t, void*);
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
 #endif
 
 namespace {
 
 const InstructionSet kSets[] = {
-    {"portable", loss_rows_portable, [] { return true; }},
+    {"portable", kernels_portable, [] { return true; }},
 #if defined(REPTILE_EXT_X86)
     // __builtin_cpu_supports also asks whether the operating system saves the registers.
-    {"avx2", loss_rows_avx2,
+    {"avx2", kernels_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", loss_rows_avx512,
+    {"avx512", kernels_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx512_bf16", loss_rows_avx512_bf16,
+    {"avx512_bf16", kernels_avx512_bf16,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -7,7 +7,7 @@ namespace reptile_ext {
 
 struct InstructionSet {
   const char* name;
-  LossRowsFn loss_rows;
+  const Kernels& (*kernels)();
   bool (*is_supported)();
 };
 

@@ -1,6 +1,6 @@
 // The row driver: loss and gradient of a range of rows, one row at a time, forward and backward in one go.
 //
-// Compiled once per instruction set. REPTILE_EXT_LOSS_ROWS is the one name such an object exports; everything else is
+// Compiled once per instruction set. REPTILE_EXT_KERNELS is the one name such an object exports; everything else is
 // in anonymous namespaces, and nothing here uses the standard library's templates (see simd.h for why).
 //
 // What is fused, in units of one row of V elements:
@@ -603,9 +603,7 @@ void loss_rows_of_type(const LossProblem& p, int64_t begin, int64_t end, void* s
   }
 }
 
-}  // namespace
-
-void REPTILE_EXT_LOSS_ROWS(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
+void loss_rows_of_layout(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
   switch (layout_of(p)) {
     case Layout::kContiguous:
       return loss_rows_of_type<Layout::kContiguous>(p, begin, end, scratch);
@@ -617,6 +615,58 @@ void REPTILE_EXT_LOSS_ROWS(const LossProblem& p, int64_t begin, int64_t end, voi
                  ? loss_rows<double, Layout::kGathered>(p, begin, end, scratch)
                  : loss_rows<float, Layout::kGathered>(p, begin, end, scratch);
   }
+}
+
+template <class In>
+void scale_row(In* row, int64_t n, double factor) {
+  using V = Arithmetic<In>;
+  constexpr int kPair = 2 * V::kLanes;
+  const V f = V(typename V::Scalar(factor));
+  V a, b;
+  int64_t i = 0;
+  for (; i + kPair <= n; i += kPair) {
+    load2(row + i, a, b);
+    store2(row + i, a * f, b * f);
+  }
+  if (i < n) {
+    load2_tail(row + i, int(n - i), a, b);
+    store2_tail(row + i, int(n - i), a * f, b * f);
+  }
+}
+
+void scale_rows(const LossProblem& p, const double* factors, bool is_uniform, int64_t begin, int64_t end) {
+  const Operand& gradient = p.gradient;
+  const int last = p.num_row_dims - 1;
+  const bool side_by_side = last >= 0 && gradient.row_strides[last] == 1;
+  with_type(gradient, [&](auto* data) {
+    RowIndex index(p, begin);
+    for (int64_t r = begin; r < end;) {
+      auto* row = data + index.offset(gradient);
+      int64_t live = 1;
+      if (gradient.class_stride == 1) {
+        scale_row(row, p.gradient_size, factors[is_uniform ? 0 : r]);
+      } else {
+        // In memory order: the rows that lie side by side, class by class.
+        if (side_by_side) live = p.row_sizes[last] - index.index[last];
+        if (live > end - r) live = end - r;
+        for (int64_t v = 0; v < p.gradient_size; ++v) {
+          for (int64_t i = 0; i < live; ++i) {
+            auto* element = row + v * gradient.class_stride + i;
+            using Scalar = decltype(to_float(*element));
+            from_float(Scalar(to_float(*element) * Scalar(factors[is_uniform ? 0 : r + i])), element);
+          }
+        }
+      }
+      for (int64_t i = 0; i < live; ++i, ++r) index.next();
+    }
+  });
+}
+
+}  // namespace
+
+const Kernels& REPTILE_EXT_KERNELS() {
+  static const Kernels kernels = {loss_rows_of_layout, scale_rows};
+  return kernels;
 }
 
 }  // namespace reptile_ext

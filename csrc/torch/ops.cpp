@@ -1,7 +1,8 @@
 // The operators: schemas, checks, allocation, threads. The work is done by the row drivers of csrc/cpu.
 //
 // distillation_loss returns the loss and d loss / d student, computed in one go; distillation_loss_ writes that
-// gradient over the student's logits and returns the loss. Python checks and words the arguments
+// gradient over the student's logits and returns the loss; scale_gradient_ is the backward pass, what is left of it.
+// Python checks and words the arguments
 // (reptile_ext/arguments.py); what is checked here again is what memory safety hangs on, because anybody may call
 // torch.ops.reptile_ext.* directly.
 
@@ -199,6 +200,20 @@ Tensor new_tensor(int64_t ndim, const int64_t* sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
+const Kernels& current_kernels() {
+  const char* error = nullptr;
+  const InstructionSet* set = current_instruction_set(&error);
+  if (!set) fail(error);
+  return set->kernels();
+}
+
+// Rows that one thread takes at a time.
+int64_t rows_per_task(int64_t vocab_size) {
+  constexpr int64_t kPairsPerTask = 1 << 15;  // below this, waking a thread costs more than it does
+  const int64_t rows = std::max<int64_t>(1, kPairsPerTask / vocab_size);
+  return rows > 64 ? rows / 64 * 64 : rows;  // whole pairs of vectors of rows that lie side by side
+}
+
 // The loss; the gradient goes to `gradient` (the student's own view: in place) unless that is null.
 Tensor run(const Arguments& a, const View& student, const View* gradient) {
   const View teacher(a.teacher);
@@ -271,17 +286,12 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   const bool none = a.reduction == int64_t(Reduction::kNone);
   Tensor loss = new_tensor(none ? int64_t(leading.size()) : 0, leading.data(), loss_dtype);
 
-  const char* error = nullptr;
-  const InstructionSet* set = current_instruction_set(&error);
-  if (!set) fail(error);
+  const Kernels& kernels = current_kernels();
   std::vector<double> row_losses(static_cast<size_t>(p.num_rows));
   p.row_losses = row_losses.data();
   const size_t scratch = scratch_bytes(p);
-  constexpr int64_t kPairsPerTask = 1 << 15;  // below this, waking a thread costs more than it does
-  int64_t chunk = std::max<int64_t>(1, kPairsPerTask / p.vocab_size);
-  if (chunk > 64) chunk = chunk / 64 * 64;  // whole pairs of vectors of rows that lie side by side
-  parallel_rows(p.num_rows, chunk,
-                [&](int64_t begin, int64_t end) { set->loss_rows(p, begin, end, thread_scratch(scratch)); });
+  parallel_rows(p.num_rows, rows_per_task(p.vocab_size),
+                [&](int64_t begin, int64_t end) { kernels.loss_rows(p, begin, end, thread_scratch(scratch)); });
 
   void* out = View(loss).data;
   const auto write = [&](int64_t i, double value) {
@@ -338,6 +348,37 @@ Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
   return run(REPTILE_EXT_ARGUMENTS, view, &view);
 }
 
+// gradient · factor, where the gradient lies: one factor for all, or one a row. Nothing to do where it is 1.
+void scale_gradient_(const Tensor& gradient, const Tensor& factor, int64_t dim) {
+  const View view(gradient), factor_view(factor);
+  if (dim < 0) dim += view.ndim;
+  if (dim < 0 || dim >= view.ndim) fail("dim does not fit gradient");
+  LossProblem p;
+  p.vocab_size = p.gradient_size = view.sizes[dim];
+  set_rows(p, view, view, &view, dim);
+  p.gradient.data = view.data;
+  p.gradient.dtype = dtype_of(view, "gradient");
+  p.gradient.class_stride = p.gradient_size == 1 ? 1 : view.strides[dim];
+  const bool is_uniform = factor_view.ndim == 0;
+  const int64_t count = is_uniform ? 1 : p.num_rows;
+  int64_t numel = 1;
+  for (int64_t d = 0; d < factor_view.ndim; ++d) numel *= factor_view.sizes[d];
+  if (numel != count) fail("factor must have one element, or one a row");
+  if (!factor_view.is_contiguous()) fail("factor must be contiguous");
+  std::vector<double> factors(static_cast<size_t>(count));
+  if (factor_view.dtype == aoti_torch_dtype_float64()) {
+    std::copy_n(static_cast<const double*>(factor_view.data), count, factors.begin());
+  } else if (factor_view.dtype == aoti_torch_dtype_float32()) {
+    std::copy_n(static_cast<const float*>(factor_view.data), count, factors.begin());
+  } else {
+    fail("factor must be float32 or float64");
+  }
+  if (std::all_of(factors.begin(), factors.end(), [](double f) { return f == 1; })) return;
+  const Kernels& kernels = current_kernels();
+  parallel_rows(p.num_rows, rows_per_task(std::max<int64_t>(1, p.gradient_size)),
+                [&](int64_t begin, int64_t end) { kernels.scale_rows(p, factors.data(), is_uniform, begin, end); });
+}
+
 }  // namespace
 }  // namespace reptile_ext
 
@@ -350,11 +391,13 @@ STABLE_TORCH_LIBRARY(reptile_ext, m) {
   m.def("distillation_loss(Tensor student, " REPTILE_EXT_SCHEMA_TAIL
         ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("distillation_loss_(Tensor(a!) student, " REPTILE_EXT_SCHEMA_TAIL ") -> Tensor");
+  m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor, int dim) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
   m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
   m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
+  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
 }
 
 // For the test-suite and `reptile doctor`, through ctypes: the set in use; with a name, use that one from now on.

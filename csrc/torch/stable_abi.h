@@ -142,14 +142,17 @@ struct Boxer<Result(Parameters...), function> {
   static void run(StableIValue* stack, std::index_sequence<I...>) {
     // Braces: arguments are taken off the stack in order.
     std::tuple<std::decay_t<Parameters>...> arguments{Convert<std::decay_t<Parameters> >::to(stack[I])...};
-    push(stack, std::apply(function, arguments));
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(function, arguments);
+    } else {
+      push(stack, std::apply(function, arguments));
+    }
   }
   static void push(StableIValue* stack, Tensor&& result) { stack[0] = Convert<Tensor>::from(std::move(result)); }
   static void push(StableIValue* stack, std::tuple<Tensor, Tensor>&& result) {
     stack[0] = Convert<Tensor>::from(std::move(std::get<0>(result)));
     stack[1] = Convert<Tensor>::from(std::move(std::get<1>(result)));
   }
-  static void push(StableIValue* stack, int64_t result) { stack[0] = Convert<int64_t>::from(result); }
 };
 
 class StableLibrary {

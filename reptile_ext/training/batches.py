@@ -77,7 +77,7 @@ class Sampler:
 
     def take(self, count: int) -> list[Any]:
         """The next `count` micro-batches, fewer at the end of a pass, never none."""
-        for _ in range(2):  # a pass may turn out to be over; the next one may not be empty
+        while True:
             iterator = self._iterator or self._start_pass()
             window = list(itertools.islice(iterator, count))
             self._taken += len(window)
@@ -86,10 +86,11 @@ class Sampler:
                 self._passes += 1
             if window:
                 return window
-        raise ValueError(
-            f"train must yield micro-batches on every pass; got none on pass {self._passes} "
-            "(a generator can be read only once: pass a DataLoader or a list)"
-        )
+            if self._taken == 0:
+                raise ValueError(
+                    f"train must yield micro-batches on every pass; got none on pass {self._passes} "
+                    "(a generator can be read only once: pass a DataLoader or a list)"
+                )
 
     def _start_pass(self) -> Iterator[Any]:
         self._taken = 0

@@ -55,7 +55,9 @@ class Evaluation:
             self._metrics[name] = make(**keywords).to(self._device)
         return self._metrics[name]
 
-    def update(self, loss: Tensor, rows: int, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> None:
+    def update(
+        self, loss: Tensor, rows: int, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None
+    ) -> None:
         """`loss` is the mean over the `rows` rows that count; logits [..., V]; labels [...]."""
         if rows == 0:
             return

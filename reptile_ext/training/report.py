@@ -65,7 +65,8 @@ def time_losses(
                 if repeat >= 0:
                     taken[what][name].append(1000 * (time.perf_counter() - started))
     return {
-        what: {name: statistics.median(values) for name, values in of.items()} | {"rows": student_logits[..., 0].numel()}
+        what: {name: statistics.median(values) for name, values in of.items()}
+        | {"rows": student_logits[..., 0].numel()}
         for what, of in taken.items()
     }
 
@@ -75,7 +76,10 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     names = {"cross_entropy": "held-out loss", "accuracy": "accuracy", "f1": "macro F1", "perplexity": "perplexity"}
     labels = {"teacher": "teacher", "student": "student, distilled", "student alone": "student, no teacher"}
     columns = [name for name in (*metrics, "agreement") if name in report["models"]["student"]]
-    lines = ["", f"{'':<20}{'parameters':>12}" + "".join(f"{names.get(c, c):>15}" for c in columns) + f"{'seconds':>10}"]
+    lines = [
+        "",
+        f"{'':<20}{'parameters':>12}" + "".join(f"{names.get(c, c):>15}" for c in columns) + f"{'seconds':>10}",
+    ]
     for name, values in report["models"].items():
         cells = "".join(f"{values[c]:>15.4f}" if c in values else f"{'':>15}" for c in columns)
         lines.append(f"{labels[name]:<20}{values['parameters']:>12,}{cells}{values['seconds']:>10.1f}")

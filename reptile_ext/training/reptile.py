@@ -61,7 +61,9 @@ class Until:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value!r}")
         if self.steps is self.minutes is self.target is self.patience is None:
-            raise ValueError("until needs at least one of steps, minutes, target, patience; got none: it would never end")
+            raise ValueError(
+                "until needs at least one of steps, minutes, target, patience; got none: it would never end"
+            )
 
     def reason_to_stop(self, progress: Progress) -> str | None:
         """The condition that `progress` fulfils, in words, or None."""
@@ -70,7 +72,11 @@ class Until:
         if self.minutes is not None and progress.seconds >= 60 * self.minutes:
             return f"{self.minutes:g} minutes"
         value = progress.metrics.get(self.metric)
-        if self.target is not None and value is not None and (value == self.target or better(self.metric, value, self.target)):
+        if (
+            self.target is not None
+            and value is not None
+            and (value == self.target or better(self.metric, value, self.target))
+        ):
             return f"{self.metric} {value:.4g} reached {self.target:g}"
         if self.patience is not None and progress.stale >= self.patience:
             return f"no better {self.metric} in {self.patience} evaluations"
@@ -153,7 +159,9 @@ class Reptile:
             _check_apart(student, teacher)
         check_metrics(metrics, teacher is not None)
         if isinstance(schedule, str) and schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be a function or one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}")
+            raise ValueError(
+                f"schedule must be a function or one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}"
+            )
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
         if accumulate < 1:
@@ -214,14 +222,22 @@ class Reptile:
         if eval is None and (until.target is not None or until.patience is not None):
             raise ValueError("until.target and until.patience need eval; got eval=None")
         if until.metric not in ("loss", *self.metrics) and (until.target is not None or until.patience is not None):
-            raise ValueError(f"until.metric={until.metric!r} is not among the metrics measured: {('loss', *self.metrics)}")
-        for name, value in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every), ("log_every", log_every)):
+            raise ValueError(
+                f"until.metric={until.metric!r} is not among the metrics measured: {('loss', *self.metrics)}"
+            )
+        for name, value in (
+            ("eval_every", eval_every),
+            ("checkpoint_every", checkpoint_every),
+            ("log_every", log_every),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value!r}")
         accelerator, folder = self.accelerator, None if folder is None else Path(folder)
         checkpoint = None if folder is None else latest_checkpoint(folder)
         if checkpoint is not None and not resume:
-            raise FileExistsError(f"{folder} holds a run at step {int(checkpoint.name)}: pass resume=True, or another folder")
+            raise FileExistsError(
+                f"{folder} holds a run at step {int(checkpoint.name)}: pass resume=True, or another folder"
+            )
 
         # 1. Initialise: random numbers, student, optimizer, schedule; or all of it from a checkpoint.
         if self.seed is not None:
@@ -236,14 +252,24 @@ class Reptile:
         if checkpoint is not None:
             state, best = load_checkpoint(checkpoint, self.student)
             progress, log_position = Progress(**state["progress"]), state["log"]
-            for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler), ("sampler", sampler)):
+            for name, part in (
+                ("optimizer", optimizer),
+                ("scheduler", scheduler),
+                ("scaler", scaler),
+                ("sampler", sampler),
+            ):
                 part.load_state_dict(state[name])
             set_random_state(state["random"])
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         writes = folder is not None and accelerator.is_main_process
         log = Log(folder / "metrics.jsonl" if folder is not None and writes else None, log_position)
-        bar = tqdm(total=until.steps, initial=progress.step, unit="step", disable=not (progress_bar and accelerator.is_main_process))
+        bar = tqdm(
+            total=until.steps,
+            initial=progress.step,
+            unit="step",
+            disable=not (progress_bar and accelerator.is_main_process),
+        )
         rows_done = torch.tensor(progress.rows, device=accelerator.device)
         earlier, started = (progress.rows, progress.seconds), time.perf_counter() - progress.seconds
         reason = until.reason_to_stop(progress)
@@ -284,7 +310,9 @@ class Reptile:
                 if evaluates or saves or progress.step % log_every == 0:
                     value = float(accelerator.reduce(loss, "sum"))
                     if not math.isfinite(value):
-                        raise FloatingPointError(f"the loss is {value} at step {progress.step}: lower learning_rate or set clip")
+                        raise FloatingPointError(
+                            f"the loss is {value} at step {progress.step}: lower learning_rate or set clip"
+                        )
                     progress.rows = int(rows_done)
                     rate = (progress.rows - earlier[0]) / (progress.seconds - earlier[1])
                     learning_rate = optimizer.param_groups[0]["lr"]

@@ -180,7 +180,9 @@ def _blocks(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
 def _thin(blocks: Tensor, count: int) -> Tensor:
     """`count` of the blocks, evenly spaced."""
     if count > len(blocks):
-        raise ValueError(f"the text has {len(blocks)} blocks, and {count} are asked for: lower transfer_tokens or held_out_tokens")
+        raise ValueError(
+            f"the text has {len(blocks)} blocks, and {count} are asked for: lower transfer_tokens or held_out_tokens"
+        )
     return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 

@@ -1,0 +1,454 @@
+"""The loss inside everything that autograd, torch.compile, torch.export and torch.func do with it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from oracle import DTYPES, assert_near, exact, make_labels, make_logits, name_of, run
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import reptile_ext
+from reptile_ext import ops, reference
+
+loss_of = reptile_ext.distillation_loss
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+# Every code path of the backward: row losses, divided ones, labels, weights, two temperatures, a dimension in front.
+KEYWORDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": (2.0, 0.5), "reduction": "sum"},
+    {"reduction": "none", "temperature": 3.0},
+    {"hard_weight": 0.7, "label_smoothing": 0.1, "reduction": "none"},
+    {"hard_weight": 0.7, "denominator": 5.0},
+    {"dim": 0, "hard_weight": 0.5},
+]
+every_keywords = pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
+
+
+def make_case(keywords: dict[str, Any], dtype: torch.dtype = torch.float64, vocab_size: int = 7, rows: int = 4):
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    if keywords.get("dim") == 0:
+        student, teacher = student.t().contiguous(), teacher.t().contiguous()
+    return student, teacher, make_labels(rows, vocab_size)
+
+
+# ------------------------------------------------------------------------------------------------- derivatives
+
+
+@every_keywords
+@pytest.mark.parametrize("teacher_learns", [False, True])
+def test_gradients_equal_finite_differences(keywords: dict, teacher_learns: bool) -> None:
+    """First and second derivatives in float64, of the student and of a teacher that learns too."""
+    student, teacher, labels = make_case(keywords)
+    weight = torch.rand(4) + 0.5
+
+    def f(*logits: Tensor) -> Tensor:
+        return loss_of(logits[0], logits[1] if teacher_learns else teacher, labels, weight=weight, **keywords)
+
+    inputs = (student.requires_grad_(), teacher.requires_grad_())[: 1 + teacher_learns]
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@every_dtype
+@every_keywords
+def test_a_teacher_that_requires_grad_gets_the_oracles(keywords: dict, dtype: torch.dtype) -> None:
+    student, teacher, labels = make_case(keywords, dtype)
+    right = teacher.double().requires_grad_()
+    exact(student, right, labels, **keywords).sum().backward()
+    for student_learns in (False, True):
+        student, teacher = student.detach().requires_grad_(student_learns), teacher.detach().requires_grad_()
+        loss_of(student, teacher, labels, **keywords).sum().backward()
+        assert teacher.grad is not None and teacher.grad.dtype == dtype
+        torch.testing.assert_close(teacher.grad.double(), right.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert (student.grad is not None) == student_learns
+
+
+@every_dtype
+@every_keywords
+def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.dtype) -> None:
+    """loss·3, loss/7, −loss, 0·loss, and a different number for every row."""
+    student, teacher, labels = make_case(keywords, dtype)
+    none = keywords.get("reduction") == "none"
+    for factor in (3.0, 1 / 7, -1.0, 0.0, 1e-3):
+        upstream = torch.full((4,), factor) if none else torch.tensor(factor)
+        found = run(loss_of, student, teacher, labels, upstream=upstream, **keywords)
+        assert_near({"": found}, student, teacher, labels, upstream=upstream, **keywords)
+        leaf = student.clone().requires_grad_()
+        (loss_of(leaf, teacher, labels, **keywords) * factor).sum().backward()
+        torch.testing.assert_close(leaf.grad, found[1], rtol=torch.finfo(dtype).eps, atol=0)
+    if none:
+        upstream = torch.randn(4)
+        found = run(loss_of, student, teacher, labels, upstream=upstream, **keywords)
+        assert_near({"": found}, student, teacher, labels, upstream=upstream, **keywords)
+
+
+@every_dtype
+@every_keywords
+def test_a_second_backward_gives_the_same_gradient(keywords: dict, dtype: torch.dtype) -> None:
+    """retain_graph=True: the first gives its gradient away, and has scaled it; the later ones must not notice."""
+    student, teacher, labels = make_case(keywords, dtype)
+    student.requires_grad_()
+    loss = loss_of(student, teacher, labels, **keywords)
+    upstream = torch.full_like(loss, 1 / 3)
+    first = torch.autograd.grad(loss, student, upstream, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(loss, student, upstream, retain_graph=True)[0]
+    third = torch.autograd.grad(loss, student, 3 * upstream)[0]
+    assert torch.equal(first, kept), "a later backward wrote over an earlier gradient"
+    # Rounded twice in the first, once in the second.
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6 if dtype != torch.float64 else 1e-15}
+    torch.testing.assert_close(second, first, **tolerance)
+    torch.testing.assert_close(third, 3 * second, **tolerance)
+
+
+def test_gradients_accumulate() -> None:
+    """Two losses of the same logits, and the same loss twice, add up."""
+    student, teacher, labels = make_case({}, torch.float32)
+    right = run(loss_of, student, teacher)[1] + run(loss_of, student, teacher, labels, hard_weight=1.0)[1]
+    leaf = student.clone().requires_grad_()
+    (loss_of(leaf, teacher) + loss_of(leaf, teacher, labels, hard_weight=1.0)).backward()
+    torch.testing.assert_close(leaf.grad, right)
+    loss = loss_of(leaf, teacher)
+    leaf.grad = None
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * run(loss_of, student, teacher)[1])
+
+
+def test_the_gradient_survives_the_logits() -> None:
+    """Logits may be overwritten after the loss only if autograd is told; a frozen teacher too."""
+    student, teacher, _ = make_case({}, torch.float32)
+    leaf = student.clone().requires_grad_()
+    loss = loss_of(leaf, teacher)
+    loss.backward(retain_graph=True)
+    teacher.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # computed anew, from a teacher that is gone
+
+
+def test_create_graph_differentiates_a_gradient_penalty() -> None:
+    student, teacher, labels = make_case({}, torch.float64)
+    results = []
+    for loss_fn in (loss_of, exact):
+        leaf = student.clone().requires_grad_()
+        loss = loss_fn(leaf, teacher, labels, hard_weight=0.5, temperature=2.0)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_float16_gradients_survive_a_loss_scaler() -> None:
+    """Under a scale of 65,536, as under plain PyTorch, the gradient has float16's 11 bits; without it, it would be 0."""
+    for rows, vocab_size in ((3, 40), (64, 32_003)):
+        student, teacher = make_logits("flat", rows, vocab_size, torch.float16)
+        upstream = torch.tensor(65536.0)
+        _, gradient = run(loss_of, student, teacher, upstream=upstream)
+        right = run(exact, student.double(), teacher, upstream=upstream)[1]
+        relative = (gradient.double() - right).norm() / right.norm()
+        assert gradient.isfinite().all() and relative < 2**-10, (rows, vocab_size, relative)
+
+
+# ------------------------------------------------------------------------------------------------------ in place
+
+
+@pytest.mark.parametrize("operation", [torch.tanh, torch.exp, torch.sigmoid], ids=lambda f: f.__name__)
+def test_inplace_is_caught_where_the_logits_are_needed_again(operation: Any) -> None:
+    """These save their result for backward; overwritten, it would give a wrong gradient in silence."""
+    x = torch.randn(3, 5, requires_grad=True)
+    logits = operation(x)
+    loss = loss_of(logits, torch.randn(3, 5), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("view", [lambda z: z, lambda z: z[:, :3], lambda z: z.view(15).view(3, 5)])
+def test_inplace_is_caught_in_another_use_of_the_logits(view: Any) -> None:
+    """Used before the loss by something that saves its input, through a view or not."""
+    logits = torch.randn(3, 5, requires_grad=True) * 1
+    other = logits.pow(2).sum()
+    used = view(logits)
+    loss = loss_of(used, torch.randn(used.shape), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + other).backward()
+
+
+@every_dtype
+def test_inplace_supports_one_backward_and_says_so(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, dtype=dtype, requires_grad=True)
+    loss = loss_of(x * 1, torch.randn(3, 5, dtype=dtype), inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=True.*one backward"):
+        loss.backward()
+    loss = loss_of(x * 1, torch.randn(3, 5, dtype=dtype), inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=True.*no double backward"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_inplace_through_a_linear_layer() -> None:
+    """The common case: logits of a head, and the head's weight learns from the gradient that replaced them."""
+    teacher = torch.randn(6, 11)
+    hidden = torch.randn(6, 4)
+    grads = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        head = torch.nn.Linear(4, 11)
+        loss_of(head(hidden), teacher, inplace=inplace).mul(0.3).backward()
+        grads.append((head.weight.grad, head.bias.grad))
+    torch.testing.assert_close(*grads)
+
+
+# ------------------------------------------------------------------------------------------------------ operators
+
+
+def op_arguments(
+    dtype: torch.dtype = torch.float32, *, labels: bool = False, weight: bool = False, denominator: bool = False,
+    reduction: int = 1, dim: int = -1, shape: tuple[int, ...] = (3, 5), teacher_learns: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    rows = [n for d, n in enumerate(shape) if d != dim % len(shape)]
+    return (
+        torch.randn(shape, dtype=dtype, requires_grad=True),
+        torch.randn(shape, dtype=dtype, requires_grad=teacher_learns),
+        torch.randint(shape[dim], rows) if labels else None,
+        torch.rand(rows, dtype=torch.float64) if weight else None,
+        torch.tensor(3.0, dtype=torch.float64) if denominator else None,
+        *(0, 0.0, 2.0, 1.0, 2.0, 0.5 if labels else 0.0, 0.1, -100, reduction, 1.0, dim),
+    )
+
+
+OP_SAMPLES = {
+    "plain": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16 rows": {"dtype": torch.float16, "reduction": 0},
+    "float64": {"dtype": torch.float64, "labels": True, "weight": True},
+    "labels and weights": {"labels": True, "weight": True, "reduction": 0},
+    "denominator": {"labels": True, "denominator": True, "reduction": 2},
+    "dim 1 of 4": {"labels": True, "shape": (2, 5, 3, 2), "dim": 1, "reduction": 0},
+    "no rows": {"shape": (0, 5)},
+    "teacher learns": {"teacher_learns": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+@pytest.mark.parametrize("sample", OP_SAMPLES.values(), ids=OP_SAMPLES.keys())
+def test_opcheck(sample: dict[str, Any]) -> None:
+    """Schema, aliasing, fakes, autograd registration and AOT dispatch of both operators."""
+    arguments = op_arguments(**sample)
+    torch.library.opcheck(torch.ops.reptile_ext.distillation_loss, (*arguments, True))
+    frozen = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(torch.ops.reptile_ext.distillation_loss, (*frozen, False))
+    if sample.get("dtype", torch.float32) is not torch.float16:
+        torch.library.opcheck(torch.ops.reptile_ext.distillation_loss_, frozen)
+
+
+@pytest.mark.parametrize("sample", OP_SAMPLES.values(), ids=OP_SAMPLES.keys())
+def test_the_operators_autograd_is_the_functions(sample: dict[str, Any]) -> None:
+    """torch.ops.reptile_ext.distillation_loss, which a traced program runs, has the gradient of the eager path."""
+    arguments = op_arguments(**sample)
+    student, teacher, labels, weight, denominator = arguments[:5]
+    upstream = None
+    loss, _ = ops.distillation_loss(*arguments, True)
+    upstream = torch.rand_like(loss)
+    wanted = [x for x in (student, teacher) if x.requires_grad]
+    found = torch.autograd.grad(loss, wanted, upstream)
+    keywords = {"temperature": (2.0, 1.0), "hard_weight": 0.5 if labels is not None else 0.0, "label_smoothing": 0.1}
+    keywords |= {"reduction": ("none", "mean", "sum")[arguments[13]], "dim": arguments[15], "weight": weight}
+    right_loss = reference.distillation_loss(student, teacher, labels, denominator=denominator, **keywords)
+    right = torch.autograd.grad(right_loss, wanted, upstream.to(right_loss.dtype))
+    torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, right, rtol=2 * torch.finfo(student.dtype).eps, atol=1e-6)
+
+
+def test_the_operators_themselves_refuse_what_would_be_unsafe() -> None:
+    """Anybody may call torch.ops directly: nothing out of bounds may be read or written."""
+    student, teacher, *rest = op_arguments(labels=True)
+    labels = rest[0]
+    op = ops.distillation_loss
+    with pytest.raises(RuntimeError, match="labels must lie in"):
+        op(student, teacher, labels + 100, *rest[1:], True)
+    with pytest.raises(RuntimeError, match="labels must have one element a row"):
+        op(student, teacher, labels[:2], *rest[1:], True)
+    with pytest.raises(RuntimeError, match="labels must be contiguous int64"):
+        op(student, teacher, labels.int(), *rest[1:], True)
+    with pytest.raises(RuntimeError, match="teacher must have the shape of student"):
+        op(student, teacher[:2], labels, *rest[1:], True)
+    with pytest.raises(RuntimeError, match="weight must be contiguous float64"):
+        op(student, teacher, labels, torch.rand(3), *rest[2:], True)
+    with pytest.raises(RuntimeError, match="student must be float32"):
+        op(student.int(), teacher, labels, *rest[1:], True)
+    with pytest.raises(RuntimeError, match="teacher or dim does not fit student"):
+        op(student, teacher, *rest[:-1], 2, True)
+    with pytest.raises(RuntimeError, match="divergence is unknown"):
+        op(student, teacher, *rest[:3], 99, *rest[4:], True)
+
+
+# ------------------------------------------------------------------------------------- torch.compile, torch.export
+
+
+def step(student: Tensor, teacher: Tensor, labels: Tensor | None, **keywords: Any) -> Tensor:
+    """Something before the loss and something after it, so that there is a graph to capture."""
+    return loss_of(student * 2, teacher + 1, labels, **keywords) * 0.5
+
+
+@every_dtype
+@pytest.mark.parametrize("keywords", [*KEYWORDS, {"vocab": "truncate"}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_compiled_equals_eager(keywords: dict, with_labels: bool, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    if not with_labels:
+        keywords = {k: v for k, v in keywords.items() if k not in ("hard_weight", "label_smoothing")}
+    student, teacher, labels = make_case(keywords, dtype)
+    labels = labels if with_labels else None
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    weight = torch.rand(4)
+    found = run(compiled, student, teacher, labels, weight=weight, **keywords)
+    right = run(step, student, teacher, labels, weight=weight, **keywords)
+    torch.testing.assert_close(found, right, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(student, teacher, labels, weight=weight, **keywords), right[0])
+
+
+def test_compiled_with_a_changing_batch() -> None:
+    """One graph for every number of rows but 0 and 1, and right results for those too."""
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 9, 2, 1, 30):
+        for reduction in ("mean", "none"):
+            student, teacher, labels = make_case({}, torch.float32, rows=rows)
+            keywords = {"hard_weight": 0.5, "reduction": reduction}
+            found = run(compiled, student, teacher, labels, **keywords)
+            torch.testing.assert_close(found, run(step, student, teacher, labels, **keywords))
+
+
+def test_compiled_by_inductor() -> None:
+    """The default backend, with a teacher that learns and a tensor as the denominator."""
+    torch.compiler.reset()
+    student, teacher, labels = make_case({}, torch.float32)
+
+    def both(f: Any) -> tuple[Tensor, ...]:
+        s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+        loss = f(s, t, labels, hard_weight=0.5, denominator=torch.tensor(5.0))
+        return (loss.detach(), *torch.autograd.grad(loss, (s, t)))
+
+    torch.testing.assert_close(both(torch.compile(step, fullgraph=True)), both(step))
+
+
+class Model(torch.nn.Module):
+    """A student with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(4, 9)
+        self.criterion = reptile_ext.DistillationLoss(temperature=2.0, hard_weight=0.5, label_smoothing=0.1)
+
+    def forward(self, hidden: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        return self.criterion(self.head(hidden), teacher_logits, labels)
+
+
+def test_exported_equals_eager() -> None:
+    model = Model().eval()
+    rows = torch.export.Dim("rows", min=2)
+    example = (torch.randn(5, 4), torch.randn(5, 9), make_labels(5, 9))
+    exported = torch.export.export(model, example, dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
+    other = (torch.randn(8, 4), torch.randn(8, 9), make_labels(8, 9))
+    for arguments in (example, other):
+        torch.testing.assert_close(exported.module()(*arguments), model(*arguments))
+    targets = [node.target for node in exported.graph.nodes]
+    assert torch.ops.reptile_ext.distillation_loss.default in targets, "the fused operator is in the graph"
+
+
+def test_the_module_is_the_function() -> None:
+    """With its keywords, and weight and denominator from the call."""
+    student, teacher, labels = make_case({}, torch.float32)
+    keywords = {"temperature": (2.0, 3.0), "hard_weight": 0.5, "soft_weight": 0.3, "temperature_scaling": "none"}
+    rows = {"weight": torch.rand(4), "denominator": 3.0}
+    found = run(reptile_ext.DistillationLoss(**keywords), student, teacher, labels, **rows)
+    right = run(loss_of, student, teacher, labels, **keywords, **rows)
+    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    assert "temperature=(2.0, 3.0)" in repr(reptile_ext.DistillationLoss(**keywords))
+
+
+# ------------------------------------------------------------------------- checkpoint, autocast, torch.func, meta
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+def test_checkpointed_equals_plain(dtype: torch.dtype, inplace: bool) -> None:
+    teacher, labels = torch.randn(6, 9, dtype=dtype), make_labels(6, 9)
+    results = []
+    for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        torch.manual_seed(2)
+        hidden = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+        weight = torch.randn(9, 4, dtype=dtype, requires_grad=True)
+
+        def f(hidden: Tensor, weight: Tensor) -> Tensor:
+            return loss_of((hidden.tanh() @ weight.t()), teacher, labels, hard_weight=0.5, inplace=inplace)
+
+        loss = wrap(f, hidden, weight) * 3
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_autocast_leaves_the_loss_in_float32() -> None:
+    """Logits of an autocast head are bfloat16; the loss of them is float32, and the gradient reaches float32 weights."""
+    head, hidden, teacher = torch.nn.Linear(4, 9), torch.randn(6, 4), torch.randn(6, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(hidden)
+        loss = loss_of(logits, teacher, temperature=2.0)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    right = run(exact, logits.detach().double(), teacher, temperature=2.0)
+    torch.testing.assert_close(loss.double(), right[0], rtol=1e-6, atol=1e-7)
+    loss.backward()
+    assert head.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(head.weight.grad.double(), right[1].t() @ hidden.double(), rtol=0.02, atol=1e-3)
+
+
+@every_keywords
+def test_torch_func(keywords: dict) -> None:
+    """grad, vmap over a batch of problems, and jvp, which plain PyTorch serves."""
+    student, teacher, labels = make_case(keywords, torch.float64)
+
+    def f(s: Tensor) -> Tensor:
+        return loss_of(s, teacher, labels, **keywords).sum()
+
+    right = run(exact, student, teacher, labels, **keywords)
+    torch.testing.assert_close(torch.func.grad(f)(student), right[1])
+    batch = torch.stack([student, 2 * student, -student])
+    each = torch.stack([exact(s, teacher, labels, **keywords).sum() for s in batch])
+    torch.testing.assert_close(torch.func.vmap(f)(batch), each)
+    tangent = torch.randn_like(student)
+    value, derivative = torch.func.jvp(f, (student,), (tangent,))
+    torch.testing.assert_close(value, right[0].sum())
+    torch.testing.assert_close(derivative, (right[1] * tangent).sum())
+
+
+def test_batched_upstream_gradients() -> None:
+    """torch.autograd.grad(is_grads_batched=True): the Jacobian of the row losses in one backward pass."""
+    student, teacher, _ = make_case({}, torch.float64)
+    student.requires_grad_()
+    loss = loss_of(student, teacher, reduction="none")
+    (jacobian,) = torch.autograd.grad(loss, student, torch.eye(4, dtype=torch.float64), is_grads_batched=True)
+    right = torch.func.jacrev(lambda s: exact(s, teacher, reduction="none"))(student.detach())
+    torch.testing.assert_close(jacobian, right)
+
+
+def test_meta_tensors_carry_shapes_and_dtypes() -> None:
+    """As a model is planned before it has memory."""
+    student = torch.empty(3, 4, 50, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.empty(3, 4, 50, device="meta")
+    for reduction, shape in (("mean", ()), ("none", (3, 4))):
+        loss = loss_of(student, teacher, reduction=reduction)
+        assert loss.shape == shape and loss.dtype == torch.float32 and loss.is_meta
+
+
+def test_no_warning_on_a_device_with_kernels() -> None:
+    student, teacher, _ = make_case({}, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(loss_of, student, teacher)
