@@ -83,9 +83,7 @@ def distill(argv: list[str]) -> int:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder (default: runs/RECIPE-TIME)")
-    parser.add_argument(
-        "--resume", type=Path, metavar="FOLDER", help="go on with the run that was stopped in this folder"
-    )
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the stopped run in this folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     settings, options = _settings(recipes.RECIPES[name].settings, values, parser, argv, path)
 
@@ -191,13 +189,13 @@ def doctor(argv: list[str]) -> int:
 _EXTRAS = {
     "train": (
         "accelerate",
-        "torchmetrics",
-        "safetensors",
-        "tqdm",
-        "pydantic-settings",
-        "tokenizers",
-        "scikit-learn",
         "matplotlib",
+        "pydantic-settings",
+        "safetensors",
+        "scikit-learn",
+        "tokenizers",
+        "torchmetrics",
+        "tqdm",
     )
 }
 
@@ -279,7 +277,7 @@ def _settings(
     from pydantic import ValidationError
     from pydantic_settings import CliSettingsSource
 
-    source = CliSettingsSource(kind, root_parser=parser)
+    source: Any = CliSettingsSource(kind, root_parser=parser)
     options = parser.parse_args(argv)
     try:
         return kind(_cli_settings_source=source(parsed_args=options), **values), options
@@ -287,3 +285,7 @@ def _settings(
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         where = f"{path} and flags" if path else "flags"
         raise CommandError(f"settings ({where}): " + "; ".join(wrong)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

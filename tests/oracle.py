@@ -22,8 +22,8 @@ so a gradient of 1e-6 in a vocabulary of 128,256 is checked to as many digits as
 
 ε, and why it is not 0:
 
-    float32    4e-6      both sides lose |a| · 2^-24 where a is a logit's distance from the reference point, and ours may
-                         take a reference up to 60 binary orders below the maximum: 60 · 2^-24 = 3.6e-6
+    float32    4e-6      both sides lose |a| · 2^-24 where a is a logit's distance from the reference point, and ours
+                         may take a reference up to 60 binary orders below the maximum: 60 · 2^-24 = 3.6e-6
     bfloat16,  4e-6      float32 arithmetic; the result's one rounding to the dtype is in error(plain) already
     float16
     float64    4e-14     as float32, with 2^-53: 60 · 2^-53 = 7e-15; the oracle itself is no better than that

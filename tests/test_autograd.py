@@ -62,7 +62,8 @@ def test_a_teacher_that_requires_grad_gets_the_oracles(keywords: dict, dtype: to
     for student_learns in (False, True):
         student, teacher = student.detach().requires_grad_(student_learns), teacher.detach().requires_grad_()
         loss_of(student, teacher, labels, **keywords).sum().backward()
-        assert teacher.grad is not None and teacher.grad.dtype == dtype
+        assert teacher.grad is not None
+        assert teacher.grad.dtype == dtype
         torch.testing.assert_close(teacher.grad.double(), right.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
         assert (student.grad is not None) == student_learns
 
@@ -369,7 +370,8 @@ def test_the_module_is_the_function() -> None:
     rows = {"weight": torch.rand(4), "denominator": 3.0}
     found = run(reptile_ext.DistillationLoss(**keywords), student, teacher, labels, **rows)
     right = run(loss_of, student, teacher, labels, **keywords, **rows)
-    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    assert torch.equal(found[0], right[0])
+    assert torch.equal(found[1], right[1])
     assert "temperature=(2.0, 3.0)" in repr(reptile_ext.DistillationLoss(**keywords))
 
 
@@ -401,7 +403,8 @@ def test_autocast_leaves_the_loss_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = head(hidden)
         loss = loss_of(logits, teacher, temperature=2.0)
-    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
     right = run(exact, logits.detach().double(), teacher, temperature=2.0)
     torch.testing.assert_close(loss.double(), right[0], rtol=1e-6, atol=1e-7)
     loss.backward()
@@ -444,7 +447,9 @@ def test_meta_tensors_carry_shapes_and_dtypes() -> None:
     teacher = torch.empty(3, 4, 50, device="meta")
     for reduction, shape in (("mean", ()), ("none", (3, 4))):
         loss = loss_of(student, teacher, reduction=reduction)
-        assert loss.shape == shape and loss.dtype == torch.float32 and loss.is_meta
+        assert loss.shape == shape
+        assert loss.dtype == torch.float32
+        assert loss.is_meta
 
 
 def test_no_warning_on_a_device_with_kernels() -> None:

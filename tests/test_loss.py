@@ -63,7 +63,8 @@ def test_oracle_equals_closed_forms() -> None:
     assert loss.item() == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), rel=1e-6)
     assert gradient.flatten().tolist() == pytest.approx([q - p, p - q], rel=1e-6)
     loss, gradient = run(exact, torch.tensor([[3.0], [-9.0]]), torch.tensor([[1.0], [1e4]]))
-    assert loss.item() == 0.0 and gradient.tolist() == [[0.0], [0.0]]
+    assert loss.item() == 0.0
+    assert gradient.tolist() == [[0.0], [0.0]]
 
 
 def test_the_rule_rejects_a_loss_that_is_slightly_wrong() -> None:
@@ -198,7 +199,8 @@ def test_labels_of_every_integer_dtype_and_stride(label_dtype: torch.dtype) -> N
     right = run(reptile_ext.distillation_loss, student, teacher, labels, hard_weight=1.0)
     for strided in (labels.to(label_dtype), labels.to(label_dtype).t().contiguous().t()):
         found = run(reptile_ext.distillation_loss, student, teacher, strided, hard_weight=1.0)
-        assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+        assert torch.equal(found[0], right[0])
+        assert torch.equal(found[1], right[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -280,7 +282,8 @@ def test_next_token_slice(dtype: torch.dtype) -> None:
         tokens[:, 1:].contiguous(),
         hard_weight=1.0,
     )
-    assert torch.equal(loss.detach(), right[0]) and torch.equal(whole_s.grad[:, :-1], right[1])
+    assert torch.equal(loss.detach(), right[0])
+    assert torch.equal(whole_s.grad[:, :-1], right[1])
     assert (whole_s.grad[:, -1] == 0).all()
 
 
@@ -303,9 +306,11 @@ def test_no_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
                 reduction=reduction,
                 denominator=denominator,
             )
-            assert loss.item() == 0.0 and gradient.shape == shape
+            assert loss.item() == 0.0
+            assert gradient.shape == shape
     loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, reduction="none")
-    assert loss.shape == shape[:-1] and gradient.shape == shape
+    assert loss.shape == shape[:-1]
+    assert gradient.shape == shape
 
 
 def test_many_rows_in_many_chunks() -> None:
@@ -382,7 +387,8 @@ def test_inplace_gives_a_teacher_that_wants_a_gradient_one_or_says_no() -> None:
     try:
         reptile_ext.distillation_loss(logits, teacher, inplace=True).backward()
     except (ValueError, RuntimeError) as error:
-        assert "inplace" in str(error) and "teacher" in str(error)
+        assert "inplace" in str(error)
+        assert "teacher" in str(error)
         return
     right = teacher.detach().clone().requires_grad_()
     reptile_ext.distillation_loss(student, right).backward()

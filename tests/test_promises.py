@@ -56,7 +56,8 @@ def test_equal_logits_in_different_layouts_give_exactly_zero(backend: Any, dtype
         (logits.movedim(-1, 0).contiguous().movedim(0, -1), logits),
     ):
         loss, gradient = run(backend, student, teacher, temperature=2.0)
-        assert loss.item() == 0.0 and (gradient == 0.0).all()
+        assert loss.item() == 0.0
+        assert (gradient == 0.0).all()
 
 
 @every_backend
@@ -65,7 +66,8 @@ def test_equal_logits_with_masks_give_exactly_zero(each_set: str, backend: Any) 
     logits[:, ::3] = -INF
     logits[1, :1400] = -INF  # nothing but masked classes where the maximum is probed
     loss, gradient = run(backend, logits.clone(), logits, temperature=2.0)
-    assert loss.item() == 0.0 and (gradient == 0.0).all()
+    assert loss.item() == 0.0
+    assert (gradient == 0.0).all()
 
 
 @every_backend
@@ -125,7 +127,8 @@ def test_teacher_mass_where_the_student_is_masked(each_set: str, backend: Any, d
         wanted = student[1].double().softmax(-1) - teacher[1].double().softmax(-1)
         torch.testing.assert_close(gradient[1].double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
         for row in (0, 2):
-            assert torch.equal(loss[row], whole[0][row]) and torch.equal(gradient[row], whole[1][row])
+            assert torch.equal(loss[row], whole[0][row])
+            assert torch.equal(gradient[row], whole[1][row])
 
 
 @every_backend
@@ -145,7 +148,9 @@ def test_a_masked_label_costs_infinity_and_its_gradient_is_finite(each_set: str,
         student[0, 7] = teacher[0, 7] = -INF
         keywords = {"hard_weight": 1.0, "label_smoothing": smoothing}
         loss, gradient = rows_of(backend, student, teacher, torch.tensor([7, 7]), **keywords)
-        assert loss[0] == INF and loss[1].isfinite() and gradient.isfinite().all()
+        assert loss[0] == INF
+        assert loss[1].isfinite()
+        assert gradient.isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------- 5. broken rows
@@ -170,7 +175,8 @@ def test_a_broken_row_is_visible_and_stays_alone(
             loss, gradient = rows_of(backend, student, teacher, temperature=2.0)
             assert loss[2].isnan() and gradient[2].isnan().all(), (vocab_size, at, loss[2], gradient[2])
             for good in (0, 1, 3):
-                assert torch.equal(loss[good], whole[0][good]) and torch.equal(gradient[good], whole[1][good])
+                assert torch.equal(loss[good], whole[0][good])
+                assert torch.equal(gradient[good], whole[1][good])
 
 
 @every_backend
@@ -184,7 +190,8 @@ def test_a_broken_row_with_labels_is_visible(each_set: str, backend: Any, what: 
             keywords = {"hard_weight": 1.0, "label_smoothing": smoothing, "temperature": 2.0}
             loss, gradient = rows_of(backend, student, teacher, torch.tensor([0, 1, 2]), **keywords)
             assert loss.isnan().tolist() == [False, True, False]
-            assert gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
+            assert gradient[1].isnan().all()
+            assert gradient[[0, 2]].isfinite().all()
 
 
 @every_backend
@@ -193,7 +200,8 @@ def test_a_broken_row_makes_the_mean_nan_and_no_other_gradient(backend: Any) -> 
     student[1, 4] = NAN
     loss, gradient = run(backend, student, teacher)
     assert loss.isnan()
-    assert gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------- rows that are out
@@ -217,8 +225,10 @@ def test_rows_that_are_out_are_never_read(each_set: str, backend: Any, by: str, 
         dirty_s, dirty_t = student.clone(), teacher.clone()
         dirty_s[0], dirty_s[4], dirty_s[5, 7], dirty_t[8], dirty_t[5] = NAN, INF, -INF, NAN, torch.finfo(dtype).max
         dirty = run(backend, dirty_s, dirty_t, labels, reduction=reduction, **keywords)
-        assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
-        assert (dirty[1][[0, 4, 5, 8]] == 0).all() and dirty[1][1].any()
+        assert torch.equal(clean[0], dirty[0])
+        assert torch.equal(clean[1], dirty[1])
+        assert (dirty[1][[0, 4, 5, 8]] == 0).all()
+        assert dirty[1][1].any()
 
 
 @every_backend
@@ -229,7 +239,8 @@ def test_no_row_in_gives_zero_and_no_gradient(backend: Any, reduction: str, dtyp
     labels = torch.full((4,), -100)
     for labels, weight in ((labels, None), (labels * 0, torch.zeros(4)), (labels, torch.zeros(4))):
         loss, gradient = run(backend, student, student, labels, weight=weight, hard_weight=1.0, reduction=reduction)
-        assert (loss == 0).all() and (gradient == 0).all()
+        assert (loss == 0).all()
+        assert (gradient == 0).all()
 
 
 @every_dtype
@@ -276,7 +287,8 @@ def test_a_row_has_the_same_bits_alone_and_in_company(each_set: str, dtype: torc
     loss, gradient = rows_of(reptile_ext.distillation_loss, student, teacher)
     for row in (0, 17, 39):
         alone = rows_of(reptile_ext.distillation_loss, student[row : row + 1], teacher[row : row + 1])
-        assert torch.equal(alone[0][0], loss[row]) and torch.equal(alone[1][0], gradient[row])
+        assert torch.equal(alone[0][0], loss[row])
+        assert torch.equal(alone[1][0], gradient[row])
 
 
 # -------------------------------------------------------------------------------------------------- 8. memory
@@ -337,7 +349,8 @@ def test_results_are_float32_or_float64(backend: Any, teacher_dtype: torch.dtype
     student, teacher = make_logits("random", 3, 50, student_dtype)
     teacher = teacher.to(teacher_dtype)
     loss, gradient = run(backend, student, teacher)
-    assert loss.dtype == arithmetic_of(student, teacher) and gradient.dtype == student_dtype
+    assert loss.dtype == arithmetic_of(student, teacher)
+    assert gradient.dtype == student_dtype
     assert loss.double() != loss.bfloat16().double()
 
 
@@ -359,7 +372,8 @@ def test_every_16_bit_number_is_read_right(each_set: str) -> None:
         loss, gradient = rows_of(reptile_ext.distillation_loss, student, teacher)
         wide, wide_gradient = rows_of(exact, student.double(), teacher)
         broken = z.isnan() | (z == INF)
-        assert torch.equal(loss.isnan(), broken) and torch.equal(gradient.isnan().any(-1), broken)
+        assert torch.equal(loss.isnan(), broken)
+        assert torch.equal(gradient.isnan().any(-1), broken)
         masked = z == -INF
         assert (loss[masked] == INF).all()
         good = ~(broken | masked) & (z.abs().float() < 2e38)  # times log2 e beyond that is not a float32 any more

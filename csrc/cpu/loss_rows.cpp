@@ -186,7 +186,7 @@ Scalar label_gradient(const Call<Scalar>& call, const RowCoefficients& c, Scalar
   const double e_1 = call.shares_exp ? e_s : exp2_one<V>((s_label - m_s) * call.k_1);
   Scalar lanes[V::kLanes];
   D::gradient(V(Scalar(e_s * c.to_q)), V(Scalar(e_t * c.to_p))).store(lanes);
-  return Scalar(lanes[0] + e_1 * c.to_q1 - c.label - (s_label == kNegInf ? 0 : c.uniform));
+  return Scalar(lanes[0] + e_1 * c.to_q1 - c.label - ((s_label - m_s) * call.k_1 == kNegInf ? 0 : c.uniform));
 }
 
 // One row, classes in the lanes. `gradient` may be null, or `student`'s own memory; label is read only if kHard.
@@ -267,8 +267,9 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
       } else {
         load2_tail(student + i, int(vocab_size - i), s_0, s_1);
       }
-      g_0 = g_0 - where_not_masked(s_0, uniform);
-      g_1 = g_1 - where_not_masked(s_1, uniform);
+      // The first pass's own notion of masked: a logit like the type's lowest number overflows to −inf as well.
+      g_0 = g_0 - where_not_masked((s_0 - V(m_s)) * V(call.k_1), uniform);
+      g_1 = g_1 - where_not_masked((s_1 - V(m_s)) * V(call.k_1), uniform);
     }
   };
   V g_0, g_1;
@@ -391,7 +392,7 @@ void loss_side_by_side(const Call<typename V::Scalar> call, const LossProblem& p
       g[h] = D::gradient(V::load(call.e_s + j) * to_q[h], V::load(call.e_t + j) * to_p[h]);
       if constexpr (kHard) {
         g[h] = g[h] + V::load(e_1 + j) * to_q1[h];
-        if (call.smooth) g[h] = g[h] - where_not_masked(s[h], uniform[h]);
+        if (call.smooth) g[h] = g[h] - where_not_masked((s[h] - m_s[h]) * V(call.k_1), uniform[h]);
       }
       g[h] = where_not_masked(in[h], g[h]);
     }

@@ -47,6 +47,9 @@ struct View {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
   }
   bool is_contiguous() const {
+    for (int64_t d = 0; d < ndim; ++d) {
+      if (sizes[d] == 0) return true;
+    }
     int64_t expected = 1;
     for (int64_t d = ndim - 1; d >= 0; --d) {
       if (sizes[d] != 1 && strides[d] != expected) return false;

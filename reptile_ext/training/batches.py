@@ -20,6 +20,7 @@ def split(batch: Any, shift_labels: bool, ignore_index: int) -> tuple[Any, Tenso
     so that an HF model does not compute a loss of its own. `shift_labels` turns the labels of a causal language model
     (equal to the input) into the next token at each position; nothing follows the last one, so it is ignored.
     """
+    inputs: Any
     if isinstance(batch, Tensor):
         inputs, labels = batch, None
     elif isinstance(batch, Mapping):
@@ -96,7 +97,7 @@ class Sampler:
         self._taken = 0
         self._start = random_state(getattr(self._data, "generator", None))
         sampler = getattr(self._data, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
+        if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self._passes)
         self._iterator = iter(self._data)
         return self._iterator

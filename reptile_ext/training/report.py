@@ -44,12 +44,12 @@ def time_losses(
 
     def loss_alone(loss: Callable[..., Tensor]) -> None:
         student_logits.grad = None
-        loss(student_logits, teacher_logits, temperature=temperature).backward()
+        torch.autograd.backward(loss(student_logits, teacher_logits, temperature=temperature))
 
     def step(loss: Callable[..., Tensor]) -> None:
         with torch.no_grad():
             answers = logits_of(teacher, inputs)
-        loss(logits_of(student, inputs), answers, temperature=temperature).backward()
+        torch.autograd.backward(loss(logits_of(student, inputs), answers, temperature=temperature))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,8 +1,8 @@
 """The training loop. Everything `Reptile.fit` does to a student happens in this file, in the order it is written.
 
 The engine is Accelerate, for the part of the work that has nothing to do with distillation and much to do with
-machines: which device, how many processes, sharding the loader, DDP's gradient synchronisation, clipping. It asks for no
-class to inherit from and no hooks, so that the loop below stays a loop. Mixed precision is torch's own autocast:
+machines: which device, how many processes, sharding the loader, DDP's gradient synchronisation, clipping. It asks for
+no class to inherit from and no hooks, so that the loop below stays a loop. Mixed precision is torch's own autocast:
 Accelerate's would hand the logits back as a float32 copy, and that copy of [rows, V] is what this library avoids.
 """
 
@@ -169,8 +169,8 @@ class Reptile:
         self.accelerator = Accelerator()
         if self.accelerator.mixed_precision != "no":
             raise ValueError(
-                f"Accelerate is set to mixed_precision={self.accelerator.mixed_precision!r}, which would copy the logits "
-                "to float32: set it to 'no' and pass precision= to Reptile"
+                f"Accelerate is set to mixed_precision={self.accelerator.mixed_precision!r}, which would copy the "
+                "logits to float32: set it to 'no' and pass precision= to Reptile"
             )
         self.student = student.to(self.accelerator.device)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
@@ -319,7 +319,7 @@ class Reptile:
                     log.write(
                         step=progress.step, seconds=progress.seconds, rows=progress.rows, loss=value, lr=learning_rate
                     )
-                    shown = {name: f"{number:.4g}" for name, number in progress.metrics.items() if name != "loss"}
+                    shown = {name: f"{metric:.4g}" for name, metric in progress.metrics.items() if name != "loss"}
                     bar.set_postfix({"loss": f"{value:.4g}", **shown, "rows/s": f"{rate:.0f}"}, refresh=False)
                 bar.update()
                 if evaluates:
@@ -391,8 +391,8 @@ class Reptile:
         rows = logits.shape[:-1].numel() // num_samples(inputs)
         if self._rows_per_sample not in (None, rows) and self.accumulate * self.accelerator.num_processes > 1:
             raise ValueError(
-                f"without labels, samples that share a step must have the same number of rows; got {self._rows_per_sample} "
-                f"and {rows}: give labels, with ignore_index={self.ignore_index} at the padding"
+                "without labels, samples that share a step must have the same number of rows; got "
+                f"{self._rows_per_sample} and {rows}: give labels, with ignore_index={self.ignore_index} at the padding"
             )
         self._rows_per_sample = rows
         return rows

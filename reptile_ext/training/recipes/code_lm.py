@@ -88,7 +88,8 @@ class Block(nn.Module):
         query, key, value = heads.movedim(-3, 0).transpose(-3, -2)  # three of [B, heads, T, width / heads]
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         hidden = hidden + self.mix(attended.transpose(-3, -2).flatten(-2))
-        return hidden + self.feed_forward(self.norm_feed_forward(hidden))
+        out: Tensor = hidden + self.feed_forward(self.norm_feed_forward(hidden))
+        return out
 
 
 class LSTM(nn.Module):
@@ -136,11 +137,11 @@ def build(settings: CodeLM, folder: Path) -> Task:
         held_out=loader(held_out, False),
         metrics=("cross_entropy", "perplexity", "accuracy"),
         notes=(
-            f"Text: Python's standard library, {train.numel():,} tokens to train on, of which the teacher reads {seen:,}; "
-            f"vocabulary {vocabulary:,}.",
-            f"Both students start from the same weights and see the same {transfer[:, 1:].numel():,} of these tokens in "
-            f"the same order, {settings.steps} steps of {settings.batch * settings.accumulate * settings.length} tokens; "
-            "one also sees the teacher's answers to them.",
+            f"Text: Python's standard library, {train[:, 1:].numel():,} tokens to train on, of which the teacher reads "
+            f"{seen:,}; vocabulary {vocabulary:,}.",
+            f"Both students start from the same weights and see the same {transfer[:, 1:].numel():,} of these tokens, "
+            f"in the same order: {settings.steps} steps of {settings.batch * settings.accumulate * settings.length} "
+            "tokens. One also sees the teacher's answers to them.",
             f"Held out: {held_out[:, 1:].numel():,} tokens of other files. Loss in nats a token.",
         ),
     )
@@ -149,7 +150,8 @@ def build(settings: CodeLM, folder: Path) -> Task:
 def standard_library() -> tuple[list[str], list[str]]:
     """The source files of this Python's standard library: (to train on, held out). Its tests are left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _NOT_LIBRARY.isdisjoint(relative.parts):

@@ -1,8 +1,8 @@
 """What all recipes do, and the settings that all have.
 
-A recipe brings its data, a teacher, a student and its settings; `run` does the same with all of them: train the teacher,
-distil it into the student, train the same student without a teacher (same start, same data in the same order, same
-steps, same learning rate), and compare the three on data that none of them saw.
+A recipe brings its data, a teacher, a student and its settings; `run` does the same with all of them: train the
+teacher, distil it into the student, train the same student without a teacher (same start, same data in the same order,
+same steps, same learning rate), and compare the three on data that none of them saw.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # no environment variables: SEED=1 meant for something else must not get in
 
@@ -99,7 +104,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         torch.set_num_threads(settings.threads)
     task = recipe.build(settings, folder)
     untaught = copy.deepcopy(task.student)  # before the student learns anything: the same start
-    common = {
+    common: dict[str, Any] = {
         "schedule": settings.schedule,
         "warmup": settings.warmup,
         "weight_decay": settings.weight_decay,
