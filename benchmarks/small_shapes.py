@@ -78,6 +78,10 @@ def main(rows: int = 64, vocab: int = 10) -> None:
     def operator(a: Tensor, b: Tensor) -> Callable[[Any], Any]:
         return lambda _: ops.distillation_loss(a, b, None, None, None, *numbers, True)
 
+    def below_autograd(_: Any) -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            ops.distillation_loss(plain, teacher, None, None, None, *numbers, True)
+
     def without_grad(_: Any) -> None:
         with torch.no_grad():
             ours(plain, teacher)
@@ -93,6 +97,7 @@ def main(rows: int = 64, vocab: int = 10) -> None:
         "checks of the arguments": (nothing, make_options_and_check),
         "operator on [1, 1]": (nothing, operator(one, one)),
         "operator": (nothing, operator(plain, teacher)),
+        "operator below its autograd layer": (nothing, below_autograd),
         "ours, forward under no_grad": (nothing, without_grad),
         "ours, forward": (nothing, lambda _: ours(student, teacher)),
         "ours, backward": (fresh(lambda: ours(student, teacher)), backward),
@@ -115,8 +120,11 @@ def main(rows: int = 64, vocab: int = 10) -> None:
     total = us["ours, forward + backward"]
     layers = {
         "checks of the arguments": us["checks of the arguments"],
-        "dispatcher, outputs (operator on [1, 1])": us["operator on [1, 1]"],
-        "kernel (operator on the rest)": us["operator"] - us["operator on [1, 1]"],
+        "operator: its autograd layer": us["operator"] - us["operator below its autograd layer"],
+        "operator: dispatcher, outputs": us["operator on [1, 1]"]
+        - us["operator"]
+        + us["operator below its autograd layer"],
+        "operator: kernel": us["operator"] - us["operator on [1, 1]"],
         "autograd.Function, forward": us["ours, forward"] - us["operator"] - us["checks of the arguments"],
         "backward": us["ours, backward"],
     }

@@ -36,7 +36,10 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> int:
 
 def _number(name: str, value: Any, wanted: str, ok: Any) -> float:
     # Anything that behaves as a real scalar (NumPy's too), but no tensor: reading one would be a host sync on CUDA.
-    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+    # Plain floats first: under torch.compile they may be symbols, which know no hasattr.
+    if not isinstance(value, float) and (
+        isinstance(value, (bool, str, Tensor)) or not (isinstance(value, int) or hasattr(value, "__float__"))
+    ):
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}")
     number = float(value)
     if not ok(number):
@@ -77,7 +80,8 @@ class Options(NamedTuple):
 def _make_options(
     divergence: str,
     beta: float | None,
-    temperature: float | tuple[float, float],
+    student_temperature: float,
+    teacher_temperature: float,
     temperature_scaling: str,
     soft_weight: float,
     hard_weight: float,
@@ -91,17 +95,9 @@ def _make_options(
     kind = _one_of("divergence", divergence, DIVERGENCES)
     if beta is not None:
         raise ValueError(f"beta has no meaning for divergence={divergence!r}; got beta={beta!r}, wanted None")
-    if isinstance(temperature, (tuple, list)):
-        if len(temperature) != 2:
-            raise ValueError(
-                f"temperature must be one number or a pair (student, teacher); got {len(temperature)} numbers"
-            )
-        t_s, t_t = temperature
-    else:
-        t_s = t_t = temperature
     wanted = "a positive, finite number or a pair (student, teacher) of them"
-    t_s = _number("temperature", t_s, wanted, _is_positive)
-    t_t = _number("temperature", t_t, wanted, _is_positive)
+    t_s = _number("temperature", student_temperature, wanted, _is_positive)
+    t_t = _number("temperature", teacher_temperature, wanted, _is_positive)
     _one_of("temperature_scaling", temperature_scaling, TEMPERATURE_SCALINGS)
     soft = _number("soft_weight", soft_weight, "a finite number >= 0", _is_non_negative)
     hard = _number("hard_weight", hard_weight, "a finite number >= 0", _is_non_negative)
@@ -131,12 +127,18 @@ def _make_options(
 _memoised_options = functools.lru_cache(maxsize=1024, typed=True)(_make_options)
 
 
-def make_options(*keywords: Any) -> Options:
-    """Check the keywords of a loss, in the order of `_make_options`, and resolve them; the result is remembered."""
+def make_options(divergence: str, beta: float | None, temperature: Any, *others: Any) -> Options:
+    """Check the keywords of a loss, in the order of its signature, and resolve them; the result is remembered."""
+    if isinstance(temperature, (tuple, list)):
+        if len(temperature) != 2:
+            raise ValueError(
+                f"temperature must be one number or a pair (student, teacher); got {len(temperature)} numbers"
+            )
+        keywords = (divergence, beta, *temperature, *others)
+    else:
+        keywords = (divergence, beta, temperature, temperature, *others)
     if torch.compiler.is_compiling():  # a cache is a side effect the compiler would have to guard
         return _make_options(*keywords)
-    if isinstance(keywords[2], list):
-        keywords = (*keywords[:2], tuple(keywords[2]), *keywords[3:])
     try:
         return _memoised_options(*keywords)
     except TypeError as error:

@@ -51,6 +51,7 @@ LARGE_PAIRS = 1 << 22  # from here on a case is beyond the caches: a streaming l
 COMPILE_VOCAB = 1000  # torch.compile takes seconds a case, and below this size has nothing to show
 NAMES = ("ours in place", "ours", "eager", "eager fp32", "torch.compile", "limit")
 WARM_UP = 1  # rounds, after the run that is checked and the one whose memory is looked at
+IN_A_ROW, TURN_NS = 200, 20_000_000  # a small case's steps in one turn, as in a training loop: at most so many, so long
 FLUSH_BYTES = 1 << 27
 
 _SMALL = ((64, 10), (4096, 10), (64, 100), (1024, 100), (64, 1000), (1024, 1000), (256, 4096))
@@ -343,19 +344,13 @@ def measure(case: Case, data: Data, repeats: int, compile: bool) -> list[Result]
     for runner in runners:
         extra[runner.name] = peak_extra_bytes(runner) if case.is_large else None
 
-    # A small case is timed often in a row, as a training loop runs it.
     times: dict[str, list[int]] = {runner.name: [] for runner in runners}
-    in_a_row = min(200, max(1, LARGE_PAIRS // 2 // case.pairs))
     for round_ in range(WARM_UP + repeats):
         first = round_ % len(runners)
         for runner in runners[first:] + runners[:first]:
-            for _ in range(in_a_row):
-                runner.setup()
-                start = time.perf_counter_ns()
-                runner.step()
-                elapsed = time.perf_counter_ns() - start
-                if round_ >= WARM_UP:
-                    times[runner.name].append(elapsed)
+            in_a_row = _time_in_a_row(runner, 1 if case.is_large else IN_A_ROW)
+            if round_ >= WARM_UP:
+                times[runner.name] += in_a_row
 
     quartiles = {name: _quartiles(ns) for name, ns in times.items()}
     limit = quartiles.get("limit")
@@ -371,6 +366,17 @@ def measure(case: Case, data: Data, repeats: int, compile: bool) -> list[Result]
         )
         for name, ms in quartiles.items()
     ]
+
+
+def _time_in_a_row(runner: Contender, most: int) -> list[int]:
+    """Nanoseconds of each of up to `most` steps, one at least, and no more than a turn has time for."""
+    times: list[int] = []
+    while not times or (len(times) < most and sum(times) < TURN_NS):
+        runner.setup()
+        start = time.perf_counter_ns()
+        runner.step()
+        times.append(time.perf_counter_ns() - start)
+    return times
 
 
 def _quartiles(ns: list[int]) -> tuple[float, float, float]:

@@ -98,9 +98,8 @@ def distill(argv: list[str]) -> int:
     print(f"recipe {name}, run folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
     report = recipes.run(recipes.RECIPES[name], settings, folder, progress_bar=bars)
-    print(
-        f"\n{report['minutes']:.1f} minutes. In {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.is_file()))}"
-    )
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    print(f"\n{report['minutes']:.1f} minutes. In {folder}: {files}")
     return 0
 
 

@@ -133,19 +133,25 @@ def with_options(
     s = s[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
     t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
+    # Where values can be looked at without a sync, and outside of transforms, wrong ones are errors.
+    may_look = s.device.type == "cpu" and not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
     with torch.no_grad():
         w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
         is_in = w != 0
+        if may_look and bool((w < 0).any()):
+            raise ValueError(f"weight must not be negative; got {w.min().item()}")
         if labels is not None:
             labels = labels.reshape(-1).to(torch.int64)
             is_in = is_in & (labels != options.ignore_index)
             bad = is_in & ((labels < 0) | (labels >= vocab_size))
-            if s.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+            if may_look and bool(bad.any()):
                 first = labels[bad][0].item()
                 raise ValueError(
                     f"labels must lie in [0, {vocab_size}) or equal ignore_index={options.ignore_index}; got {first}"
                 )
-            w = torch.where(bad, torch.nan, w)  # on a device that cannot raise without a sync
+            w = torch.where(bad, torch.nan, w)  # elsewhere they show
             labels = torch.where(is_in & ~bad, labels, 0)
         w = torch.where(is_in, w, 0.0)
 

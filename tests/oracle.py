@@ -28,9 +28,9 @@ so a gradient of 1e-6 in a vocabulary of 128,256 is checked to as many digits as
     float16
     float64    4e-14     as float32, with 2^-53: 60 · 2^-53 = 7e-15; the oracle itself is no better than that
 
-plus half a unit in the last place of the logits' dtype (2^-8 of the value in bfloat16, 2^-11 in float16) for a gradient that is rounded
-once more when backward() multiplies it: by what comes from above, and in float16 always (the division by the number of
-rows happens there, so that a loss scaler has something to scale).
+plus half a unit in the last place of the logits' dtype (2^-8 of the value in bfloat16, 2^-11 in float16) for a gradient
+that is rounded once more when backward() multiplies it: by what comes from above, and in float16 always (the division
+by the number of rows happens there, so that a loss scaler has something to scale).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-pip install --quiet --no-deps --target "$site" --config-settings=cmake.define.REPTILE_EXT_SANITIZE=address,undefined \
+python -m pip install --quiet --no-deps --target "$site" --config-settings=cmake.define.REPTILE_EXT_SANITIZE=address,undefined \
   --config-settings=build-dir="$site/build" .
 
 compiler=${CXX:-g++}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import reptile_ext
 from reptile_ext import reference
@@ -77,10 +76,6 @@ KEYWORDS: list[tuple[str, Any, type[Exception], str]] = [
 ]
 
 
-def one_sentence(error: BaseException, words: str) -> None:
-    assert words in str(error), f"{words!r} not in {str(error)!r}"
-
-
 @FUNCTIONS
 @pytest.mark.parametrize(("name", "value", "kind", "words"), KEYWORDS, ids=[f"{k[0]}={k[1]}" for k in KEYWORDS])
 def test_keywords(loss_fn: Any, name: str, value: Any, kind: type[Exception], words: str) -> None:
@@ -92,10 +87,8 @@ def test_keywords(loss_fn: Any, name: str, value: Any, kind: type[Exception], wo
         loss_fn(student, teacher, dim=0)
     with pytest.raises(kind) as caught:
         loss_fn(student, teacher, **{name: value})
-    one_sentence(caught.value, words)
-    if name != "denominator" and name != "dim":
-        if name in ("temperature", "soft_weight", "hard_weight") and isinstance(value, Tensor):
-            pass
+    assert words in str(caught.value)
+    if name != "denominator" and not (name == "dim" and isinstance(value, int) and value):  # those need the tensors
         with pytest.raises(kind, match=re.escape(words)):
             reptile_ext.DistillationLoss(**{name: value})  # complains when it is made
 
@@ -122,43 +115,144 @@ TENSORS: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "student a list": ([1.0], T, {}, TypeError, "student_logits must be a torch.Tensor; got list"),
     "student an array": (np.zeros((3, 5)), T, {}, TypeError, "student_logits must be a torch.Tensor; got ndarray"),
     "teacher None": (S, None, {}, TypeError, "teacher_logits must be a torch.Tensor; got NoneType"),
-    "integer student": (S.long(), T, {}, TypeError, "student_logits must be float32, bfloat16, float16 or float64; got torch.int64"),
-    "boolean teacher": (S, T.bool(), {}, TypeError, "teacher_logits must be float32, bfloat16, float16 or float64; got torch.bool"),
+    "integer student": (
+        S.long(),
+        T,
+        {},
+        TypeError,
+        "student_logits must be float32, bfloat16, float16 or float64; got torch.int64",
+    ),
+    "boolean teacher": (
+        S,
+        T.bool(),
+        {},
+        TypeError,
+        "teacher_logits must be float32, bfloat16, float16 or float64; got torch.bool",
+    ),
     "complex student": (S.cfloat(), T, {}, TypeError, "got torch.complex64"),
     "float8 teacher": (S, T.to(torch.float8_e4m3fn), {}, TypeError, "got torch.float8_e4m3fn"),
-    "0-d": (torch.zeros(()), torch.zeros(()), {}, ValueError, "student_logits must have a class dimension; got a 0-dim"),
+    "0-d": (
+        torch.zeros(()),
+        torch.zeros(()),
+        {},
+        ValueError,
+        "student_logits must have a class dimension; got a 0-dim",
+    ),
     "rows differ": (S, torch.zeros(4, 5), {}, ValueError, "outside the class dimension (dim=-1), [3, 5]; got [4, 5]"),
-    "ndim differs": (S, torch.zeros(3, 1, 5), {}, ValueError, "teacher_logits must have the shape of student_logits, [3, 5]; got [3, 1, 5]"),
+    "ndim differs": (
+        S,
+        torch.zeros(3, 1, 5),
+        {},
+        ValueError,
+        "teacher_logits must have the shape of student_logits, [3, 5]; got [3, 1, 5]",
+    ),
     "would broadcast": (S, torch.zeros(1, 5), {}, ValueError, "[3, 5]; got [1, 5]"),
     "V differ": (
-        S, torch.zeros(3, 6), {}, ValueError,
-        "teacher_logits has 6 classes and student_logits has 5 (dim=-1); both need the same number, or pass vocab='truncate'",
+        S,
+        torch.zeros(3, 6),
+        {},
+        ValueError,
+        "teacher_logits has 6 classes and student_logits has 5 (dim=-1); both need the same number, "
+        "or pass vocab='truncate'",
     ),
     "rows differ, truncate": (S, torch.zeros(4, 6), {"vocab": "truncate"}, ValueError, "[3, 5]; got [4, 6]"),
-    "no classes": (torch.zeros(3, 0), torch.zeros(3, 0), {}, ValueError, "need at least one class in dim=-1; got [3, 0]"),
-    "no classes, truncate": (S, torch.zeros(3, 0), {"vocab": "truncate"}, ValueError, "need at least one class in dim=-1"),
-    "devices differ": (S, T.to("meta"), {}, ValueError, "teacher_logits must be on the device of student_logits, cpu; got meta"),
+    "no classes": (
+        torch.zeros(3, 0),
+        torch.zeros(3, 0),
+        {},
+        ValueError,
+        "need at least one class in dim=-1; got [3, 0]",
+    ),
+    "no classes, truncate": (
+        S,
+        torch.zeros(3, 0),
+        {"vocab": "truncate"},
+        ValueError,
+        "need at least one class in dim=-1",
+    ),
+    "devices differ": (
+        S,
+        T.to("meta"),
+        {},
+        ValueError,
+        "teacher_logits must be on the device of student_logits, cpu; got meta",
+    ),
     "labels missing": (S, T, {"hard_weight": 0.5}, ValueError, "labels are needed for hard_weight=0.5; got None"),
     "labels a list": (S, T, {"labels": [0, 1, 2]}, TypeError, "labels must be a torch.Tensor; got list"),
-    "float labels": (S, T, {"labels": torch.zeros(3)}, TypeError, "labels must have an integer dtype; got torch.float32"),
-    "boolean labels": (S, T, {"labels": torch.zeros(3).bool()}, TypeError, "labels must have an integer dtype; got torch.bool"),
+    "float labels": (
+        S,
+        T,
+        {"labels": torch.zeros(3)},
+        TypeError,
+        "labels must have an integer dtype; got torch.float32",
+    ),
+    "boolean labels": (
+        S,
+        T,
+        {"labels": torch.zeros(3).bool()},
+        TypeError,
+        "labels must have an integer dtype; got torch.bool",
+    ),
     "labels too few": (
-        S, T, {"labels": torch.zeros(2).long()}, ValueError,
+        S,
+        T,
+        {"labels": torch.zeros(2).long()},
+        ValueError,
         "labels must have the shape of student_logits without the class dimension, [3]; got [2]",
     ),
-    "one-hot labels": (S, T, {"labels": torch.zeros(3, 5).long()}, ValueError, "without the class dimension, [3]; got [3, 5]"),
-    "labels elsewhere": (S, T, {"labels": torch.zeros(3, device="meta").long()}, ValueError, "labels must be on the device"),
+    "one-hot labels": (
+        S,
+        T,
+        {"labels": torch.zeros(3, 5).long()},
+        ValueError,
+        "without the class dimension, [3]; got [3, 5]",
+    ),
+    "labels elsewhere": (
+        S,
+        T,
+        {"labels": torch.zeros(3, device="meta").long()},
+        ValueError,
+        "labels must be on the device",
+    ),
     "weight a number": (S, T, {"weight": 1.0}, TypeError, "weight must be a torch.Tensor; got float"),
     "weight of classes": (S, T, {"weight": torch.ones(5)}, ValueError, "without the class dimension, [3]; got [5]"),
     "a mask": (S, T, {"weight": torch.ones(3).bool()}, TypeError, "got torch.bool (a mask goes in as mask.float())"),
-    "integer weight": (S, T, {"weight": torch.ones(3).long()}, TypeError, "weight must be float32, bfloat16, float16 or float64; got torch.int64"),
-    "weight elsewhere": (S, T, {"weight": torch.ones(3, device="meta")}, ValueError, "weight must be on the device of student_logits, cpu; got meta"),
-    "weight that learns": (S, T, {"weight": torch.ones(3, requires_grad=True)}, ValueError, "weight is a constant of the loss"),
-    "denominator elsewhere": (S, T, {"denominator": torch.tensor(1.0, device="meta")}, ValueError, "denominator must be on cpu or on the CPU; got meta"),
-    "denominator without a sum": (
-        S, T, {"denominator": 3.0, "reduction": "none"}, ValueError, "denominator divides the sum over rows, and reduction='none' has no sum",
+    "integer weight": (
+        S,
+        T,
+        {"weight": torch.ones(3).long()},
+        TypeError,
+        "weight must be float32, bfloat16, float16 or float64; got torch.int64",
     ),
-}  # fmt: skip
+    "weight elsewhere": (
+        S,
+        T,
+        {"weight": torch.ones(3, device="meta")},
+        ValueError,
+        "weight must be on the device of student_logits, cpu; got meta",
+    ),
+    "weight that learns": (
+        S,
+        T,
+        {"weight": torch.ones(3, requires_grad=True)},
+        ValueError,
+        "weight is a constant of the loss",
+    ),
+    "denominator elsewhere": (
+        S,
+        T,
+        {"denominator": torch.tensor(1.0, device="meta")},
+        ValueError,
+        "denominator must be on cpu or on the CPU; got meta",
+    ),
+    "denominator without a sum": (
+        S,
+        T,
+        {"denominator": 3.0, "reduction": "none"},
+        ValueError,
+        "denominator divides the sum over rows, and reduction='none' has no sum",
+    ),
+}
 
 
 @FUNCTIONS
@@ -168,7 +262,7 @@ def test_tensors(
 ) -> None:
     with pytest.raises(kind) as caught:
         loss_fn(student, teacher, **others)
-    one_sentence(caught.value, words)
+    assert words in str(caught.value)
 
 
 @FUNCTIONS
@@ -179,7 +273,7 @@ def test_labels_out_of_range(loss_fn: Any, label: int, dtype: torch.dtype) -> No
     labels = torch.tensor([0, label, -100])
     words = re.escape(f"labels must lie in [0, 5) or equal ignore_index=-100; got {label}")
     for requires_grad in (False, True):
-        student = S.to(dtype).requires_grad_(requires_grad)
+        student = S.to(dtype).clone().requires_grad_(requires_grad)
         for hard_weight in (0.0, 1.0):
             with pytest.raises(ValueError, match=words):
                 loss_fn(student, T.to(dtype), labels, hard_weight=hard_weight)

@@ -59,7 +59,8 @@ def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {line["model"] for line in lines} == {"teacher", "student", "student alone"}
     last = [line for line in lines if line["model"] == "student" and "eval" in line][-1]
-    assert last["step"] == 800 and last["eval"]["accuracy"] == student["accuracy"]
+    assert last["step"] == 800
+    assert last["eval"]["accuracy"] == student["accuracy"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert not [path for path in folder.rglob("*") if ".tmp-" in path.name]
 
@@ -170,7 +171,9 @@ def test_doctor_says_what_is_wrong() -> None:
         "sys.exit(cli.main(['doctor']))\n"
     )
     assert done.returncode == 1, done.stderr
-    assert "kernels load" in done.stdout and "Wrong: " in done.stdout and "aoti_torch_nonsense" in done.stdout
+    assert "kernels load" in done.stdout
+    assert "Wrong: " in done.stdout
+    assert "aoti_torch_nonsense" in done.stdout
 
 
 def test_a_missing_extra_is_named() -> None:

@@ -122,7 +122,7 @@ def test_unequal_micro_batches_give_the_gradient_of_the_whole(labelled: bool) ->
 
 def test_samples_of_different_lengths_without_labels_are_refused_rather_than_misweighed() -> None:
     batches = [{"input_ids": torch.zeros(2, length, dtype=torch.long)} for length in (5, 3)]
-    with pytest.raises(ValueError, match="same number of rows; got 5 and 3: give labels"):
+    with pytest.raises(ValueError, match="got 5 and 3: give labels"):
         Reptile(Tagger(0), Tagger(1), accumulate=2).fit(batches, until=Until(steps=1), progress_bar=False)
 
 
@@ -164,7 +164,8 @@ def test_labels_of_a_causal_model_are_shifted_on_request() -> None:
     ids = torch.arange(6).reshape(2, 3)
     inputs, labels = split({"input_ids": ids, "labels": ids}, shift_labels=True, ignore_index=-100)
     assert list(inputs) == ["input_ids"]
-    assert labels is not None and labels.tolist() == [[1, 2, -100], [4, 5, -100]]
+    assert labels is not None
+    assert labels.tolist() == [[1, 2, -100], [4, 5, -100]]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_batch_of_another_kind_is_named(batch: Any, message: str) -> None:
 
 
 def test_an_output_without_logits_is_named() -> None:
-    with pytest.raises(TypeError, match="LSTM must return a tensor of logits.*got tuple"):
+    with pytest.raises(TypeError, match=r"LSTM must return a tensor of logits.*got tuple"):
         Reptile(nn.LSTM(6, 4), perceptron(8, 1)).fit([torch.zeros(2, 3, 6)], until=Until(steps=1), progress_bar=False)
 
 
@@ -234,7 +235,8 @@ def test_the_teacher_is_as_it_was_and_in_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint is not None
     in_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
     saved = torch.load(checkpoint / "state.pt", weights_only=True)
-    assert set(saved["optimizer"]["state"]) == set(range(4)) and in_bytes < 40_000
+    assert set(saved["optimizer"]["state"]) == set(range(4))
+    assert in_bytes < 40_000
 
 
 def test_shared_parameters_are_refused() -> None:
@@ -286,7 +288,7 @@ def test_metrics_weigh_every_row_alike() -> None:
 
 
 def test_metrics_that_cannot_be_measured_are_refused() -> None:
-    with pytest.raises(ValueError, match="metrics must be among 'loss'.*got 'bleu'"):
+    with pytest.raises(ValueError, match=r"metrics must be among 'loss'.*got 'bleu'"):
         Reptile(perceptron(8, 0), perceptron(8, 1), metrics=["bleu"])
     with pytest.raises(ValueError, match="agreement with the teacher, and teacher is None"):
         Reptile(perceptron(8, 0), None, metrics=["agreement"])
@@ -321,12 +323,15 @@ def test_until_steps() -> None:
 
 def test_until_minutes() -> None:
     result = fitted(Until(minutes=1e-4))
-    assert result.reason == "0.0001 minutes" and result.seconds >= 0.006
+    assert result.reason == "0.0001 minutes"
+    assert result.seconds >= 0.006
 
 
 def test_until_target() -> None:
     result = fitted(Until(metric="agreement", target=0.9, steps=5000))
-    assert result.reason.startswith("agreement 0.9") and result.metrics["agreement"] >= 0.9 and result.steps % 5 == 0
+    assert result.reason.startswith("agreement 0.9")
+    assert result.metrics["agreement"] >= 0.9
+    assert result.steps % 5 == 0
 
 
 def test_until_patience_gives_the_best_student_back(tmp_path: Path) -> None:
@@ -388,7 +393,8 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, 2, student, {}, {})
     newest = latest_checkpoint(tmp_path)
-    assert newest is not None and int(newest.name) == 1
+    assert newest is not None
+    assert int(newest.name) == 1
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -451,7 +457,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path: Path) -> Non
     for _ in range(3):
         # Slowed so that there is something to kill; the moment falls anywhere, writing a checkpoint included.
         with subprocess.Popen([*command, str(broken), "0.01"], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
             time.sleep(moments.uniform(0.1, 0.9))
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
