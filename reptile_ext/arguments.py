@@ -48,11 +48,11 @@ def _number(name: str, value: Any, wanted: str, ok: Any) -> float:
 
 
 def _is_positive(v: float) -> bool:
-    return math.isfinite(v) and v > 0
+    return 0 < v < math.inf
 
 
 def _is_non_negative(v: float) -> bool:
-    return math.isfinite(v) and v >= 0
+    return 0 <= v < math.inf
 
 
 class Options(NamedTuple):

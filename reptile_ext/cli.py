@@ -65,6 +65,8 @@ def distill(argv: list[str]) -> int:
     early.add_argument("--resume", type=Path)
     known, rest = early.parse_known_args(argv)
     given = bool(argv) and not argv[0].startswith("-")
+    if known.resume is not None and (known.config is not None or given or set(rest) - {"--quiet"}):
+        raise CommandError("--resume takes recipe and settings from the folder: only --quiet goes with it")
     path = known.config if known.resume is None else known.resume / "config.toml"
     values = {} if path is None else _read_toml(path)
     name = values.pop("recipe", "code-lm")
@@ -72,8 +74,6 @@ def distill(argv: list[str]) -> int:
         name, argv = argv[0], argv[1:]
     if name not in recipes.RECIPES:
         raise CommandError(f"recipe must be one of {', '.join(recipes.RECIPES)}; got {name!r}")
-    if known.resume is not None and (known.config is not None or given or set(rest) - {"--quiet"}):
-        raise CommandError("--resume takes recipe and settings from the folder: only --quiet goes with it")
 
     parser = argparse.ArgumentParser(
         prog=f"reptile distill {name}",

@@ -99,7 +99,7 @@ class _FusedLoss(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
     """gradient · grad_output, where the gradient lies."""
-    if torch._C._functorch.is_batchedtensor(grad_output):  # torch.autograd.grad(..., is_grads_batched=True)
+    if torch._C._functorch.is_legacy_batchedtensor(grad_output):  # torch.autograd.grad(..., is_grads_batched=True)
         return ops.scale_gradient(gradient, grad_output, dim)
     ops.scale_gradient_(gradient, grad_output.contiguous(), dim)
     return gradient

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
@@ -320,7 +319,10 @@ def test_compiled_with_a_changing_batch() -> None:
     """One graph for every number of rows but 0 and 1, and right results for those too."""
     torch.compiler.reset()
     for reduction in ("mean", "none"):
-        f = functools.partial(step, hard_weight=0.5, reduction=reduction)
+
+        def f(s: Tensor, t: Tensor, labels: Tensor, reduction: str = reduction) -> Tensor:
+            return step(s, t, labels, hard_weight=0.5, reduction=reduction)
+
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
         for rows in (4, 9, 2, 1, 30):
             student, teacher, labels = make_case({}, torch.float32, rows=rows)

@@ -15,8 +15,8 @@ import reptile_ext
 
 # Long enough for whole vectors with a tail, and beyond the 512 classes in which the kernel looks for a maximum first.
 vocab_sizes = st.one_of(st.integers(1, 70), st.integers(500, 1200))
-temperatures = st.floats(0.1, 20.0, width=32)
-weights = st.floats(0.0, 4.0, width=32)
+temperatures = st.floats(0.1, 20.0)
+weights = st.floats(0.0, 4.0)
 
 
 @st.composite

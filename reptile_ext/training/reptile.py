@@ -280,9 +280,9 @@ class Reptile:
                 window = [self._receive(batch) for batch in sampler.take(self.accumulate)]
                 count = self._count(window)
                 loss = torch.zeros((), device=accelerator.device)
-                for number, (inputs, labels) in enumerate(window, start=1):
+                for taken, (inputs, labels) in enumerate(window, start=1):
                     # Gradients of several processes meet in the last backward.
-                    with accelerator.no_sync(model) if number < len(window) else contextlib.nullcontext():
+                    with accelerator.no_sync(model) if taken < len(window) else contextlib.nullcontext():
                         # 3. Both forwards. The teacher's keeps no graph.
                         student_logits = self._logits(model, inputs)
                         teacher_logits = self._teacher_logits(inputs)
