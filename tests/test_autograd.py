@@ -432,6 +432,7 @@ def test_autocast_leaves_the_loss_in_float32() -> None:
     torch.testing.assert_close(head.weight.grad.double(), right[1].t() @ hidden.double(), rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.func.jvp's own imports
 @every_keywords
 def test_torch_func(keywords: dict) -> None:
     """grad, vmap over a batch of problems, and jvp, which plain PyTorch serves."""

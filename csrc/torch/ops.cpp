@@ -46,10 +46,11 @@ struct View {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
   }
+  bool is_empty() const {
+    return std::any_of(sizes, sizes + ndim, [](int64_t size) { return size == 0; });
+  }
   bool is_contiguous() const {
-    for (int64_t d = 0; d < ndim; ++d) {
-      if (sizes[d] == 0) return true;
-    }
+    if (is_empty()) return true;
     int64_t expected = 1;
     for (int64_t d = ndim - 1; d >= 0; --d) {
       if (sizes[d] != 1 && strides[d] != expected) return false;
@@ -343,7 +344,7 @@ std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_
 
 Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
   const View view(student);
-  for (int64_t d = 0; d < view.ndim; ++d) {
+  for (int64_t d = 0; d < view.ndim && !view.is_empty(); ++d) {
     if (view.sizes[d] > 1 && view.strides[d] == 0) {
       fail("inplace=True needs student_logits whose elements do not share memory; got an expanded tensor");
     }

@@ -225,13 +225,13 @@ class Reptile:
             raise ValueError(
                 f"until.metric={until.metric!r} is not among the metrics measured: {('loss', *self.metrics)}"
             )
-        for name, value in (
-            ("eval_every", eval_every),
-            ("checkpoint_every", checkpoint_every),
-            ("log_every", log_every),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value!r}")
+        for name, steps in {
+            "eval_every": eval_every,
+            "checkpoint_every": checkpoint_every,
+            "log_every": log_every,
+        }.items():
+            if steps < 1:
+                raise ValueError(f"{name} must be at least 1; got {steps!r}")
         accelerator, folder = self.accelerator, None if folder is None else Path(folder)
         checkpoint = None if folder is None else latest_checkpoint(folder)
         if checkpoint is not None and not resume:
@@ -252,13 +252,10 @@ class Reptile:
         if checkpoint is not None:
             state, best = load_checkpoint(checkpoint, self.student)
             progress, log_position = Progress(**state["progress"]), state["log"]
-            for name, part in (
-                ("optimizer", optimizer),
-                ("scheduler", scheduler),
-                ("scaler", scaler),
-                ("sampler", sampler),
-            ):
-                part.load_state_dict(state[name])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            scaler.load_state_dict(state["scaler"])
+            sampler.load_state_dict(state["sampler"])
             set_random_state(state["random"])
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ def build(settings: CodeLM, folder: Path) -> Task:
 
 
 def standard_library() -> tuple[list[str], list[str]]:
-    """The source files of this Python's standard library: (to train on, held out). """
+    """The source files of this Python's standard library: (to train on, held out)."""
     root = Path(sysconfig.get_path("stdlib"))
     train: list[str] = []
     held_out: list[str] = []
