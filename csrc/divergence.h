@@ -20,6 +20,10 @@
 //                                                 1 in (q, p), so the driver passes both already multiplied by the
 //                                                 row's coefficient
 //
+// This serves the divergences whose value needs one pass. Those over normalised probabilities (a mixture of p and q, |p
+// − q|) need a pass over q and p in between, from the scratch the first pass leaves, and reverse KL's gradient needs x
+// − y beside q and p: the driver's passes get those when the first such divergence comes.
+//
 // The sums stay the driver's: it holds them in a vector whose lanes are classes of one row, or rows side by side, adds
 // up blocks of a long row to bound the rounding error, and reduces them.
 //

@@ -16,6 +16,7 @@ constexpr int kMaxRowDims = 63;
 
 // Positions match DIVERGENCES and REDUCTIONS in reptile_ext/arguments.py.
 enum class Divergence : int { kForwardKl = 0 };
+constexpr int kNumDivergences = 1;
 enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -54,7 +55,9 @@ struct LossProblem {
 
 // What an instruction set brings. Each function does rows [begin, end).
 struct Kernels {
-  // `scratch` is the calling thread's own: scratch_bytes(problem) bytes, aligned to 64.
+  // Bytes of scratch a thread needs for this problem.
+  size_t (*scratch_bytes)(const LossProblem& problem);
+  // `scratch` is the calling thread's own, of that size, aligned to 64.
   void (*loss_rows)(const LossProblem& problem, int64_t begin, int64_t end, void* scratch);
   // gradient row n times factors[n], or times factors[0] if is_uniform; of the problem only the shape and `gradient`
   // are looked at.

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# The order is the `Divergence` enumeration of csrc/divergence.h.
+# The order is the `Divergence` enumeration of csrc/rows.h.
 DIVERGENCES = ("forward_kl",)
 # The order is the `Reduction` enumeration of csrc/rows.h.
 REDUCTIONS = ("none", "mean", "sum")
@@ -41,10 +42,26 @@ def _number(name: str, value: Any, wanted: str, ok: Any) -> float:
         isinstance(value, (bool, str, Tensor)) or not (isinstance(value, int) or hasattr(value, "__float__"))
     ):
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):
+        number = math.nan
     if not ok(number):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
     return number
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    number = operator.index(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must be a 64-bit integer; got {value!r}")
+    return number
+
+
+def _is_temperature(v: float) -> bool:
+    return 1e-30 <= v <= 1e30  # what float32 arithmetic can divide by
 
 
 def _is_positive(v: float) -> bool:
@@ -95,16 +112,15 @@ def _make_options(
     kind = _one_of("divergence", divergence, DIVERGENCES)
     if beta is not None:
         raise ValueError(f"beta has no meaning for divergence={divergence!r}; got beta={beta!r}, wanted None")
-    wanted = "a positive, finite number or a pair (student, teacher) of them"
-    t_s = _number("temperature", student_temperature, wanted, _is_positive)
-    t_t = _number("temperature", teacher_temperature, wanted, _is_positive)
+    wanted = "a positive number, 1e-30 to 1e30, or a pair (student, teacher) of them"
+    t_s = _number("temperature", student_temperature, wanted, _is_temperature)
+    t_t = _number("temperature", teacher_temperature, wanted, _is_temperature)
     _one_of("temperature_scaling", temperature_scaling, TEMPERATURE_SCALINGS)
     soft = _number("soft_weight", soft_weight, "a finite number >= 0", _is_non_negative)
     hard = _number("hard_weight", hard_weight, "a finite number >= 0", _is_non_negative)
     smoothing = _number("label_smoothing", label_smoothing, "a number between 0 and 1", lambda v: 0.0 <= v <= 1.0)
-    for name, value in (("ignore_index", ignore_index), ("dim", dim)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    ignore_index = _integer("ignore_index", ignore_index)
+    dim = _integer("dim", dim)
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False; got {type(inplace).__name__}")
     return Options(
@@ -173,6 +189,10 @@ def check_tensors(
         raise TypeError(f"student_logits must be float32, bfloat16, float16 or float64; got {student_logits.dtype}")
     if teacher_logits.dtype not in FLOATING:
         raise TypeError(f"teacher_logits must be float32, bfloat16, float16 or float64; got {teacher_logits.dtype}")
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if logits.layout is not torch.strided or logits.is_nested:
+            layout = "nested" if logits.is_nested else str(logits.layout)
+            raise TypeError(f"{name} must be a dense tensor; got layout {layout}")
     s_shape = student_logits.shape
     t_shape = teacher_logits.shape
     ndim = len(s_shape)

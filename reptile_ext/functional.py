@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from .arguments import REDUCTIONS, Options, check_tensors, make_options
@@ -49,15 +50,18 @@ class _FusedLoss(torch.autograd.Function):
             loss = ops.distillation_loss_(
                 student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim)
             )
-            ctx.gradient = student.detach()
             torch.autograd.graph.increment_version(student)
+            ctx.gradient = student.detach()  # shares the version counter
+            ctx.version = student._version
             return loss
         # With a teacher that learns too, both gradients come from the reference, in the backward pass.
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
         by_kernel = needs_student and not needs_teacher
-        loss, gradient = ops.distillation_loss(
-            student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim), by_kernel
-        )
+        # Below the operator's own autograd layer, which would do again, in Python, what this class does.
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, gradient = ops.distillation_loss(
+                student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim), by_kernel
+            )
         ctx.gradient = gradient if by_kernel else None
         # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
         ctx.save_for_backward(student, teacher, labels, weight, denominator)
@@ -74,6 +78,11 @@ class _FusedLoss(torch.autograd.Function):
                 raise RuntimeError(
                     "distillation_loss(inplace=True) supports one backward pass and no double backward: "
                     "the logits were overwritten by their gradient; pass inplace=False"
+                )
+            if gradient._version != ctx.version:
+                raise RuntimeError(
+                    "the student_logits of distillation_loss(inplace=True) hold their gradient and were modified by an "
+                    f"inplace operation before the backward pass (version {gradient._version}, expected {ctx.version})"
                 )
             return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
@@ -108,7 +117,7 @@ def _scaled(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
 def _raise_value_error(error: RuntimeError) -> None:
     """The operators raise RuntimeError for values that only they look at; to the caller those are ValueErrors."""
     message = str(error)
-    if message.startswith(("labels ", "weight ", "inplace=")):
+    if message.startswith(("labels ", "weight ", "denominator ", "inplace=")):
         raise ValueError(message) from None
 
 
@@ -162,13 +171,15 @@ def distillation_loss(
         vocab: "error" if the numbers of classes differ, or "truncate" to compare the classes both have.
         dim: the class dimension.
         inplace: write the gradient over the student's logits, so that nothing of their size is allocated. The logits
-            are gone afterwards, must not be a leaf, and allow one backward pass.
+            are gone afterwards: whoever reads them later (an argmax for a metric, a second loss) reads gradients, which
+            nothing can catch. They must not be a leaf, and allow one backward pass.
 
     Returns:
         A scalar, or the leading shape with reduction="none"; float32, or float64 if either input is.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
+        ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted. (In a
+            compiled program, labels and weights out of range are a RuntimeError with the same words.)
 
     Classes at −inf in both rows count for nothing. A row with a NaN or +inf, or nothing but −inf, gets a NaN loss and
     gradient and leaves the other rows alone.
@@ -192,8 +203,8 @@ def distillation_loss(
     dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
     compiling = torch.compiler.is_compiling()
     if (student_logits.device.type not in ("cpu", "meta")) or (
-        # vmap, grad and jvp of torch.func see through plain PyTorch only.
-        not compiling and torch._C._are_functorch_transforms_active()
+        # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
+        not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     ):
         _warn_once(student_logits.device.type)
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
@@ -205,7 +216,7 @@ def distillation_loss(
         if isinstance(denominator, Tensor):
             denominator = denominator.detach().to(student_logits.device, torch.float64)
         else:
-            scale = 1.0 / denominator
+            scale = 1.0 / float(denominator)
             denominator = None
         options = options._replace(reduction=_SUM)
     if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
@@ -233,7 +244,8 @@ def _float16_loss(
     gradient fills the range of the type, and everything else happens in float32 between here and the backward pass."""
     largest = max(options.soft_scale / options.student_temperature + options.hard_weight, 2.0**-20)
     power = 2.0 ** math.floor(math.log2(16384.0 / largest))
-    is_in = None if weight is None else (weight != 0).to(torch.float64)
+    # Wrong weights go through, for the operator to complain of.
+    is_in = None if weight is None else torch.where((weight > 0) & weight.isfinite(), 1.0, weight)
     rows = _apply(student, teacher, labels, is_in, None, power, options._replace(reduction=_NONE), dim) / power
     if weight is not None:
         rows = rows * weight.to(rows.dtype)
@@ -241,7 +253,7 @@ def _float16_loss(
         return rows
     total = _sum_in_order(rows) * scale
     if denominator is not None:
-        total = total / denominator
+        total = total / torch.where((total == 0) & (denominator == 0), 1.0, denominator)
     elif options.reduction == _MEAN:
         w = torch.ones_like(rows, dtype=torch.float64) if weight is None else weight
         if labels is not None:
@@ -293,10 +305,11 @@ def _check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
     if not student_logits.requires_grad:
         return
-    if student_logits.is_leaf:
+    base = student_logits._base
+    if student_logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "inplace=True overwrites student_logits, which is a leaf that requires grad: pass the output of a model, "
-            "or inplace=False"
+            "inplace=True overwrites student_logits, which is a leaf that requires grad, or a view of one: pass the "
+            "output of a model, or inplace=False"
         )
 
 

@@ -52,7 +52,7 @@ def _load() -> ctypes.CDLL:
 
 _library = _load()
 _library.reptile_ext_instruction_set.restype = ctypes.c_char_p
-_library.reptile_ext_instruction_set.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p)]
+_library.reptile_ext_instruction_set.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 
 
 def instruction_set(name: str | None = None) -> str:
@@ -64,10 +64,10 @@ def instruction_set(name: str | None = None) -> str:
     Raises:
         ValueError: the name, or the environment variable, is not a set that this processor can run.
     """
-    error = ctypes.c_char_p()
-    result = _library.reptile_ext_instruction_set(None if name is None else name.encode(), ctypes.byref(error))
+    error = ctypes.create_string_buffer(400)
+    result = _library.reptile_ext_instruction_set(None if name is None else name.encode(), error, len(error))
     if result is None:
-        raise ValueError((error.value or b"").decode())
+        raise ValueError(error.value.decode())
     return str(result.decode())
 
 

@@ -143,8 +143,10 @@ def with_options(
     with torch.no_grad():
         w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
         is_in = w != 0
-        if weight is not None and may_look and bool((w < 0).any()):
-            raise ValueError(f"weight must not be negative; got {w.min().item()}")
+        bad = torch.zeros_like(is_in)
+        if weight is not None and may_look and not bool(((w >= 0) & w.isfinite()).all()):
+            wrong = w[~((w >= 0) & w.isfinite())][0].item()
+            raise ValueError(f"weight must be finite and not negative; got {wrong}")
         if labels is not None:
             labels = labels.reshape(-1).to(torch.int64)
             is_in = is_in & (labels != options.ignore_index)
@@ -154,7 +156,6 @@ def with_options(
                 raise ValueError(
                     f"labels must lie in [0, {vocab_size}) or equal ignore_index={options.ignore_index}; got {first}"
                 )
-            w = torch.where(bad, torch.nan, w)  # elsewhere they show
             labels = torch.where(is_in & ~bad, labels, 0)
         w = torch.where(is_in, w, 0.0)
 
@@ -163,13 +164,17 @@ def with_options(
     s = torch.where(is_in.unsqueeze(-1), s, 0.0)
     t = torch.where(is_in.unsqueeze(-1), t, 0.0)
     losses = torch.where(is_in, w * row_losses(s, t, labels, options), 0.0)
+    losses = losses * torch.where(bad, torch.nan, 1.0)  # a wrong label where it could not be an error: that row alone
 
     reduction = REDUCTIONS[options.reduction]
     if reduction == "none":
         return losses.reshape(leading)
     total = losses.sum()
     if denominator is not None:
-        return total / torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
+        divisor = torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
+        if may_look and bool(is_in.any()) and not 0 < divisor.item() < torch.inf:
+            raise ValueError(f"denominator must be positive and finite; got {divisor.item()}")
+        return total / torch.where(is_in.any(), divisor, 1.0)
     if reduction == "sum":
         return total
     return total / torch.where(is_in.any(), w.sum(), 1.0)

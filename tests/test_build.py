@@ -97,7 +97,6 @@ def test_an_object_of_a_set_calls_no_template_of_the_standard_library(objects: d
     assert needed <= {"log", "memset", "memcpy", "memmove", "exp2", "exp2f", "_GLOBAL_OFFSET_TABLE_"}, needed
 
 
-@pytest.mark.skipif(not X86, reason="no AVX on this machine")
 def test_wide_registers_are_in_their_own_objects_only(objects: dict[str, Path]) -> None:
     """No zmm register below AVX-512, no ymm in the portable object; and there are some where there should be."""
     registers = {}
@@ -105,9 +104,10 @@ def test_wide_registers_are_in_their_own_objects_only(objects: dict[str, Path]) 
         code = subprocess.run([tool("objdump"), "-d", str(path)], capture_output=True, text=True, check=True).stdout
         registers[name] = ("%ymm" in code, "%zmm" in code)
     assert registers["portable"] == (False, False)
-    assert registers["avx2"] == (True, False)
-    assert registers["avx512"][1]
-    assert registers["avx512_bf16"][1]
+    if X86:
+        assert registers["avx2"] == (True, False)
+        assert registers["avx512"][1]
+        assert registers["avx512_bf16"][1]
 
 
 def library() -> Path:
@@ -163,7 +163,7 @@ def test_our_declarations_are_pytorchs(tmp_path: Path) -> None:
     """Our header's C functions once more after PyTorch's own: any difference in a type is a compiler error.
 
     extern "C" functions may be declared twice but not differently; the second declaration alone could also be of a
-    function that does not exist, hence the static_asserts, which name PyTorch's before ours is seen.
+    function that does not exist, hence the pointers, which name PyTorch's before ours is seen.
     """
     ours = declarations((CSRC / "torch" / "stable_abi.h").read_text())
     assert len(ours) >= 20, "the block of declarations was not found"

@@ -131,8 +131,8 @@ inline void first_pass(const Call<typename V::Scalar> call, V m_s, V m_t, int64_
       sums.z_1 = sums.z_1 + e_1;
     }
     if (call.smooth) {
-      sums.a_1 = sums.a_1 + where_not_masked(a_1, a_1);
-      sums.count = sums.count + where_not_masked(a_1, V(1));
+      sums.a_1 = sums.a_1 + where_not_masked(s, a_1);
+      sums.count = sums.count + where_not_masked(s, V(1));
     }
   }
 }
@@ -186,7 +186,7 @@ Scalar label_gradient(const Call<Scalar>& call, const RowCoefficients& c, Scalar
   const double e_1 = call.shares_exp ? e_s : exp2_one<V>((s_label - m_s) * call.k_1);
   Scalar lanes[V::kLanes];
   D::gradient(V(Scalar(e_s * c.to_q)), V(Scalar(e_t * c.to_p))).store(lanes);
-  return Scalar(lanes[0] + e_1 * c.to_q1 - c.label - ((s_label - m_s) * call.k_1 == kNegInf ? 0 : c.uniform));
+  return Scalar(lanes[0] + e_1 * c.to_q1 - c.label - (s_label == kNegInf ? 0 : c.uniform));
 }
 
 // One row, classes in the lanes. `gradient` may be null, or `student`'s own memory; label is read only if kHard.
@@ -267,9 +267,8 @@ double loss_row(const Call<typename V::Scalar> call, const In* student, const In
       } else {
         load2_tail(student + i, int(vocab_size - i), s_0, s_1);
       }
-      // The first pass's own notion of masked: a logit like the type's lowest number overflows to −inf as well.
-      g_0 = g_0 - where_not_masked((s_0 - V(m_s)) * V(call.k_1), uniform);
-      g_1 = g_1 - where_not_masked((s_1 - V(m_s)) * V(call.k_1), uniform);
+      g_0 = g_0 - where_not_masked(s_0, uniform);
+      g_1 = g_1 - where_not_masked(s_1, uniform);
     }
   };
   V g_0, g_1;
@@ -392,7 +391,7 @@ void loss_side_by_side(const Call<typename V::Scalar> call, const LossProblem& p
       g[h] = D::gradient(V::load(call.e_s + j) * to_q[h], V::load(call.e_t + j) * to_p[h]);
       if constexpr (kHard) {
         g[h] = g[h] + V::load(e_1 + j) * to_q1[h];
-        if (call.smooth) g[h] = g[h] - where_not_masked((s[h] - m_s[h]) * V(call.k_1), uniform[h]);
+        if (call.smooth) g[h] = g[h] - where_not_masked(s[h], uniform[h]);
       }
       g[h] = where_not_masked(in[h], g[h]);
     }
@@ -501,6 +500,13 @@ Layout layout_of(const LossProblem& p) {
   return Layout::kGathered;
 }
 
+// Three rows of exponentials and, to gather rows, three more; side by side, a pair of vectors for each class.
+size_t scratch_bytes(const LossProblem& p) {
+  const bool is_double = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
+  const size_t rows = layout_of(p) == Layout::kSideBySide ? 3 * 2 * (is_double ? Double::kLanes : Float::kLanes) : 6;
+  return rows * size_t(padded(p.vocab_size)) * (is_double ? 8 : 4);
+}
+
 // Rows [begin, end) of one storage type and layout.
 template <class In, Layout kLayout>
 void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
@@ -529,7 +535,7 @@ void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) 
   call.e_s = rows;
   call.e_t = rows + row_size;
   call.e_1 = rows + 2 * row_size;
-  // Without a soft part the teacher is not looked at; the student in its place gives D = 0 and no gradient.
+  // Without a soft part the teacher is not looked at; the student in its place is multiplied by 0 everywhere.
   const Operand& teacher = p.soft_scale > 0 ? p.teacher : p.student;
   const bool hard = p.hard_weight > 0;
 
@@ -666,7 +672,7 @@ void scale_rows(const LossProblem& p, const double* factors, bool is_uniform, in
 }  // namespace
 
 const Kernels& REPTILE_EXT_KERNELS() {
-  static const Kernels kernels = {loss_rows_of_layout, scale_rows};
+  static const Kernels kernels = {scratch_bytes, loss_rows_of_layout, scale_rows};
   return kernels;
 }
 

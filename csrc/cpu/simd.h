@@ -115,9 +115,10 @@ inline Float operator-(Float a, Float b) { return _mm512_sub_ps(a.v, b.v); }
 inline Float operator*(Float a, Float b) { return _mm512_mul_ps(a.v, b.v); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
-// acc + e·d in the lanes where e > 0 or is NaN; d may be anything elsewhere.
+// acc + e·d in the lanes where e > 0 or is NaN; d may be anything elsewhere. A denormal e counts as 0, as it is in the
+// other instruction sets: they must agree on which class has mass.
 inline Float add_product_where_positive(Float acc, Float e, Float d) {
-  return _mm512_mask3_fmadd_ps(e.v, d.v, acc.v, _mm512_cmp_ps_mask(e.v, _mm512_setzero_ps(), _CMP_NLE_UQ));
+  return _mm512_mask3_fmadd_ps(e.v, d.v, acc.v, _mm512_cmp_ps_mask(e.v, _mm512_set1_ps(0x1p-126f), _CMP_NLT_UQ));
 }
 // a where x > −inf (or NaN), else 0.
 inline Float where_not_masked(Float x, Float a) {
@@ -155,7 +156,7 @@ inline Double operator*(Double a, Double b) { return _mm512_mul_pd(a.v, b.v); }
 inline Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 inline Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {
-  return _mm512_mask3_fmadd_pd(e.v, d.v, acc.v, _mm512_cmp_pd_mask(e.v, _mm512_setzero_pd(), _CMP_NLE_UQ));
+  return _mm512_mask3_fmadd_pd(e.v, d.v, acc.v, _mm512_cmp_pd_mask(e.v, _mm512_set1_pd(0x1p-1022), _CMP_NLT_UQ));
 }
 inline Double where_not_masked(Double x, Double a) {
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_set1_pd(kNegInf), _CMP_NEQ_UQ), a.v);

@@ -12,7 +12,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "../cpu/dispatch.h"
+#include "../cpu/instruction_sets.h"
 
 namespace py = pybind11;
 
@@ -28,10 +28,8 @@ py::dict build_info() {
 #endif
   info["torch_abi"] = "2.10";
   info["build_type"] = REPTILE_EXT_BUILD_TYPE;
-  int count;
-  const reptile_ext::InstructionSet* sets = reptile_ext::instruction_sets(&count);
   std::vector<std::string> names;
-  for (int i = 0; i < count; ++i) names.emplace_back(sets[i].name);
+  for (const auto& set : reptile_ext::kInstructionSets) names.emplace_back(set.name);
   info["instruction_sets"] = names;
   return info;
 }
@@ -39,11 +37,9 @@ py::dict build_info() {
 py::dict cpu_info() {
   py::dict info;
   info["machine"] = REPTILE_EXT_MACHINE;
-  int count;
-  const reptile_ext::InstructionSet* sets = reptile_ext::instruction_sets(&count);
   std::vector<std::string> supported;
-  for (int i = 0; i < count; ++i) {
-    if (sets[i].is_supported()) supported.emplace_back(sets[i].name);
+  for (const auto& set : reptile_ext::kInstructionSets) {
+    if (set.is_supported()) supported.emplace_back(set.name);
   }
   info["supported"] = supported;
   return info;
@@ -68,6 +64,7 @@ void stream_range(const char* a, const char* b, char* out, int64_t begin, int64_
 }
 
 void stream_limit(uintptr_t a, uintptr_t b, uintptr_t out, int64_t num_bytes, int threads) {
+  if (threads < 1 || num_bytes < 0) throw py::value_error("threads must be at least 1 and num_bytes not negative");
   py::gil_scoped_release release;
   const auto share = [=](int64_t t) { return num_bytes / 64 * t / threads * 64; };
   const auto work = [=](int t) {

@@ -11,10 +11,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -29,7 +32,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A message that begins with an argument's name is raised in Python as a ValueError (functional.py).
+// A message that begins with labels, weight, denominator or inplace becomes a ValueError in Python (functional.py).
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error(message); }
 
 // A tensor's description, looked up once.
@@ -143,19 +146,23 @@ struct Arguments {
 // The leading shape of the operands, class dimension left out and neighbours merged where every operand allows it.
 void set_rows(LossProblem& p, const View& student, const View& teacher, const View* gradient, int64_t dim) {
   p.num_rows = 1;
+  for (int64_t d = 0; d < student.ndim; ++d) {
+    if (d != dim) p.num_rows *= student.sizes[d];
+  }
+  if (p.num_rows == 0) return;
   const auto mergeable = [&](const Operand& operand, int64_t stride, int64_t size) {
     return operand.row_strides[p.num_row_dims - 1] == stride * size;
   };
   for (int64_t d = 0; d < student.ndim; ++d) {
     if (d == dim) continue;
     const int64_t size = student.sizes[d];
-    p.num_rows *= size;
     if (size == 1) continue;
     const int64_t g_stride = gradient ? gradient->strides[d] : student.strides[d];
     if (p.num_row_dims > 0 && mergeable(p.student, student.strides[d], size) &&
         mergeable(p.teacher, teacher.strides[d], size) && mergeable(p.gradient, g_stride, size)) {
       p.row_sizes[p.num_row_dims - 1] *= size;
     } else {
+      if (p.num_row_dims == kMaxRowDims) fail("student has too many dimensions");
       p.row_sizes[p.num_row_dims++] = size;
     }
     p.student.row_strides[p.num_row_dims - 1] = student.strides[d];
@@ -176,7 +183,9 @@ std::vector<double> row_weights(const Arguments& a, const LossProblem& p, double
     if (view.dtype != aoti_torch_dtype_float64() || !view.is_contiguous()) fail("weight must be contiguous float64");
     std::copy_n(static_cast<const double*>(view.data), n, weights.begin());
     for (double w : weights) {
-      if (w < 0) fail("weight must not be negative; got " + std::to_string(w));
+      if (!(w >= 0 && w < std::numeric_limits<double>::infinity())) {
+        fail("weight must be finite and not negative; got " + std::to_string(w));
+      }
     }
   }
   if (p.labels) {
@@ -202,13 +211,6 @@ Tensor new_tensor(int64_t ndim, const int64_t* sizes, int32_t dtype) {
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(ndim, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
-}
-
-const Kernels& current_kernels() {
-  const char* error = nullptr;
-  const InstructionSet* set = current_instruction_set(&error);
-  if (!set) fail(error);
-  return set->kernels();
 }
 
 // Rows that one thread takes at a time.
@@ -246,7 +248,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   if (student.sizes[dim] == 1) p.student.class_stride = p.gradient.class_stride = 1;
   if (teacher.sizes[dim] == 1) p.teacher.class_stride = 1;
 
-  if (a.divergence != int64_t(Divergence::kForwardKl)) fail("divergence is unknown");
+  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
   p.divergence = Divergence(a.divergence);
   p.beta = a.beta;
   if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
@@ -280,6 +282,11 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
     const View view(*a.denominator);
     if (view.dtype != aoti_torch_dtype_float64() || view.ndim != 0) fail("denominator must be a 0-d float64 tensor");
     divisor = *static_cast<const double*>(view.data);
+    if (total == 0) {
+      divisor = 1;  // no row in: the loss is 0, whatever it is to be divided by
+    } else if (!(divisor > 0 && divisor < std::numeric_limits<double>::infinity())) {
+      fail("denominator must be positive and finite; got " + std::to_string(divisor));
+    }
   } else if (a.reduction == int64_t(Reduction::kMean)) {
     divisor = total == 0 ? 1 : total;  // no row in: the loss is 0, not NaN
   }
@@ -290,10 +297,10 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   const bool none = a.reduction == int64_t(Reduction::kNone);
   Tensor loss = new_tensor(none ? int64_t(leading.size()) : 0, leading.data(), loss_dtype);
 
-  const Kernels& kernels = current_kernels();
+  const Kernels& kernels = *current_instruction_set().kernels;
   std::vector<double> row_losses(static_cast<size_t>(p.num_rows));
   p.row_losses = row_losses.data();
-  const size_t scratch = scratch_bytes(p);
+  const size_t scratch = kernels.scratch_bytes(p);
   parallel_rows(p.num_rows, rows_per_task(p.vocab_size),
                 [&](int64_t begin, int64_t end) { kernels.loss_rows(p, begin, end, thread_scratch(scratch)); });
 
@@ -333,20 +340,60 @@ std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_
     const int64_t nothing[1] = {0};
     return {run(arguments, view, nullptr), new_tensor(1, nothing, view.dtype)};
   }
-  Tensor gradient = torch::stable::empty_like(student);
+  size_t bytes = size_of(dtype_of(view, "student"));
+  for (int64_t d = 0; d < view.ndim; ++d) bytes *= size_t(view.sizes[d]);
+  Tensor gradient = [&] {
+    try {
+      return torch::stable::empty_like(student);
+    } catch (const std::exception&) {
+      fail("not enough memory for the gradient of student_logits, " + std::to_string(bytes) +
+           " bytes; inplace=True needs none");
+    }
+  }();
   const View gradient_view(gradient);
-  int64_t numel = 1;
-  for (int64_t d = 0; d < view.ndim; ++d) numel *= view.sizes[d];
-  advise_huge_pages(gradient_view.data, size_t(numel) * size_of(dtype_of(view, "student")));
+  advise_huge_pages(gradient_view.data, bytes);
   Tensor loss = run(arguments, view, &gradient_view);
   return {std::move(loss), std::move(gradient)};
 }
 
+// Whether two elements of a tensor may share memory: with dimensions in the order of their strides, each has to step
+// over all that the smaller ones span.
+bool may_overlap_itself(const View& view) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < view.ndim; ++d) {
+    if (view.sizes[d] > 1) dims.emplace_back(view.strides[d], view.sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return true;
+    span += stride * (size - 1);
+  }
+  return false;
+}
+
+// First and one past the last byte of a tensor's elements.
+std::pair<const char*, const char*> byte_range(const View& view, const char* name) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < view.ndim; ++d) last += (view.sizes[d] - 1) * view.strides[d];
+  const char* begin = static_cast<const char*>(view.data);
+  return {begin, begin + (last + 1) * int64_t(size_of(dtype_of(view, name)))};
+}
+
 Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
-  const View view(student);
-  for (int64_t d = 0; d < view.ndim && !view.is_empty(); ++d) {
-    if (view.sizes[d] > 1 && view.strides[d] == 0) {
-      fail("inplace=True needs student_logits whose elements do not share memory; got an expanded tensor");
+  const View view(student), other(teacher);
+  if (!view.is_empty()) {
+    if (may_overlap_itself(view)) {
+      fail("inplace=True needs student_logits whose elements do not share memory; got an expanded or overlapping view");
+    }
+    // Student and teacher may be the very same tensor, but not two views of one memory: a row's gradient would
+    // overwrite what another row still has to read.
+    const bool same = view.data == other.data && view.dtype == other.dtype && view.ndim == other.ndim &&
+                      std::equal(view.strides, view.strides + view.ndim, other.strides);
+    const auto [s_begin, s_end] = byte_range(view, "student");
+    const auto [t_begin, t_end] = byte_range(other, "teacher");
+    if (!same && s_begin < t_end && t_begin < s_end) {
+      fail("inplace=True needs teacher_logits in memory of its own; got a view of the memory of student_logits");
     }
   }
   return run(REPTILE_EXT_ARGUMENTS, view, &view);
@@ -378,7 +425,7 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, int64_t dim) 
     fail("factor must be float32 or float64");
   }
   if (std::all_of(factors.begin(), factors.end(), [](double f) { return f == 1; })) return;
-  const Kernels& kernels = current_kernels();
+  const Kernels& kernels = *current_instruction_set().kernels;
   parallel_rows(p.num_rows, rows_per_task(std::max<int64_t>(1, p.gradient_size)),
                 [&](int64_t begin, int64_t end) { kernels.scale_rows(p, factors.data(), is_uniform, begin, end); });
 }
@@ -404,13 +451,15 @@ STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
   m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
 }
 
-// For the test-suite and `reptile doctor`, through ctypes: the set in use; with a name, use that one from now on.
-// Null if there is no such set on this machine; `error` then says so.
-extern "C" __attribute__((visibility("default"))) const char* reptile_ext_instruction_set(const char* name,
-                                                                                          const char** error) {
-  const char* ignored;
-  const char** message = error ? error : &ignored;
-  const reptile_ext::InstructionSet* set =
-      name ? reptile_ext::select_instruction_set(name, message) : reptile_ext::current_instruction_set(message);
-  return set ? set->name : nullptr;
+// For the test-suite and `reptile doctor`, through ctypes: the set in use; with a name, use that one from now on. Null
+// if there is no such set on this machine; `error`, of `size` bytes, then says so.
+extern "C" __attribute__((visibility("default"))) const char* reptile_ext_instruction_set(const char* name, char* error,
+                                                                                          size_t size) {
+  try {
+    return (name ? reptile_ext::select_instruction_set(name) : reptile_ext::current_instruction_set()).name;
+  } catch (const std::exception& exception) {
+    std::strncpy(error, exception.what(), size - 1);
+    error[size - 1] = 0;
+    return nullptr;
+  }
 }

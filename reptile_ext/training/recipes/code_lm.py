@@ -44,13 +44,14 @@ class CodeLM(Settings):
     """Size of the student's embedding and of its LSTM's state."""
 
     batch: PositiveInt = 4
-    hard_weight: float = 2.0
-    teacher_steps: PositiveInt = 3000
-    teacher_learning_rate: float = 4e-3
-    steps: PositiveInt = 800
+    teacher_batch: PositiveInt = 8
+    hard_weight: float = 1.0
+    teacher_steps: PositiveInt = 1400
+    teacher_learning_rate: float = 2e-3
+    steps: PositiveInt = 700
     learning_rate: float = 4e-3
-    eval_every: PositiveInt = 400
-    checkpoint_every: PositiveInt = 400
+    eval_every: PositiveInt = 350
+    checkpoint_every: PositiveInt = 350
 
 
 class Transformer(nn.Module):
@@ -125,17 +126,17 @@ def build(settings: CodeLM, folder: Path) -> Task:
     )
     student = LSTM(vocabulary, settings.student_width)
 
-    def loader(blocks: Tensor, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
+    def loader(blocks: Tensor, batch: int, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
         # The label of each token is the one after it, so a sample is cut from length + 1 tokens.
-        return DataLoader(TensorDataset(blocks[:, :-1], blocks[:, 1:]), settings.batch, shuffle=shuffle)
+        return DataLoader(TensorDataset(blocks[:, :-1], blocks[:, 1:]), batch, shuffle=shuffle)
 
-    seen = min(settings.teacher_steps * settings.accumulate * settings.batch, len(train)) * settings.length
+    seen = min(settings.teacher_steps * settings.accumulate * settings.teacher_batch, len(train)) * settings.length
     return Task(
         teacher=teacher,
         student=student,
-        teacher_train=loader(train, True),
-        student_train=loader(transfer, True),
-        held_out=loader(held_out, False),
+        teacher_train=loader(train, settings.teacher_batch, shuffle=True),
+        student_train=loader(transfer, settings.batch, shuffle=True),
+        held_out=loader(held_out, 8, shuffle=False),
         metrics=("cross_entropy", "perplexity", "accuracy"),
         notes=(
             f"Text: Python's standard library, {train[:, 1:].numel():,} tokens to train on, of which the teacher reads "

@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     threads: NonNegativeInt = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     batch: PositiveInt = 8
-    """Samples in a micro-batch."""
+    """Samples in a micro-batch of the students."""
+    teacher_batch: PositiveInt = 8
+    """Samples in a micro-batch of the teacher."""
     accumulate: PositiveInt = 1
     """Micro-batches in a step."""
     precision: str = "float32"

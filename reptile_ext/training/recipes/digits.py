@@ -33,6 +33,7 @@ class Digits(Settings):
 
     threads: NonNegativeInt = 1  # an operation here is shorter than waking a second thread
     batch: PositiveInt = 50
+    teacher_batch: PositiveInt = 50
     temperature: float = 4.0
     hard_weight: float = 0.5
     teacher_steps: PositiveInt = 400
@@ -89,15 +90,15 @@ def build(settings: Digits, folder: Path) -> Task:
     )
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
-    def loader(indices: list[int], shift: int, shuffle: bool) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(Shifted(images[indices], labels[indices], shift), settings.batch, shuffle=shuffle)
+    def loader(indices: list[int], shift: int, batch: int, shuffle: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(Shifted(images[indices], labels[indices], shift), batch, shuffle=shuffle)
 
     return Task(
         teacher=teacher,
         student=student,
-        teacher_train=loader(train, 1, True),
-        student_train=loader(few, settings.shift, True),
-        held_out=loader(held_out, 0, False),
+        teacher_train=loader(train, 1, settings.teacher_batch, shuffle=True),
+        student_train=loader(few, settings.shift, settings.batch, shuffle=True),
+        held_out=loader(held_out, 0, len(held_out), shuffle=False),
         metrics=("cross_entropy", "accuracy", "f1"),
         notes=(
             f"Images: scikit-learn's digits; the teacher learns from {len(train):,} with their labels.",
