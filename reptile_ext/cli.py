@@ -120,25 +120,40 @@ def evaluate(argv: list[str]) -> int:
 def benchmark(argv: list[str]) -> int:
     """Time the fused loss against eager PyTorch and torch.compile on this machine."""
     parser = argparse.ArgumentParser(prog="reptile benchmark", description=benchmark.__doc__, allow_abbrev=False)
-    parser.add_argument("--shapes", default="default", help="named set of shapes (default: %(default)s)")
+    from . import benchmark as benchmark_module
+
+    parser.add_argument(
+        "--shapes", choices=benchmark_module.SHAPES, default="default", help="set of shapes (default: %(default)s)"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: float32 bfloat16")
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each case (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: what torch uses")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the chart and the numbers go")
     parser.add_argument("--vocab", type=int, nargs="+", help="only these vocabulary sizes")
     parser.add_argument("--pairs", type=float, help="student-teacher logit pairs in a case, rows × vocabulary")
-    o = parser.parse_args(argv)
-    from . import benchmark as benchmark_module
-
-    return benchmark_module.run(
-        shapes=o.shapes,
-        dtypes=tuple(o.dtypes),
-        repeats=o.repeats,
-        threads=o.threads,
-        out=o.out,
-        vocab=tuple(o.vocab) if o.vocab else None,
-        pairs=o.pairs,
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes its time")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("runs") / f"benchmark-{datetime.datetime.now():%Y%m%d-%H%M%S}",
+        help="where benchmark.json and benchmark.png go (default: %(default)s)",
     )
+    o = parser.parse_args(argv)
+    o.out.mkdir(parents=True, exist_ok=True)
+    try:
+        return benchmark_module.run(
+            shapes=o.shapes,
+            dtypes=tuple(o.dtypes),
+            repeats=o.repeats,
+            threads=o.threads,
+            out=o.out / "benchmark.json",
+            plot=o.out / "benchmark.png",
+            vocab=tuple(o.vocab) if o.vocab else None,
+            pairs=o.pairs,
+            compile=not o.no_compile,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def doctor(argv: list[str]) -> int:

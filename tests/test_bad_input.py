@@ -289,9 +289,10 @@ def test_labels_out_of_a_truncated_range(loss_fn: Any) -> None:
 
 
 @FUNCTIONS
-def test_negative_weights(loss_fn: Any) -> None:
-    with pytest.raises(ValueError, match=r"weight must not be negative; got -0\.5"):
-        loss_fn(S, T, weight=torch.tensor([1.0, -0.5, 0.0]))
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_wrong_weights(loss_fn: Any, weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"weight must be finite and not negative; got {weight}"):
+        loss_fn(S, T, weight=torch.tensor([1.0, weight, 0.0]))
 
 
 def test_numpy_numbers_are_numbers() -> None:
