@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <thread>
@@ -66,14 +68,18 @@ void stream_range(const char* a, const char* b, char* out, int64_t begin, int64_
 void stream_limit(uintptr_t a, uintptr_t b, uintptr_t out, int64_t num_bytes, int threads) {
   if (threads < 1 || num_bytes < 0) throw py::value_error("threads must be at least 1 and num_bytes not negative");
   py::gil_scoped_release release;
-  const auto share = [=](int64_t t) { return num_bytes / 64 * t / threads * 64; };
-  const auto work = [=](int t) {
-    stream_range(reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), reinterpret_cast<char*>(out),
-                 share(t), t + 1 == threads ? num_bytes : share(t + 1));
+  // Chunks that threads fetch as they get free, like the rows of the loss: a yardstick must not wait for the slowest.
+  constexpr int64_t kChunk = 1 << 20;
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t begin; (begin = next.fetch_add(kChunk)) < num_bytes;) {
+      stream_range(reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), reinterpret_cast<char*>(out),
+                   begin, std::min(begin + kChunk, num_bytes));
+    }
   };
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(work, t);
-  work(0);
+  for (int t = 1; t < threads; ++t) others.emplace_back(work);
+  work();
   for (std::thread& other : others) other.join();
 }
 
