@@ -7,9 +7,23 @@
 The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy alone.
 """
 
-from . import reference
+from typing import NoReturn
+
 from ._version import __version__
-from .functional import distillation_loss
-from .modules import DistillationLoss
+
+try:
+    from . import reference
+    from .functional import distillation_loss
+    from .modules import DistillationLoss
+except ImportError as error:
+    # The compiled operators do not load. Whoever wants one of the names above is told; `reptile doctor`, which wants
+    # none, gets in and can say what to do.
+    _message = str(error)
+
+    def __getattr__(name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(_message)
+
 
 __all__ = ["DistillationLoss", "__version__", "distillation_loss", "reference"]

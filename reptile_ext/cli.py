@@ -180,6 +180,7 @@ def doctor(argv: list[str]) -> int:
         show("CUDA", ", ".join(names) if names else f"none (torch built for CUDA: {torch.version.cuda or 'no'})")
         try:
             import reptile_ext
+            import reptile_ext.ops
         except Exception as error:
             show("kernels load", "no")
             problems.append(str(error))

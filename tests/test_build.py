@@ -219,7 +219,7 @@ def test_what_the_build_says_of_itself() -> None:
 
 
 def test_a_torch_that_is_too_old() -> None:
-    code = "import torch; torch.__version__ = '{}'; import reptile_ext; print('loaded')"
+    code = "import torch; torch.__version__ = '{}'; from reptile_ext import distillation_loss; print('loaded')"
     message = last_line(python(code.format("2.9.1+cpu")))
     assert message.startswith("ImportError: reptile_ext needs torch >= 2.10 and torch 2.9.1+cpu is installed")
     assert "run `pip install --upgrade torch`" in message
@@ -236,7 +236,10 @@ def test_a_library_that_is_missing_or_does_not_fit(tmp_path: Path, state: str) -
         shutil.copy(file, package)
     if state == "broken":
         (package / "_ops.so").write_bytes(b"no library")
-    message = last_line(python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import reptile_ext", PYTHONPATH=""))
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    assert python(path + "import reptile_ext; print('fine')", PYTHONPATH="").stdout == "fine\n"
+    message = last_line(python(path + "import reptile_ext; reptile_ext.DistillationLoss()", PYTHONPATH=""))
+    assert message == last_line(python(path + "from reptile_ext import distillation_loss", PYTHONPATH=""))
     assert message.startswith("ImportError: reptile_ext's compiled operators ")
     if state == "missing":
         assert "are missing" in message

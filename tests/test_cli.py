@@ -159,17 +159,11 @@ def test_doctor_says_what_is_wrong() -> None:
     """In a process of its own: the kernels of this one are loaded already."""
     done = run_python(
         "import sys, torch\n"
-        "from pathlib import Path\n"
-        "real = torch.ops.load_library\n"
         "def broken(path):\n"
         "    raise OSError('undefined symbol: aoti_torch_nonsense')\n"
         "torch.ops.load_library = broken\n"
-        "import runpy, importlib.util\n"
-        "import importlib.machinery\n"
-        "spec = importlib.util.spec_from_file_location('cli', CLI)\n".replace("CLI", repr(cli.__file__))
-        + "cli = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(cli)\n"
-        "sys.exit(cli.main(['doctor']))\n"
+        "from reptile_ext.cli import main\n"
+        "sys.exit(main(['doctor']))\n"
     )
     assert done.returncode == 1, done.stderr
     assert "kernels load" in done.stdout
