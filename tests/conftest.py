@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,9 @@ import torch
 from oracle import INSTRUCTION_SETS
 
 from reptile_ext import ops
+
+# Python processes that tests start must see the installed package too, not the sources that lie in the working directory.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 # The same examples in every run: a failure in CI is a failure at home. Time is never a verdict.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=100)
