@@ -12,7 +12,7 @@ from oracle import INSTRUCTION_SETS
 
 from reptile_ext import ops
 
-# Python processes that tests start must see the installed package too, not the sources that lie in the working directory.
+# Child processes must import the installed package too, not the sources that lie in the working directory.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 # The same examples in every run: a failure in CI is a failure at home. Time is never a verdict.
