@@ -5,30 +5,35 @@
 //     a = (s − m_s) / T_s · log2 e      e_s = 2^a      Z_s = Σ e_s      q = e_s / Z_s      x = log q
 //     b = (t − m_t) / T_t · log2 e      e_t = 2^b      Z_t = Σ e_t      p = e_t / Z_t      y = log p
 //
-// so that y − x = ln 2 · (b − a) + log Z_s − log Z_t. A driver goes over a row twice:
+// so that y − x = ln 2 · (b − a) + log Z_s − log Z_t. A driver goes over a row twice, or three times:
 //
-//     first pass    e_s, e_t from the logits; Z_s and Z_t; the functor's `add` gathers what its value needs
-//     in between    `value` turns the sums into D
-//     second pass   the functor's `gradient` from q and p, for every class
+//     first pass     `first`: from a and b of a class, what is added up over the classes, and what is kept of the class
+//     mixture pass   `mix`, if kMixtureSums > 0: from q and p of a class, further sums, and another value to keep
+//     in between     `finish`: from the sums, the value D and the coefficients k of the gradient
+//     last pass      `gradient`, of what was kept and of k, for every class
 //
-// What a functor of value type V has to have, all static:
+// What a functor has, all static; `Defaults` holds what most of them share:
 //
-//     kSums                                       how many sums over the classes its value needs
-//     add(V (&sums)[kSums], e_s, e_t, a, b)       one class (one vector of classes) of the first pass
-//     value(const double (&sums)[kSums], row)     D of the row, before it is cut off at 0
-//     gradient(q, p)                              T_s · ∂D/∂s of a class. Every such gradient is homogeneous of degree
-//                                                 1 in (q, p), so the driver passes both already multiplied by the
-//                                                 row's coefficient
+//     kSums, kKept, kCoefficients      how many sums the first pass takes, values it keeps of a class, coefficients
+//     first(a, b, sums, kept)          adds to sums, sets kept. sums[0] and sums[1] are Z_s and Z_t (but for mse)
+//     kMixtureSums                     0: no mixture pass
+//     kMixtureKeeps                    whether mix changes kept[1]
+//     mix(q, p, β, 1 − β, sums, kept)
+//     finish(row, scale, k)            D before it is cut off at 0; k for a gradient of scale · T_s · ∂D/∂s
+//     Gradient                         the type whose gradient(kept, k) is used: functors of one form share it
 //
-// This serves the divergences whose value needs one pass. Those over normalised probabilities (a mixture of p and q, |p
-// − q|) need a pass over q and p in between, from the scratch the first pass leaves, and reverse KL's gradient needs x
-// − y beside q and p: the driver's passes get those when the first such divergence comes.
+// Almost every gradient has one of two forms. With g = ∂f/∂x, T_s ∂D/∂s = g − q Σ g, and so
 //
-// The sums stay the driver's: it holds them in a vector whose lanes are classes of one row, or rows side by side, adds
-// up blocks of a long row to bound the rounding error, and reduces them.
+//     Difference    a·q − b·p
+//     Centred       k_0 q (u − C), C = Σ q u: the mean under q is taken off, which is what g − q Σ g does to g = q u
 //
-// V brings +, −, ·, fma, and add_product_where_positive(acc, e, d) = acc + (e > 0 ? e·d : 0), which keeps a class
-// without mass out of a sum whatever d is (−inf − −inf is NaN).
+// V brings +, −, ·, fma, max, exp2, reciprocal, smallest_normal and
+//
+//     where_positive(e, d)                       d where e > 0 (or NaN), else 0: a class without mass adds nothing
+//     add_product_where_positive(acc, e, d)      acc + e · where_positive(e, d)
+//     where_not_masked(z, d)                     d where z > −inf (or NaN), else 0
+//     with_sign_of(d, x)                         x, −x or 0 as d is positive, negative or 0
+//     log_of_ratio(w, w − 1)                     log w, to as many digits as w − 1 has where w is near 1; finite at 0
 //
 // Equal logits must give exactly 0: everything here subtracts like from like, and the build forbids the compiler to
 // fuse a product into a difference (-ffp-contract=off), which would round one side and not the other.
@@ -41,27 +46,402 @@ namespace {
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2E = 1.44269504088896340735992468100;
+constexpr double kInf = __builtin_inf();
+constexpr double kNaN = __builtin_nan("");
 
-// What the first pass knows of a row once it is summed up.
-struct RowStats {
-  double z_s, z_t;          // Σ e_s, Σ e_t
-  double log_z_s, log_z_t;  // their natural logarithms
+// What `finish` knows of a row.
+struct Row {
+  const double* sums;       // of the first pass
+  const double* mixture;    // of the mixture pass
+  double beta, omega;       // β and 1 − β
+  double a_label, b_label;  // a and b of the label's class, if kExcludesLabel
+  // Set by `finish` where D is +inf because the teacher has no mass where the student has some. The gradient would be
+  // infinite too; it is taken as 0, and to that end the driver sets kept[kUnbounded] of the row to 0.
+  bool is_unbounded = false;
+
+  double z_s() const { return sums[0]; }
+  double z_t() const { return sums[1]; }
 };
 
+struct Defaults {
+  static constexpr int kMixtureSums = 0;
+  static constexpr bool kMixtureKeeps = false;
+  static constexpr int kUnbounded = -1;          // which kept value may be infinite
+  static constexpr bool kRawLogits = false;      // a = s / T_s, b = t / T_t
+  static constexpr bool kExcludesLabel = false;  // the label's class is hidden from `first`
+  static constexpr bool kKeepsExp = true;        // kept[0] is e_s, of all classes
+};
+
+template <class V>
+inline void add_exponentials(V a, V b, V* sums, V& e_s, V& e_t) {
+  e_s = exp2(a);
+  e_t = exp2(b);
+  sums[0] = sums[0] + e_s;
+  sums[1] = sums[1] + e_t;
+}
+
+template <class V>
+struct Difference {
+  static constexpr int kKept = 2, kCoefficients = 2;
+  static V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] - kept[1] * k[1]; }
+};
+
+template <class V>
+struct Centred {
+  static constexpr int kKept = 2, kCoefficients = 2;
+  static V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] * (kept[1] - k[1]); }
+};
+
+// ------------------------------------------------------------------------------------------- Kullback and Leibler's
+
 // Forward KL, Σ p (y − x).
-//     sum       Σ e_t (b − a)
+//     sums      Z_s, Z_t, Σ e_t (b − a)
 //     value     ln 2 · sum / Z_t + log Z_s − log Z_t
 //     gradient  q − p
 template <class V>
-struct ForwardKl {
-  static constexpr int kSums = 1;
-  static void add(V (&sums)[kSums], V /*e_s*/, V e_t, V a, V b) {
-    sums[0] = add_product_where_positive(sums[0], e_t, b - a);
+struct ForwardKl : Defaults {
+  using Gradient = Difference<V>;
+  static constexpr int kSums = 3, kKept = 2;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(a, b, sums, kept[0], kept[1]);
+    sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
   }
-  static double value(const double (&sums)[kSums], const RowStats& row) {
-    return kLn2 * sums[0] / row.z_t + (row.log_z_s - row.log_z_t);
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    k[0] = scale / row.z_s();
+    k[1] = scale / row.z_t();
+    return kLn2 * row.sums[2] / row.z_t() + (__builtin_log(row.z_s()) - __builtin_log(row.z_t()));
   }
-  static V gradient(V q, V p) { return q - p; }
+};
+
+// Reverse KL, Σ q (x − y).
+//     sums      Z_s, Z_t, Σ e_s (a − b)
+//     value     ln 2 · C + log Z_t − log Z_s,   C = sum / Z_s
+//     gradient  q (x − y − D) = ln 2 · q (a − b − C)
+template <class V>
+struct ReverseKl : Defaults {
+  using Gradient = Centred<V>;
+  static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    V e_t;
+    add_exponentials(a, b, sums, kept[0], e_t);
+    kept[1] = where_positive(kept[0], a - b);
+    sums[2] = fma(kept[0], kept[1], sums[2]);
+  }
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    const double centre = row.sums[2] / row.z_s();
+    row.is_unbounded = centre == kInf;
+    k[0] = scale * kLn2 / row.z_s();
+    k[1] = row.is_unbounded ? 0 : centre;
+    return kLn2 * centre + (__builtin_log(row.z_t()) - __builtin_log(row.z_s()));
+  }
+};
+
+// Symmetric KL, (1−β) · forward KL + β · reverse KL, 0 < β < 1.
+template <class V>
+struct SymmetricKl : Defaults {
+  using Gradient = SymmetricKl;
+  static constexpr int kSums = 4, kKept = 3, kCoefficients = 4, kUnbounded = 2;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(a, b, sums, kept[0], kept[1]);
+    sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
+    kept[2] = where_positive(kept[0], a - b);
+    sums[3] = fma(kept[0], kept[2], sums[3]);
+  }
+  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+    const double centre = row.sums[3] / row.z_s();
+    const double difference = __builtin_log(row.z_s()) - __builtin_log(row.z_t());
+    row.is_unbounded = centre == kInf;
+    k[0] = scale * row.omega / row.z_s();
+    k[1] = scale * row.omega / row.z_t();
+    k[2] = scale * row.beta * kLn2 / row.z_s();
+    k[3] = row.is_unbounded ? 0 : centre;
+    return row.omega * (kLn2 * row.sums[2] / row.z_t() + difference) + row.beta * (kLn2 * centre - difference);
+  }
+  static V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
+    return (kept[0] * k[0] - kept[1] * k[1]) + kept[0] * k[2] * (kept[2] - k[3]);
+  }
+};
+
+// Cross entropy of the teacher's distribution, −Σ p x.
+//     sums      Z_s, Z_t, Σ e_t a
+//     value     log Z_s − ln 2 · sum / Z_t
+//     gradient  q − p
+template <class V>
+struct SoftCrossEntropy : Defaults {
+  using Gradient = Difference<V>;
+  static constexpr int kSums = 3, kKept = 2;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(a, b, sums, kept[0], kept[1]);
+    sums[2] = add_product_where_positive(sums[2], kept[1], a);
+  }
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    k[0] = scale / row.z_s();
+    k[1] = scale / row.z_t();
+    return __builtin_log(row.z_s()) - kLn2 * row.sums[2] / row.z_t();
+  }
+};
+
+// −Σ q y: the above with the roles exchanged, whose gradient is that of a teacher who learns.
+//     sums      Z_s, Z_t, Σ e_s b
+//     gradient  −ln 2 · q (b − C),   C = sum / Z_s
+template <class V>
+struct MirroredSoftCrossEntropy : Defaults {
+  using Gradient = Centred<V>;
+  static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    V e_t;
+    add_exponentials(a, b, sums, kept[0], e_t);
+    kept[1] = where_positive(kept[0], b);
+    sums[2] = fma(kept[0], kept[1], sums[2]);
+  }
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    const double centre = row.sums[2] / row.z_s();
+    row.is_unbounded = centre == -kInf;
+    k[0] = -scale * kLn2 / row.z_s();
+    k[1] = row.is_unbounded ? 0 : centre;
+    return __builtin_log(row.z_t()) - kLn2 * centre;
+  }
+};
+
+// ------------------------------------------------------------------------------- through a mixture m of p and q
+//
+// All of them are written over z = (p − q) / m, which is exactly 0 where p = q and bounded everywhere: with
+// m = β p + (1−β) q,
+//
+//     p / m = 1 + (1−β) z          q / m = 1 − β z
+//
+// and both have their logarithm from log_of_ratio. Near equality, where a difference of logarithms would be all
+// rounding error, these are as good as z is; so are the limits β → 0 and β → 1.
+
+template <class V>
+struct MixtureDefaults : Defaults {
+  using Gradient = Centred<V>;
+  static constexpr int kSums = 2, kKept = 2, kMixtureSums = 2;
+  static constexpr bool kMixtureKeeps = true;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) { add_exponentials(a, b, sums, kept[0], kept[1]); }
+  // 1 / m; where m is too small to divide by, so are p and q, and nothing comes of them.
+  static V over(V m) { return reciprocal(max(smallest_normal(m), m)); }
+};
+
+// Generalised Jensen-Shannon, β Σ p (y − log m) + (1−β) Σ q (x − log m), 0 < β < 1.
+//     mixture   K_p = Σ p log(p/m), K_q = Σ q log(q/m)
+//     value     β K_p + (1−β) K_q
+//     gradient  (1−β) q (log(q/m) − K_q)
+template <class V>
+struct Jsd : MixtureDefaults<V> {
+  static void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
+    const V over_m = Jsd::over(fma(beta, p, omega * q));
+    const V z = (p - q) * over_m;
+    const V log_p = log_of_ratio(p * over_m, omega * z);
+    const V log_q = log_of_ratio(q * over_m, V(0) - beta * z);
+    sums[0] = fma(p, log_p, sums[0]);
+    sums[1] = fma(q, log_q, sums[1]);
+    kept[1] = log_q;
+  }
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    k[0] = scale * row.omega / row.z_s();
+    k[1] = row.mixture[1];
+    return row.beta * row.mixture[0] + row.omega * row.mixture[1];
+  }
+};
+
+// Skewed KL, Σ p (y − log m), m = β p + (1−β) q, 0 < β < 1.
+//     mixture   Σ p log(p/m), Σ q z
+//     gradient  −(1−β) (p q / m − q Σ p q / m) = −(1−β)² q (z − Σ q z)
+template <class V>
+struct SkewKl : MixtureDefaults<V> {
+  static void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
+    const V over_m = SkewKl::over(fma(beta, p, omega * q));
+    const V z = (p - q) * over_m;
+    sums[0] = fma(p, log_of_ratio(p * over_m, omega * z), sums[0]);
+    sums[1] = fma(q, z, sums[1]);
+    kept[1] = z;
+  }
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    k[0] = -scale * row.omega * row.omega / row.z_s();
+    k[1] = row.mixture[1];
+    return row.mixture[0];
+  }
+};
+
+// Skewed reverse KL, Σ q (x − log m), m = β q + (1−β) p, 0 < β < 1.
+//     mixture   Σ q log(q/m), Σ q u with u = log(q/m) + β (1−β) z
+//     gradient  q (u − Σ q u):   ∂f/∂x = q (log(q/m) + 1 − β q/m), and q/m = 1 − (1−β) z
+template <class V>
+struct SkewReverseKl : MixtureDefaults<V> {
+  static void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
+    const V over_m = SkewReverseKl::over(fma(beta, q, omega * p));
+    const V z = (p - q) * over_m;
+    const V log_q = log_of_ratio(q * over_m, V(0) - omega * z);
+    kept[1] = fma(beta * omega, z, log_q);
+    sums[0] = fma(q, log_q, sums[0]);
+    sums[1] = fma(q, kept[1], sums[1]);
+  }
+  static double finish(Row& row, double scale, double (&k)[2]) {
+    k[0] = scale / row.z_s();
+    k[1] = row.mixture[1];
+    return row.mixture[0];
+  }
+};
+
+// ------------------------------------------------------------------------------------------------- distances
+
+// Total variation, ½ Σ |p − q|.
+//     mixture   Σ |p − q|, G = Σ q sign(q − p)
+//     gradient  ½ q (sign(q − p) − G), with sign 0 at q = p
+template <class V>
+struct Tvd : MixtureDefaults<V> {
+  using Gradient = Tvd;
+  static constexpr bool kMixtureKeeps = false;
+  static constexpr int kCoefficients = 4;
+  static void mix(V q, V p, V /*beta*/, V /*omega*/, V (&sums)[2], V (& /*kept*/)[2]) {
+    const V d = q - p;
+    sums[0] = sums[0] + max(d, V(0) - d);
+    sums[1] = sums[1] + with_sign_of(d, q);
+  }
+  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+    k[0] = 1 / row.z_s();  // as in the mixture pass: the sign must come out the same
+    k[1] = 1 / row.z_t();
+    k[2] = scale / 2;
+    k[3] = scale / 2 * row.mixture[1];
+    const double value = row.mixture[0] / 2;
+    return value > 1 ? 1 : value;
+  }
+  static V gradient(const V (&kept)[2], const V (&k)[kCoefficients]) {
+    const V q = kept[0] * k[0];
+    return with_sign_of(q - kept[1] * k[1], q) * k[2] - q * k[3];
+  }
+};
+
+// Squared Hellinger distance, 1 − B, B = Σ sqrt(p q). Kept are the roots of e_s and e_t, which are exponentials too.
+//     sums      Z_s, Z_t, Σ sqrt(e_s e_t)
+//     gradient  −½ (sqrt(p q) − q B)
+template <class V>
+struct Hellinger : Defaults {
+  using Gradient = Hellinger;
+  static constexpr int kSums = 3, kKept = 2, kCoefficients = 2;
+  static constexpr bool kKeepsExp = false;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    kept[0] = exp2(a * V(0.5f));
+    kept[1] = exp2(b * V(0.5f));
+    sums[0] = fma(kept[0], kept[0], sums[0]);
+    sums[1] = fma(kept[1], kept[1], sums[1]);
+    sums[2] = fma(kept[0], kept[1], sums[2]);
+  }
+  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+    const double root = __builtin_sqrt(row.z_s() * row.z_t());  // exactly Z where both are Z
+    const double overlap = row.sums[2] / root;
+    k[0] = scale / 2 * overlap / row.z_s();
+    k[1] = scale / 2 / root;
+    return 1 - overlap;
+  }
+  static V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
+    return kept[0] * (kept[0] * k[0] - kept[1] * k[1]);
+  }
+};
+
+// Logit matching, the mean of (s/T_s − t/T_t)² over the classes. A class masked on both sides is not in the mean; on
+// one side alone it is infinitely far, and its gradient is taken as 0.
+//     sums      Σ d², how many are not masked in s, in t, in both; and a sum that is NaN if a logit is NaN or +inf
+//     gradient  2 d / n
+template <class V>
+struct Mse : Defaults {
+  using Gradient = Mse;
+  static constexpr int kSums = 5, kKept = 1, kCoefficients = 1;
+  static constexpr bool kRawLogits = true, kKeepsExp = false;
+  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    kept[0] = where_not_masked(a, where_not_masked(b, a - b));
+    sums[0] = fma(kept[0], kept[0], sums[0]);
+    sums[1] = sums[1] + where_not_masked(a, V(1));
+    sums[2] = sums[2] + where_not_masked(b, V(1));
+    sums[3] = sums[3] + where_not_masked(a, where_not_masked(b, V(1)));
+    sums[4] = sums[4] + (where_not_masked(a, a - a) + where_not_masked(b, b - b));
+  }
+  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+    const double n_s = row.sums[1], n_t = row.sums[2], n = row.sums[3];
+    k[0] = n > 0 ? 2 * scale / n : 0;
+    if (n_s == 0 || n_t == 0 || row.sums[4] != 0) return kNaN;
+    return n == n_s && n == n_t ? row.sums[0] / n : kInf;
+  }
+  static V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) { return kept[0] * k[0]; }
+};
+
+// ------------------------------------------------------------------------------------- decoupled KD (Zhao et al. 2022)
+
+inline double softplus(double v) { return (v > 0 ? v : 0) + __builtin_log1p(__builtin_exp(v > 0 ? -v : v)); }
+inline double sigmoid(double v) { return 1 / (1 + __builtin_exp(-v)); }
+
+// Two-class KL of probabilities σ(v), σ(w): σ(v) log(σ(v)/σ(w)) + σ(−v) log(σ(−v)/σ(−w)).
+inline double binary_kl(double v, double w) {
+  const double hit = sigmoid(v), miss = sigmoid(-v);
+  return (hit == 0 ? 0 : hit * (softplus(-w) - softplus(-v))) + (miss == 0 ? 0 : miss * (softplus(w) - softplus(v)));
+}
+
+// The log-odds of the label's class against all others, whose sum of exponentials is z; NaN for a logit of +inf.
+inline double log_odds(double exponent, double z) {
+  return exponent < kInf ? kLn2 * exponent - __builtin_log(z) : kNaN;
+}
+
+// TCKD + β NCKD: KL of "the label or another class", and KL among the other classes, of distributions p̂, q̂.
+//     sums      N_s, N_t, Σ e_t (b − a), all without the label's class
+//     value     binary KL of the log-odds + β (ln 2 · sum / N_t + log N_s − log N_t)
+//     gradient  q_label − p_label =: δ at the label, β (q̂ − p̂) − δ q̂ elsewhere
+template <class V>
+struct Dkd : ForwardKl<V> {
+  static constexpr int kCoefficients = 3;  // the last is the label's gradient
+  static constexpr bool kExcludesLabel = true, kKeepsExp = false;
+  struct Gradient {
+    static constexpr int kKept = 2, kCoefficients = 3;
+    static V gradient(const V (&kept)[2], const V (&k)[3]) { return kept[0] * k[0] - kept[1] * k[1]; }
+  };
+  static double finish(Row& row, double scale, double (&k)[3]) {
+    const double n_s = row.z_s(), n_t = row.z_t();
+    const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
+    const bool likely = odds_s > 0 && odds_t > 0;  // then the difference of what is left is the more exact
+    const double delta = likely ? sigmoid(-odds_t) - sigmoid(-odds_s) : sigmoid(odds_s) - sigmoid(odds_t);
+    k[0] = n_s == 0 ? 0 * delta : scale * (row.beta - delta) / n_s;
+    k[1] = n_t == 0 ? 0 * delta : scale * row.beta / n_t;
+    k[2] = scale * delta;
+    double others = 0;
+    if (n_t != 0 && row.beta > 0) {
+      others = n_s == 0 ? kInf : kLn2 * row.sums[2] / n_t + (__builtin_log(n_s) - __builtin_log(n_t));
+      if (others < 0) others = 0;
+    }
+    return binary_kl(odds_t, odds_s) + row.beta * others;
+  }
+};
+
+// The above with the roles exchanged, whose gradient is that of a teacher who learns.
+//     sums      N_s, N_t, Σ e_s (a − b), all without the label's class
+//     gradient  γ = q_label (1 − q_label) (log-odds of s − log-odds of t) at the label,
+//               β ln 2 · q̂ (a − b − C) − γ q̂ elsewhere,   C = sum / N_s
+template <class V>
+struct MirroredDkd : ReverseKl<V> {
+  static constexpr int kCoefficients = 4;  // the last is the label's gradient
+  static constexpr bool kExcludesLabel = true, kKeepsExp = false;
+  struct Gradient {
+    static constexpr int kKept = 2, kCoefficients = 4;
+    static V gradient(const V (&kept)[2], const V (&k)[4]) { return kept[0] * (k[0] * (kept[1] - k[1]) - k[2]); }
+  };
+  static double finish(Row& row, double scale, double (&k)[4]) {
+    const double n_s = row.z_s(), n_t = row.z_t();
+    const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
+    const double hit = sigmoid(odds_s), miss = sigmoid(-odds_s);
+    const double centre = n_s == 0 ? 0 : row.sums[2] / n_s;
+    row.is_unbounded = centre == kInf;
+    double gamma = hit == 0 || miss == 0 ? 0 : hit * miss * (odds_s - odds_t);
+    if (gamma == kInf || gamma == -kInf) gamma = 0;
+    k[0] = n_s == 0 ? 0 : scale * row.beta * kLn2 / n_s;
+    k[1] = row.is_unbounded ? 0 : centre;
+    k[2] = n_s == 0 ? 0 : scale * gamma / n_s;
+    k[3] = scale * gamma;
+    double others = 0;
+    if (n_s != 0 && row.beta > 0) {
+      others = n_t == 0 ? kInf : kLn2 * centre + (__builtin_log(n_t) - __builtin_log(n_s));
+      if (others < 0) others = 0;
+    }
+    return binary_kl(odds_s, odds_t) + row.beta * others;
+  }
 };
 
 // The registry: calls `visit` with the functor of a kind. A new divergence is one line here.
@@ -70,6 +450,30 @@ inline void with_divergence(Divergence kind, Visitor&& visit) {
   switch (kind) {
     case Divergence::kForwardKl:
       return visit(ForwardKl<V>{});
+    case Divergence::kReverseKl:
+      return visit(ReverseKl<V>{});
+    case Divergence::kSymmetricKl:
+      return visit(SymmetricKl<V>{});
+    case Divergence::kJsd:
+      return visit(Jsd<V>{});
+    case Divergence::kSkewKl:
+      return visit(SkewKl<V>{});
+    case Divergence::kSkewReverseKl:
+      return visit(SkewReverseKl<V>{});
+    case Divergence::kTvd:
+      return visit(Tvd<V>{});
+    case Divergence::kHellinger:
+      return visit(Hellinger<V>{});
+    case Divergence::kSoftCrossEntropy:
+      return visit(SoftCrossEntropy<V>{});
+    case Divergence::kMse:
+      return visit(Mse<V>{});
+    case Divergence::kDkd:
+      return visit(Dkd<V>{});
+    case Divergence::kMirroredSoftCrossEntropy:
+      return visit(MirroredSoftCrossEntropy<V>{});
+    case Divergence::kMirroredDkd:
+      return visit(MirroredDkd<V>{});
   }
 }
 

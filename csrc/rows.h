@@ -14,9 +14,25 @@ namespace reptile_ext {
 // PyTorch's limit is 64 dimensions; one of them holds the classes.
 constexpr int kMaxRowDims = 63;
 
-// Positions match DIVERGENCES and REDUCTIONS in reptile_ext/arguments.py.
-enum class Divergence : int { kForwardKl = 0 };
-constexpr int kNumDivergences = 1;
+// Positions match KERNELS and REDUCTIONS in reptile_ext/arguments.py. The mirrored ones are a divergence with the roles
+// of student and teacher exchanged, for the gradient of a teacher who learns; the others are each other's mirror.
+enum class Divergence : int {
+  kForwardKl,
+  kReverseKl,
+  kSymmetricKl,
+  kJsd,
+  kSkewKl,
+  kSkewReverseKl,
+  kTvd,
+  kHellinger,
+  kSoftCrossEntropy,
+  kMse,
+  kDkd,
+  kMirroredSoftCrossEntropy,
+  kMirroredDkd,
+};
+constexpr int kNumDivergences = 13;
+constexpr bool needs_labels(Divergence kind) { return kind == Divergence::kDkd || kind == Divergence::kMirroredDkd; }
 enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -41,14 +57,16 @@ struct LossProblem {
   Operand gradient;  // data == nullptr: the loss alone. May be the student's own memory.
 
   Divergence divergence = Divergence::kForwardKl;
-  double beta = 0;
+  double beta = 0, omega = 1;  // β and 1 − β, both given: from one near 1 the other cannot be had
   double student_temperature = 1, teacher_temperature = 1;
   double soft_scale = 1;  // soft_weight · S
   double hard_weight = 0, label_smoothing = 0;
 
-  const int64_t* labels = nullptr;  // [num_rows]; needed if hard_weight > 0; in range for every row that is in
-  const double* weights = nullptr;  // [num_rows], nullptr: all 1. A row with weight 0 is out: never read, gradient 0
-  double gradient_scale = 1;        // on top of the row's weight: 1 / denominator
+  const int64_t* labels = nullptr;   // [num_rows]; if hard_weight > 0 or needs_labels; in range where a row is in
+  const double* weights = nullptr;   // [num_rows], nullptr: all 1. A row with weight 0 is out: never read, gradient 0
+  double gradient_scale = 1;         // on top of the row's weight: 1 / denominator
+  const double* upstream = nullptr;  // what comes from above and multiplies the gradient, one a row or one for all;
+  bool upstream_is_uniform = true;   // nullptr: 1
 
   double* row_losses = nullptr;  // [num_rows], written: weight · loss of the row
 };

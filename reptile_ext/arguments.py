@@ -10,13 +10,61 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# The order is the `Divergence` enumeration of csrc/rows.h.
-DIVERGENCES = ("forward_kl",)
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "scaled_jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "hellinger",
+    "soft_cross_entropy",
+    "mse",
+    "dkd",
+)
+# What there are kernels and reference functions for, in the order of the `Divergence` enumeration of csrc/rows.h: the
+# divergences but scaled_jsd, which is jsd times a number, and two whose gradient is that of a teacher who learns.
+KERNELS = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "hellinger",
+    "soft_cross_entropy",
+    "mse",
+    "dkd",
+    "mirrored_soft_cross_entropy",
+    "mirrored_dkd",
+)
+_MIRRORS = {
+    "forward_kl": "reverse_kl",
+    "skew_kl": "skew_reverse_kl",
+    "soft_cross_entropy": "mirrored_soft_cross_entropy",
+    "dkd": "mirrored_dkd",
+}
+_MIRRORS |= {mirror: name for name, mirror in _MIRRORS.items()}
+LABELLED = tuple(KERNELS.index(name) for name in ("dkd", "mirrored_dkd"))
+# Divergences with a parameter: its default, what it may be, and that in words. Below 1e-30, float32 has no room.
+_SMALLEST_BETA = 1e-30
+_BETAS: dict[str, tuple[float, Callable[[float], bool], str]] = {
+    "symmetric_kl": (0.5, lambda v: 0 <= v <= 1, "a number between 0 and 1"),
+    "jsd": (0.5, lambda v: _SMALLEST_BETA <= v < 1, "a number between 0 (at least 1e-30) and 1, both excluded"),
+    "scaled_jsd": (0.5, lambda v: v == 0 or _SMALLEST_BETA <= v <= 1, "0 or a number from 1e-30 to 1"),
+    "skew_kl": (0.1, lambda v: v == 0 or _SMALLEST_BETA <= v < 1, "0 or a number from 1e-30 to 1, 1 excluded"),
+    "skew_reverse_kl": (0.1, lambda v: v == 0 or _SMALLEST_BETA <= v < 1, "0 or a number from 1e-30 to 1, 1 excluded"),
+    "dkd": (8.0, lambda v: 0 <= v < math.inf, "a finite number >= 0"),
+}
 # The order is the `Reduction` enumeration of csrc/rows.h.
 REDUCTIONS = ("none", "mean", "sum")
 TEMPERATURE_SCALINGS = ("t2", "none")
@@ -72,15 +120,43 @@ def _is_non_negative(v: float) -> bool:
     return 0 <= v < math.inf
 
 
+def mirror(kind: int, beta: float, omega: float) -> tuple[int, float, float]:
+    """The kernel, β and 1 − β of the same divergence with the roles of student and teacher exchanged."""
+    name = KERNELS[kind]
+    swap = name in ("symmetric_kl", "jsd")
+    return (KERNELS.index(_MIRRORS.get(name, name)), omega if swap else beta, beta if swap else omega)
+
+
+def _resolve(divergence: str, beta: float | None) -> tuple[str, float, float]:
+    """The kernel of a divergence, its β, and a number to multiply it with. A divergence whose β makes it another one is
+    that other one."""
+    _one_of("divergence", divergence, DIVERGENCES)
+    if divergence not in _BETAS:
+        if beta is not None:
+            raise ValueError(f"beta has no meaning for divergence={divergence!r}; got beta={beta!r}, wanted None")
+        return divergence, 0.0, 1.0
+    default, ok, wanted = _BETAS[divergence]
+    number = default if beta is None else _number("beta", beta, f"{wanted}, for divergence={divergence!r}", ok)
+    if divergence == "dkd":
+        return divergence, number, 1.0
+    if number == 0.0:
+        return "reverse_kl" if divergence == "skew_reverse_kl" else "forward_kl", 0.0, 1.0
+    if number == 1.0:
+        return "reverse_kl", 0.0, 1.0
+    if divergence == "scaled_jsd":
+        return "jsd", number, 1.0 / (number * (1.0 - number))
+    return divergence, number, 1.0
+
+
 class Options(NamedTuple):
     """The keywords of a loss, checked and resolved. `kind` to `reduction` are in the order of the operators' schema."""
 
-    divergence: str
-    kind: int  # position of `divergence` in DIVERGENCES
+    kind: int  # position of the divergence's kernel in KERNELS
     beta: float
+    omega: float  # 1 − beta
     student_temperature: float
     teacher_temperature: float
-    soft_scale: float  # soft_weight · S, S = T_s·T_t or 1
+    soft_scale: float  # soft_weight · S, S = T_s·T_t or 1, times what the divergence's kernel is multiplied with
     hard_weight: float
     label_smoothing: float
     ignore_index: int
@@ -90,8 +166,8 @@ class Options(NamedTuple):
     inplace: bool
 
     def operator_arguments(self, scale: float, dim: int) -> tuple[Any, ...]:
-        """The numbers of the operators' schema, from `divergence` to `dim`."""
-        return (*self[1:10], scale, dim)
+        """The numbers of the operators' schema, from `kind` to `dim`."""
+        return (*self[:10], scale, dim)
 
 
 def _make_options(
@@ -109,9 +185,7 @@ def _make_options(
     dim: int,
     inplace: bool,
 ) -> Options:
-    kind = _one_of("divergence", divergence, DIVERGENCES)
-    if beta is not None:
-        raise ValueError(f"beta has no meaning for divergence={divergence!r}; got beta={beta!r}, wanted None")
+    kernel, kernel_beta, factor = _resolve(divergence, beta)
     wanted = "a positive number, 1e-30 to 1e30, or a pair (student, teacher) of them"
     t_s = _number("temperature", student_temperature, wanted, _is_temperature)
     t_t = _number("temperature", teacher_temperature, wanted, _is_temperature)
@@ -124,12 +198,12 @@ def _make_options(
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be True or False; got {type(inplace).__name__}")
     return Options(
-        divergence=divergence,
-        kind=kind,
-        beta=0.0,
+        kind=KERNELS.index(kernel),
+        beta=kernel_beta,
+        omega=1.0 - kernel_beta,
         student_temperature=t_s,
         teacher_temperature=t_t,
-        soft_scale=soft * (t_s * t_t if temperature_scaling == _T2 else 1.0),
+        soft_scale=soft * factor * (t_s * t_t if temperature_scaling == _T2 else 1.0),
         hard_weight=hard,
         label_smoothing=smoothing,
         ignore_index=ignore_index,
@@ -236,6 +310,8 @@ def check_tensors(
             raise TypeError(f"labels must have an integer dtype; got {labels.dtype}")
     elif options.hard_weight > 0:
         raise ValueError(f"labels are needed for hard_weight={options.hard_weight}; got None")
+    elif options.kind in LABELLED:
+        raise ValueError("labels are needed for divergence='dkd'; got None")
     if weight is not None:
         _check_rows("weight", weight, s_shape, dim, device)
         if weight.dtype not in FLOATING:

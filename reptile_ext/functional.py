@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -15,8 +14,6 @@ from .arguments import REDUCTIONS, Options, check_tensors, make_options
 
 __all__ = ["distillation_loss"]
 
-_NONE = REDUCTIONS.index("none")
-_MEAN = REDUCTIONS.index("mean")
 _SUM = REDUCTIONS.index("sum")
 
 _warned_devices: set[str] = set()
@@ -28,6 +25,9 @@ class _FusedLoss(torch.autograd.Function):
     The gradient is kept on `ctx` rather than saved: the first backward gives it away, so that autograd may take it as
     it is (and a scale is applied where it lies) instead of copying N·V elements. A second backward through the same
     graph, which is rare, computes it anew.
+
+    Of float16 logits it is computed in the backward pass: finished earlier, divided by the number of rows and not yet
+    multiplied by what comes from above (a loss scaler's 65,536), it would underflow.
     """
 
     @staticmethod
@@ -45,24 +45,21 @@ class _FusedLoss(torch.autograd.Function):
         ctx.options = options
         ctx.scale = scale
         ctx.dim = dim
+        ctx.gradient = None
+        ctx.is_done = False
         ctx.set_materialize_grads(False)
-        if options.inplace:
-            loss = ops.distillation_loss_(
-                student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim)
-            )
+        numbers = options.operator_arguments(scale, dim)
+        now = ctx.needs_input_grad[0] and student.dtype != torch.float16
+        if options.inplace and now:
+            loss = ops.distillation_loss_(student, teacher, labels, weight, denominator, None, *numbers)
             torch.autograd.graph.increment_version(student)
             ctx.gradient = student.detach()  # shares the version counter
             ctx.version = student._version
             return loss
-        # With a teacher that learns too, both gradients come from the reference, in the backward pass.
-        needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        by_kernel = needs_student and not needs_teacher
         # Below the operator's own autograd layer, which would do again, in Python, what this class does.
         with torch._C._AutoDispatchBelowAutograd():
-            loss, gradient = ops.distillation_loss(
-                student, teacher, labels, weight, denominator, *options.operator_arguments(scale, dim), by_kernel
-            )
-        ctx.gradient = gradient if by_kernel else None
+            loss, gradient = ops.distillation_loss(student, teacher, labels, weight, denominator, None, *numbers, now)
+        ctx.gradient = gradient if now else None
         # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
         ctx.save_for_backward(student, teacher, labels, weight, denominator)
         return loss
@@ -73,42 +70,49 @@ class _FusedLoss(torch.autograd.Function):
             return (None,) * 8
         options: Options = ctx.options
         gradient, ctx.gradient = ctx.gradient, None
+        differentiable = torch.is_grad_enabled()
         if options.inplace:
-            if gradient is None or torch.is_grad_enabled():
+            if ctx.is_done or differentiable:
                 raise RuntimeError(
                     "distillation_loss(inplace=True) supports one backward pass and no double backward: "
                     "the logits were overwritten by their gradient; pass inplace=False"
                 )
+            ctx.is_done = True
+            if gradient is None:
+                student, *others = ctx.saved_tensors
+                upstream = grad_output.to(torch.float64).contiguous()
+                ops.distillation_loss_(student, *others, upstream, *options.operator_arguments(ctx.scale, ctx.dim))
+                torch.autograd.graph.increment_version(student)
+                return (student.detach(), *[None] * 7)
             if gradient._version != ctx.version:
                 raise RuntimeError(
                     "the student_logits of distillation_loss(inplace=True) hold their gradient and were modified by an "
                     f"inplace operation before the backward pass (version {gradient._version}, expected {ctx.version})"
                 )
             return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
-        needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        differentiable = torch.is_grad_enabled()
-        if gradient is not None and not differentiable:
-            return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
-        student, teacher, labels, weight, denominator = ctx.saved_tensors
-        if needs_teacher or differentiable:
-            grads = ops.reference_gradients(
-                (student, teacher),
-                (labels, weight, denominator),
-                options,
-                ctx.scale,
-                grad_output,
-                (needs_student, needs_teacher),
-            )
-            return (*grads, *[None] * 6)
-        # A second backward.
-        numbers = options.operator_arguments(ctx.scale, ctx.dim)
-        _, gradient = ops.distillation_loss(student, teacher, labels, weight, denominator, *numbers, True)
-        return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
+        needed = ctx.needs_input_grad[:2]
+        student, teacher, *rows = ctx.saved_tensors
+        # torch.autograd.grad(..., is_grads_batched=True): only plain PyTorch knows what to do with such a tensor.
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)
+        if differentiable or (is_batched and gradient is None):
+            gradients = ops.reference_gradients
+        elif gradient is None:
+            gradients = ops.kernel_gradients
+        else:
+            of_student = _scaled(gradient, grad_output, ctx.dim, is_batched)
+            if not needed[1]:
+                return (of_student, *[None] * 7)
+            gradients = ops.reference_gradients if is_batched else ops.kernel_gradients
+            needed = (False, True)
+        found = gradients(
+            (student, teacher), tuple(rows), options._replace(dim=ctx.dim), ctx.scale, grad_output, needed
+        )
+        return (found[0] if needed[0] else (of_student if gradient is not None else None), found[1], *[None] * 6)
 
 
-def _scaled(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
+def _scaled(gradient: Tensor, grad_output: Tensor, dim: int, is_batched: bool = False) -> Tensor:
     """gradient · grad_output, where the gradient lies."""
-    if torch._C._functorch.is_legacy_batchedtensor(grad_output):  # torch.autograd.grad(..., is_grads_batched=True)
+    if is_batched:
         return ops.scale_gradient(gradient, grad_output, dim)
     ops.scale_gradient_(gradient, grad_output.contiguous(), dim)
     return gradient
@@ -224,48 +228,7 @@ def distillation_loss(
     if weight is not None:
         weight = weight.detach().to(torch.float64).contiguous()
 
-    if student_logits.dtype == torch.float16:
-        return _float16_loss(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
     return _apply(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
-
-
-def _float16_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    denominator: Tensor | None,
-    scale: float,
-    options: Options,
-    dim: int,
-) -> Tensor:
-    """The loss of float16 logits: a gradient that is finished in the forward pass, divided by the number of rows and
-    not yet multiplied by the loss scaler, would underflow. So the operator gives the loss of each row times 2^k, its
-    gradient fills the range of the type, and everything else happens in float32 between here and the backward pass."""
-    largest = max(options.soft_scale / options.student_temperature + options.hard_weight, 2.0**-20)
-    power = 2.0 ** math.floor(math.log2(16384.0 / largest))
-    # Wrong weights go through, for the operator to complain of.
-    is_in = None if weight is None else torch.where((weight > 0) & weight.isfinite(), 1.0, weight)
-    rows = _apply(student, teacher, labels, is_in, None, power, options._replace(reduction=_NONE), dim) / power
-    if weight is not None:
-        rows = rows * weight.to(rows.dtype)
-    if options.reduction == _NONE:
-        return rows
-    total = _sum_in_order(rows) * scale
-    if denominator is not None:
-        total = total / torch.where((total == 0) & (denominator == 0), 1.0, denominator)
-    elif options.reduction == _MEAN:
-        w = torch.ones_like(rows, dtype=torch.float64) if weight is None else weight
-        if labels is not None:
-            w = torch.where(labels == options.ignore_index, 0.0, w)
-        divisor = _sum_in_order(w.detach())
-        total = total / torch.where(divisor == 0, 1.0, divisor)
-    return total.to(rows.dtype)
-
-
-def _sum_in_order(x: Tensor) -> Tensor:
-    """Σ x in float64, in an order that does not depend on the number of threads, as that of torch.sum does."""
-    return x.flatten().to(torch.float64).cumsum(0)[-1] if x.numel() else x.sum(dtype=torch.float64)
 
 
 def _apply(
@@ -289,7 +252,8 @@ def _apply(
             return fused
         # A traced program gains nothing by working in place: the compiler plans the memory.
         numbers = options.operator_arguments(scale, dim)
-        return ops.distillation_loss(student, teacher, *rows, *numbers, needs_student)[0]
+        now = needs_student and student.dtype != torch.float16
+        return ops.distillation_loss(student, teacher, *rows, None, *numbers, now)[0]
     except RuntimeError as error:
         _raise_value_error(error)
         raise

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import DIVERGENCES, REDUCTIONS, Options
+from .arguments import REDUCTIONS, Options, mirror
 
 TORCH_MINIMUM = (2, 10)
 
@@ -91,8 +91,10 @@ def _(
     labels: Tensor | None,
     weight: Tensor | None,
     denominator: Tensor | None,
-    divergence: int,
+    upstream: Tensor | None,
+    kind: int,
     beta: float,
+    omega: float,
     student_temperature: float,
     teacher_temperature: float,
     soft_scale: float,
@@ -115,8 +117,10 @@ def _(
     labels: Tensor | None,
     weight: Tensor | None,
     denominator: Tensor | None,
-    divergence: int,
+    upstream: Tensor | None,
+    kind: int,
     beta: float,
+    omega: float,
     student_temperature: float,
     teacher_temperature: float,
     soft_scale: float,
@@ -143,8 +147,8 @@ def reference_gradients(
     grad_output: Tensor,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for student and teacher by plain PyTorch: what the kernel does not compute (the teacher's gradient,
-    derivatives of derivatives, a second backward). Differentiable if grad mode is on."""
+    """Gradients for student and teacher by plain PyTorch: derivatives of derivatives, and batches of gradients, which
+    the kernel does not compute. Differentiable if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         student, teacher = (
@@ -157,6 +161,35 @@ def reference_gradients(
     return (next(found) if needed[0] else None, next(found) if needed[1] else None)
 
 
+def kernel_gradients(
+    inputs: tuple[Tensor, Tensor],
+    rows: tuple[Tensor | None, Tensor | None, Tensor | None],
+    options: Options,
+    scale: float,
+    grad_output: Tensor,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same, once, by the kernel. The teacher's is the student's of the mirrored divergence: student and teacher
+    with their roles exchanged, and no hard labels."""
+    student, teacher = inputs
+    upstream = grad_output.to(torch.float64).contiguous()
+    numbers = options.operator_arguments(scale, options.dim)
+    of_student = distillation_loss(student, teacher, *rows, upstream, *numbers, True)[1] if needed[0] else None
+    if not needed[1]:
+        return of_student, None
+    kind, beta, omega = mirror(options.kind, options.beta, options.omega)
+    exchanged = options._replace(
+        kind=kind,
+        beta=beta,
+        omega=omega,
+        student_temperature=options.teacher_temperature,
+        teacher_temperature=options.student_temperature,
+        hard_weight=0.0,
+        label_smoothing=0.0,
+    ).operator_arguments(scale, options.dim)
+    return of_student, distillation_loss(teacher, student, *rows, upstream, *exchanged, True)[1]
+
+
 def scale_gradient(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
     """d loss / d student times what comes from above, in the gradient's dtype; a new tensor."""
     factor = grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(dim)
@@ -164,8 +197,8 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, labels, weight, denominator, *numbers = inputs
-    ctx.numbers = numbers
+    student, teacher, labels, weight, denominator, upstream, *numbers, needs_gradient = inputs
+    ctx.numbers = (*numbers, needs_gradient and upstream is None)
     ctx.save_for_backward(student, teacher, labels, weight, denominator, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -173,18 +206,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     student, teacher, labels, weight, denominator, gradient = ctx.saved_tensors
     *numbers, scale, dim, has_gradient = ctx.numbers
-    needs_student, needs_teacher = ctx.needs_input_grad[:2]
-    grad_student: Tensor | None = None
-    grad_teacher: Tensor | None = None
-    if torch.is_grad_enabled() or needs_teacher or not has_gradient:
-        # truncate=True is right for equal sizes too; inplace=False, whatever was asked: the inputs are here.
-        options = Options._make((DIVERGENCES[numbers[0]], *numbers, True, dim, False))
-        grad_student, grad_teacher = reference_gradients(
-            (student, teacher), (labels, weight, denominator), options, scale, grad_loss, (needs_student, needs_teacher)
-        )
-    elif needs_student:
-        grad_student = scale_gradient(gradient, grad_loss, dim)
-    return (grad_student, grad_teacher, *[None] * 15)
+    needed = tuple(ctx.needs_input_grad[:2])
+    if has_gradient and needed == (True, False) and not torch.is_grad_enabled():
+        return (scale_gradient(gradient, grad_loss, dim), *[None] * 18)
+    # truncate=True is right for equal sizes too; inplace=False, whatever was asked: the inputs are here.
+    options = Options._make((*numbers, True, dim, False))
+    gradients = reference_gradients if torch.is_grad_enabled() else kernel_gradients
+    found = gradients((student, teacher), (labels, weight, denominator), options, scale, grad_loss, needed)
+    return (*found, *[None] * 17)
 
 
 torch.library.register_autograd("reptile_ext::distillation_loss", _backward, setup_context=_setup_context)

@@ -1,71 +1,319 @@
 """The losses in plain PyTorch: what every kernel must equal, and what runs on a device without kernels.
 
-In float64 this file is the oracle of the tests. It is written to be read next to docs/maths.md: one function a
-divergence, differentiable by autograd to any order, without regard for speed or memory.
+In float64 this file is the oracle of the tests. It is written to be read next to docs/maths.md, without regard for
+speed or memory: one function a divergence, giving its value and its gradient, each in differentiable operations, so
+that autograd has every higher derivative.
 
-Two things look roundabout and are not. The row's maximum is taken off before anything is divided or summed, so
-that logits of ±1e4 lose nothing; and each divergence is written over t' − s' and the two log-sum-exps rather than
-over log-probabilities, because then equal logits give a difference of exactly 0 in the value and in the gradient.
+The gradient is written out rather than left to autograd because of the promises: equal logits must give a gradient of
+exactly 0, and autograd's chain of products rounds both sides of a difference differently. The tests hold the two
+together by finite differences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import DIVERGENCES, REDUCTIONS, Options, check_tensors, make_options
+from .arguments import KERNELS, REDUCTIONS, Options, check_tensors, make_options, mirror
 
 __all__ = ["distillation_loss"]
 
 
-def _scaled(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """z' = (z − max z) / T and lse = log Σ exp z', class dimension last; log_softmax(z / T) is z' − lse.
+class Rows(NamedTuple):
+    """[N, V] rows, T-scaled: what the functions below are functions of."""
 
-    A row that holds a NaN or +inf, or nothing but −inf, becomes NaN throughout, gradient included.
-    """
+    s: Tensor  # student's logits over T_s
+    t: Tensor  # teacher's over T_t
+    x: Tensor  # log_softmax(s)
+    y: Tensor  # log_softmax(t)
+    labels: Tensor | None
+    beta: float
+    omega: float  # 1 − β
+
+    def mirrored(self) -> Rows:
+        """Student and teacher with their roles exchanged."""
+        return self._replace(s=self.t, t=self.s, x=self.y, y=self.x)
+
+
+# Value D [N] and gradient T_s · ∂D/∂s [N, V].
+Result = tuple[Tensor, Tensor]
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    """log_softmax over the last dimension; a row with a NaN or +inf, or nothing but −inf, is NaN throughout."""
     top = z.detach().amax(-1, keepdim=True)
     broken = ~top.isfinite()
     # Multiplied, not filled, with NaN: the gradient of a fill would be 0 and hide the broken row.
-    z = (z - torch.where(broken, 0.0, top)) * torch.where(broken, torch.nan, 1.0) / temperature
-    return z, z.logsumexp(-1, keepdim=True)
+    z = (z - torch.where(broken, 0.0, top)) * torch.where(broken, torch.nan, 1.0)
+    return z - z.logsumexp(-1, keepdim=True)
 
 
-def forward_kl(s: Tensor, lse_s: Tensor, t: Tensor, lse_t: Tensor) -> Tensor:
-    """Σ p (y − x) = Σ p (t' − s') + lse_s − lse_t, over the classes that the teacher gives any mass."""
-    p = (t - lse_t).exp()
-    difference = torch.where(p == 0, 0.0, t - s)
-    return (p * difference).sum(-1) + (lse_s - lse_t).squeeze(-1)
+def _centred(q: Tensor, u: Tensor) -> Tensor:
+    """q (u − Σ q u), which is g − q Σ g for g = q u; 0 in a row whose Σ q u is infinite."""
+    mean = (q * u).sum(-1, keepdim=True)
+    infinite = mean.isinf()
+    return q * (torch.where(infinite, 0.0, u) - torch.where(infinite, 0.0, mean))
 
 
-ROW_DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"forward_kl": forward_kl}
-assert tuple(ROW_DIVERGENCES) == DIVERGENCES
+def _where_mass(q: Tensor, u: Tensor) -> Tensor:
+    """u of the classes that q gives any mass, 0 for the others: they add nothing, even if u is infinite or NaN."""
+    return torch.where(q == 0, 0.0, u)
 
 
-def _not_negative(d: Tensor) -> Tensor:
-    """max(d, 0) for the value; the gradient stays that of d, which rounding alone has pushed below 0."""
-    return torch.where(d < 0, d - d.detach(), d)
+def forward_kl(rows: Rows) -> Result:
+    """Σ p (y − x)"""
+    q, p = rows.x.exp(), rows.y.exp()
+    return (p * _where_mass(p, rows.y - rows.x)).sum(-1), q - p
+
+
+def reverse_kl(rows: Rows) -> Result:
+    """Σ q (x − y)"""
+    q = rows.x.exp()
+    u = _where_mass(q, rows.x - rows.y)
+    return (q * u).sum(-1), _centred(q, u)
+
+
+def symmetric_kl(rows: Rows) -> Result:
+    """(1−β) · forward_kl + β · reverse_kl"""
+    forward, reverse = forward_kl(rows), reverse_kl(rows)
+    return rows.omega * forward[0] + rows.beta * reverse[0], rows.omega * forward[1] + rows.beta * reverse[1]
+
+
+class Mixture(NamedTuple):
+    """m = a·p + b·q, a + b = 1, by z = (p − q) / m: exactly 0 where p = q, bounded everywhere, and
+    p/m = 1 + b·z, q/m = 1 − a·z."""
+
+    p: Tensor
+    q: Tensor
+    z: Tensor
+    log_p: Tensor  # log(p / m), 0 where p is
+    log_q: Tensor  # log(q / m), 0 where q is
+
+
+def _mixture(rows: Rows, a: float, b: float) -> Mixture:
+    p, q = rows.y.exp(), rows.x.exp()
+    m = a * p + b * q
+    m = torch.where(m == 0, 1.0, m)
+    z = (p - q) / m
+
+    def log_ratio(log_w: Tensor, part: Tensor, w_minus_1: Tensor) -> Tensor:
+        # A difference of logarithms has no digits left where w is near 1, log1p none where it is near 0.
+        near = w_minus_1.abs() < 0.5
+        far = torch.where(near | (part == 0), 0.0, log_w) - torch.where(near | (part == 0), 0.0, m.log())
+        return torch.where(near, torch.where(near, w_minus_1, 0.0).log1p(), far)
+
+    return Mixture(p, q, z, log_ratio(rows.y, p, b * z), log_ratio(rows.x, q, -a * z))
+
+
+def jsd(rows: Rows) -> Result:
+    """β Σ p (y − log m) + (1−β) Σ q (x − log m),  m = β p + (1−β) q"""
+    m = _mixture(rows, rows.beta, rows.omega)
+    value = rows.beta * (m.p * m.log_p).sum(-1) + rows.omega * (m.q * m.log_q).sum(-1)
+    return value, rows.omega * _centred(m.q, m.log_q)
+
+
+def skew_kl(rows: Rows) -> Result:
+    """Σ p (y − log(β p + (1−β) q))"""
+    m = _mixture(rows, rows.beta, rows.omega)
+    return (m.p * m.log_p).sum(-1), -(rows.omega**2) * _centred(m.q, m.z)
+
+
+def skew_reverse_kl(rows: Rows) -> Result:
+    """Σ q (x − log(β q + (1−β) p))"""
+    m = _mixture(rows, rows.omega, rows.beta)
+    return (m.q * m.log_q).sum(-1), _centred(m.q, m.log_q + rows.beta * rows.omega * m.z)
+
+
+def tvd(rows: Rows) -> Result:
+    """½ Σ |p − q|, subgradient 0 where p = q"""
+    p, q = rows.y.exp(), rows.x.exp()
+    return 0.5 * (p - q).abs().sum(-1), 0.5 * _centred(q, (q - p).sign())
+
+
+def hellinger(rows: Rows) -> Result:
+    """1 − Σ sqrt(p q) = ½ Σ (sqrt p − sqrt q)²"""
+    root_p, root_q = (0.5 * rows.y).exp(), (0.5 * rows.x).exp()
+    difference = root_p - root_q
+    value = 0.5 * difference.square().sum(-1)
+    return value, -0.5 * root_q * (difference + root_q * value.unsqueeze(-1))
+
+
+def soft_cross_entropy(rows: Rows) -> Result:
+    """−Σ p x"""
+    q, p = rows.x.exp(), rows.y.exp()
+    return -(p * _where_mass(p, rows.x)).sum(-1), q - p
+
+
+def mirrored_soft_cross_entropy(rows: Rows) -> Result:
+    """−Σ q y"""
+    q = rows.x.exp()
+    u = _where_mass(q, -rows.y)
+    return (q * u).sum(-1), _centred(q, u)
+
+
+def mse(rows: Rows) -> Result:
+    """mean (s/T_s − t/T_t)² over the classes that are not masked on both sides"""
+    s_masked, t_masked = rows.s == -torch.inf, rows.t == -torch.inf
+    either = s_masked | t_masked
+    difference = torch.where(either, 0.0, torch.where(either, 0.0, rows.s) - torch.where(either, 0.0, rows.t))
+    count = (~either).sum(-1)
+    apart = (s_masked != t_masked).any(-1)
+    broken = ~(rows.s.detach().amax(-1).isfinite() & rows.t.detach().amax(-1).isfinite())
+    value = difference.square().sum(-1) / count.clamp(min=1)
+    value = torch.where(broken, torch.nan, torch.where(apart, torch.inf, value))
+    return value, 2 * difference / count.clamp(min=1).unsqueeze(-1)
+
+
+class Decoupled(NamedTuple):
+    """A row in two parts: the label against the others, and the others among themselves."""
+
+    is_label: Tensor  # [N, V]
+    odds: Tensor  # [N, 1], log(p_label / (1 − p_label))
+    others: Tensor  # log-probabilities among the others; −inf at the label, and throughout if there are no others
+
+
+def _decoupled(z: Tensor, labels: Tensor) -> Decoupled:
+    is_label = torch.arange(z.shape[-1], device=z.device) == labels.unsqueeze(-1)
+    of_label = z.gather(-1, labels.unsqueeze(-1))
+    top = z.detach().amax(-1, keepdim=True)
+    broken = torch.where(top.isfinite(), 1.0, torch.nan)
+    z = torch.where(is_label, -torch.inf, z)
+    none = torch.where(is_label, True, z == -torch.inf).all(-1, keepdim=True)
+    lse = torch.where(none, 0.0, z).logsumexp(-1, keepdim=True)
+    others = torch.where(none | (z == -torch.inf), -torch.inf, torch.where(z == -torch.inf, 0.0, z) - lse)
+    odds = torch.where(none, torch.inf, of_label - torch.where(none, 0.0, lse))
+    return Decoupled(is_label, odds * broken, others * broken)
+
+
+def _binary_kl(v: Tensor, w: Tensor) -> Tensor:
+    """KL of probabilities σ(v), 1 − σ(v) against σ(w), 1 − σ(w)."""
+    softplus = torch.nn.functional.softplus
+    hit, miss = v.sigmoid(), (-v).sigmoid()
+    return _where_mass(hit, hit * (softplus(-w) - softplus(-v))) + _where_mass(miss, miss * (softplus(w) - softplus(v)))
+
+
+def _odds_difference(v: Tensor, w: Tensor) -> Tensor:
+    """σ(v) − σ(w), from what is left of 1 where both are near it."""
+    return torch.where((v > 0) & (w > 0), (-w).sigmoid() - (-v).sigmoid(), v.sigmoid() - w.sigmoid())
+
+
+def dkd(rows: Rows) -> Result:
+    """Binary KL of the label against the others + β · KL among the others (Zhao et al. 2022)"""
+    assert rows.labels is not None
+    s, t = _decoupled(rows.s, rows.labels), _decoupled(rows.t, rows.labels)
+    q, p = s.others.exp(), t.others.exp()
+    among = rows.beta * (p * _where_mass(p, t.others - s.others)).sum(-1) if rows.beta > 0 else p.new_zeros(())
+    delta = _odds_difference(s.odds, t.odds)
+    gradient = torch.where(s.is_label, delta, rows.beta * (q - p) - delta * q)
+    return _binary_kl(t.odds, s.odds).squeeze(-1) + among, gradient
+
+
+def mirrored_dkd(rows: Rows) -> Result:
+    """dkd with the roles exchanged"""
+    assert rows.labels is not None
+    s, t = _decoupled(rows.s, rows.labels), _decoupled(rows.t, rows.labels)
+    q = s.others.exp()
+    hit, miss = s.odds.sigmoid(), (-s.odds).sigmoid()
+    apart = _where_mass(hit * miss, s.odds - t.odds)
+    gamma = hit * miss * torch.where(apart.isinf(), 0.0, apart)
+    others = torch.zeros_like(q)
+    if rows.beta > 0:
+        others = rows.beta * _centred(q, _where_mass(q, s.others - t.others))
+    return dkd(rows.mirrored())[0], torch.where(s.is_label, gamma, others - gamma * q)
+
+
+ROW_DIVERGENCES: dict[str, Callable[[Rows], Result]] = {
+    f.__name__: f
+    for f in (
+        forward_kl,
+        reverse_kl,
+        symmetric_kl,
+        jsd,
+        skew_kl,
+        skew_reverse_kl,
+        tvd,
+        hellinger,
+        soft_cross_entropy,
+        mse,
+        dkd,
+        mirrored_soft_cross_entropy,
+        mirrored_dkd,
+    )
+}
+assert tuple(ROW_DIVERGENCES) == KERNELS
+
+
+class _Divergence(torch.autograd.Function):
+    """D of [N, V] rows, differentiated by the gradients that the functions above write out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def _results(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...], teachers: bool) -> Result:
+        kind, beta, omega, student_temperature, teacher_temperature = of
+        s, t = s / student_temperature, t / teacher_temperature
+        rows = Rows(s, t, _log_softmax(s), _log_softmax(t), labels, beta, omega)
+        if teachers:
+            kind, beta, omega = mirror(kind, beta, omega)
+            rows = rows.mirrored()._replace(beta=beta, omega=omega)
+        value, gradient = ROW_DIVERGENCES[KERNELS[kind]](rows)
+        gradient = gradient / (teacher_temperature if teachers else student_temperature)
+        # All of a broken row's gradient is NaN, wherever in the row it broke.
+        broken = torch.where(value.detach().isnan(), torch.nan, 0.0).unsqueeze(-1)
+        return torch.where(value < 0, 0.0, value), gradient + broken
+
+    @staticmethod
+    def forward(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
+        return _Divergence._results(s, t, labels, of, False)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        s, t, labels, ctx.of = inputs
+        ctx.save_for_backward(s, t, labels)
+        ctx.save_for_forward(s, t, labels)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        s, t, labels = ctx.saved_tensors
+        of_student, of_teacher = (
+            grad_output.unsqueeze(-1) * _Divergence._results(s, t, labels, ctx.of, teachers)[1] if needed else None
+            for teachers, needed in enumerate(ctx.needs_input_grad[:2])
+        )
+        return of_student, of_teacher, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, s_tangent: Tensor | None, t_tangent: Tensor | None, *_: Any) -> Tensor:
+        s, t, labels = ctx.saved_tensors
+        return sum(
+            (
+                (_Divergence._results(s, t, labels, ctx.of, teachers)[1] * tangent).sum(-1)
+                for teachers, tangent in enumerate((s_tangent, t_tangent))
+                if tangent is not None
+            ),
+            start=s.new_zeros(s.shape[:-1]),
+        )
 
 
 def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross entropy at temperature 1 with the smoothing spread over the classes that are not masked."""
-    z, lse = _scaled(s, 1.0)
-    at_label = z.gather(-1, labels.unsqueeze(-1))
-    loss = (lse - at_label).squeeze(-1)
+    x = _log_softmax(s)
+    loss = -x.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if label_smoothing:
-        masked = z == -torch.inf
-        uniform = torch.where(masked, 0.0, lse - z).sum(-1) / (~masked).sum(-1)
+        masked = x == -torch.inf
+        uniform = -torch.where(masked, 0.0, x).sum(-1) / (~masked).sum(-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     return loss
 
 
 def row_losses(s: Tensor, t: Tensor, labels: Tensor | None, options: Options) -> Tensor:
     """ℓ of every row of [N, V] logits of one floating dtype."""
-    # Without a soft part the teacher is not looked at; the student in its place gives D = 0 and no gradient.
-    zs, lse_s = _scaled(s, options.student_temperature)
-    zt, lse_t = _scaled(t, options.teacher_temperature) if options.soft_scale > 0 else (zs, lse_s)
-    loss = options.soft_scale * _not_negative(ROW_DIVERGENCES[options.divergence](zs, lse_s, zt, lse_t))
+    of = (options.kind, options.beta, options.omega, options.student_temperature, options.teacher_temperature)
+    if not options.soft_scale > 0:  # the teacher is not looked at; the student in its place gives D = 0, no gradient
+        t, of = s.detach(), (KERNELS.index("forward_kl"), 0.0, 1.0, 1.0, 1.0)
+    loss: Tensor = options.soft_scale * _Divergence.apply(s, t, labels, of)  # type: ignore[no-untyped-call]
     if options.hard_weight > 0:
         assert labels is not None
         loss = loss + options.hard_weight * cross_entropy(s, labels, options.label_smoothing)

@@ -218,7 +218,8 @@ def op_arguments(
         torch.randint(shape[dim], rows) if labels else None,
         torch.rand(rows, dtype=torch.float64) if weight else None,
         torch.tensor(3.0, dtype=torch.float64) if denominator else None,
-        *(0, 0.0, 2.0, 1.0, 2.0, 0.5 if labels else 0.0, 0.1, -100, reduction, 1.0, dim),
+        None,
+        *(0, 0.0, 1.0, 2.0, 1.0, 2.0, 0.5 if labels else 0.0, 0.1, -100, reduction, 1.0, dim),
     )
 
 
@@ -259,7 +260,7 @@ def test_the_operators_autograd_is_the_functions(sample: dict[str, Any]) -> None
     wanted = [x for x in (student, teacher) if x.requires_grad]
     found = torch.autograd.grad(loss, wanted, upstream)
     keywords = {"temperature": (2.0, 1.0), "hard_weight": 0.5 if labels is not None else 0.0, "label_smoothing": 0.1}
-    keywords |= {"reduction": ("none", "mean", "sum")[arguments[13]], "dim": arguments[15], "weight": weight}
+    keywords |= {"reduction": ("none", "mean", "sum")[arguments[15]], "dim": arguments[17], "weight": weight}
     right_loss = reference.distillation_loss(student, teacher, labels, denominator=denominator, **keywords)
     right = torch.autograd.grad(right_loss, wanted, upstream.to(right_loss.dtype))
     torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
@@ -286,7 +287,7 @@ def test_the_operators_themselves_refuse_what_would_be_unsafe() -> None:
     with pytest.raises(RuntimeError, match="teacher or dim does not fit student"):
         op(student, teacher, *rest[:-1], 2, True)
     with pytest.raises(RuntimeError, match="divergence is unknown"):
-        op(student, teacher, *rest[:3], 99, *rest[4:], True)
+        op(student, teacher, *rest[:4], 99, *rest[5:], True)
 
 
 # ------------------------------------------------------------------------------------- torch.compile, torch.export

@@ -16,11 +16,17 @@ FUNCTIONS = pytest.mark.parametrize(
     "loss_fn", [reptile_ext.distillation_loss, reference.distillation_loss], ids=["kernel", "reference"]
 )
 
+KNOWN = (
+    "'forward_kl', 'reverse_kl', 'symmetric_kl', 'jsd', 'scaled_jsd', 'skew_kl', 'skew_reverse_kl', 'tvd', "
+    "'hellinger', 'soft_cross_entropy', 'mse', 'dkd'"
+)
+
 # keyword, bad value, error, words of the message
 KEYWORDS: list[tuple[str, Any, type[Exception], str]] = [
-    ("divergence", "kl", ValueError, "divergence must be one of 'forward_kl'; got 'kl'"),
-    ("divergence", None, TypeError, "divergence must be a string, one of 'forward_kl'; got None"),
-    ("divergence", ["forward_kl"], TypeError, "divergence must be a string, one of 'forward_kl'; got ['forward_kl']"),
+    ("divergence", "kl", ValueError, f"divergence must be one of {KNOWN}; got 'kl'"),
+    ("divergence", "mirrored_dkd", ValueError, f"divergence must be one of {KNOWN}; got 'mirrored_dkd'"),
+    ("divergence", None, TypeError, f"divergence must be a string, one of {KNOWN}; got None"),
+    ("divergence", ["jsd"], TypeError, f"divergence must be a string, one of {KNOWN}; got ['jsd']"),
     ("beta", 0.5, ValueError, "beta has no meaning for divergence='forward_kl'; got beta=0.5, wanted None"),
     ("temperature", 0.0, ValueError, "temperature must be a positive number, 1e-30 to 1e30, or a pair"),
     ("temperature", 1e-31, ValueError, "got 1e-31"),

@@ -136,4 +136,4 @@ def test_sparse_and_nested_logits() -> None:
 def test_no_memory_for_the_gradient() -> None:
     huge = torch.zeros(1).expand(1 << 46, 2)
     with pytest.raises(RuntimeError, match=r"not enough memory for the gradient of student_logits, \d+ bytes"):
-        ops.distillation_loss(huge, huge, None, None, None, 0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, -100, 1, 1.0, -1, True)
+        ops.distillation_loss(huge, huge, *[None] * 4, 0, 0.0, *[1.0] * 4, 0.0, 0.0, -100, 1, 1.0, -1, True)

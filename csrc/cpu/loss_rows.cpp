@@ -1,26 +1,29 @@
-// The row driver: loss and gradient of a range of rows, one row at a time, forward and backward in one go.
+// The row driver: loss and gradient of a range of rows, forward and backward in one go.
 //
 // Compiled once per instruction set. REPTILE_EXT_KERNELS is the one name such an object exports; everything else is
 // in anonymous namespaces, and nothing here uses the standard library's templates (see simd.h for why).
 //
 // What is fused, in units of one row of V elements:
 //
-//     first pass     read s and t once, write e_s and e_t (float32) to this thread's scratch, which stays in the L2
-//     second pass    read the scratch, write the gradient once: non-temporally if it is fresh memory, which would
+//     first pass     read s and t once, write two or three values a class (float32), e_s and e_t say, to this thread's
+//                    scratch, which stays in the L2
+//     mixture pass   of the divergences over normalised probabilities: read the scratch, replace a value in it
+//     last pass      read the scratch, write the gradient once: non-temporally if it is fresh memory, which would
 //                    otherwise be read in before it is written
 //
 // so memory sees 2 reads and 1 write of each element, and a pair of logits costs 2 exponentials, not 4.
+//
+// Classes that are neighbours in memory go through the lanes of vectors, one row at a time. Where the classes are
+// strided and the rows are neighbours (images: [B, C, H, W], classes in C), rows go through the lanes instead, side by
+// side. Both are a Tile, and the passes are the same. Any other layout, and mixed types, are gathered row by row into
+// scratch and scattered back.
 //
 // The reference point m of a row is the maximum of its first kProbe classes, not of the whole row: what it must
 // prevent is overflow, and for that it need not be exact. A row whose sums come out beyond kTame (the maximum is
 // more than 60 powers of two above the probe's) or not finite is done again with its exact maximum.
 //
-// Where the classes are strided and the rows are neighbours (images: [B, C, H, W], classes in C), the same two passes
-// run with rows in the lanes instead of classes ("side by side"). Any other layout, and mixed types, are gathered row
-// by row into scratch and scattered back.
-//
-// Hard-label cross entropy runs in the same two passes with m as its reference: at T_s = 1 it shares e_s, else it
-// has e_1 = 2^((s − m) log2 e) as a third scratch row.
+// Hard-label cross entropy has a pass of its own between the first and the last, over the student alone; at T_s = 1 it
+// shares e_s and needs the pass for label smoothing only.
 
 #include "../divergence.h"
 #include "../rows.h"
@@ -30,12 +33,14 @@ namespace reptile_ext {
 namespace {
 
 constexpr int64_t kProbe = 512;
-constexpr int64_t kBlock = 4096;  // elements between roundings into the row's sums; a multiple of every pair
+constexpr int64_t kBlock = 128;  // pairs of vectors between roundings into the row's sums
 constexpr double kTame = 0x1p60;
 constexpr int64_t kSideBySideMaxClasses = 4096;  // beyond it the scratch of a pair of rows leaves the cache
 constexpr int64_t kScratchPad = 64;  // elements; rounds a scratch row up to whole pairs and keeps 64-byte alignment
+constexpr int kMaxKept = 3;          // values of a class in scratch; the exponential of the cross entropy beside them
+constexpr int kMaxLanes = 32;        // of a pair
 
-constexpr size_t kPrefetchBytes = 3072;
+constexpr int64_t kPrefetchBytes = 3072;
 
 // The logits that the first pass will want some 20 cache lines from now. The processor's own prefetcher stops at every
 // page and does not keep up beside two streams of stores. Past the end of a tensor this is a hint without effect.
@@ -52,360 +57,466 @@ bool is_tame(double z) { return z < kTame; }  // false for NaN
 // Everything about the call that a row needs and that is the same for all rows.
 template <class Scalar>
 struct Call {
-  Scalar k_s, k_t, k_1;  // log2 e / temperature
-  bool shares_exp;       // T_s == 1: the cross entropy's e_1 is e_s
-  bool smooth;
-  bool stream;  // non-temporal stores pay
-  int64_t vocab_size;
-  double soft_scale, hard_weight, label_smoothing, student_temperature, gradient_scale;
-  Scalar *e_s, *e_t, *e_1;  // scratch rows
+  Scalar k_s, k_t;     // what differences of logits are multiplied with: log2 e / temperature
+  Scalar beta, omega;  // β and 1 − β
+  bool hard, smooth;
+  bool shares_exp;         // T_s = 1: the cross entropy's exponential is e_s
+  bool stream;             // non-temporal stores pay
+  Scalar* kept[kMaxKept];  // scratch rows
+  Scalar* e_1;             // the cross entropy's
+};
+
+// `rows` rows as pairs of vectors. Folded: one row, its classes in the lanes, one pair after the other. Else rows side
+// by side in the lanes, one pair a class.
+template <class In>
+struct Tile {
+  const In *student, *teacher;
+  In* gradient;                                       // may be null, or the student's own memory
+  int64_t student_step, teacher_step, gradient_step;  // elements from one pair to the next
+  int64_t num_pairs, num_whole;                       // the whole ones come first
+  int tail;                                           // elements of the others
+  bool folded;
+  int rows;
+};
+
+// One number for each row of a tile, in the lanes of a pair; of a folded tile, the same in all.
+template <class V>
+struct Pair {
+  V half[2];
+  Pair() = default;
+  explicit Pair(typename V::Scalar x) : half{V(x), V(x)} {}
 };
 
 template <class In, class V = Arithmetic<In>>
-typename V::Scalar row_max(const In* z, int64_t n) {
+Pair<V> spread(const Tile<In>& tile, const double* rows) {
+  using Scalar = typename V::Scalar;
+  if (tile.folded) return Pair<V>(Scalar(rows[0]));
+  Scalar lanes[2 * V::kLanes] = {};
+  for (int r = 0; r < tile.rows; ++r) lanes[lane_of_element<In>(r)] = Scalar(rows[r]);
+  Pair<V> result;
+  for (int h = 0; h < 2; ++h) result.half[h] = V::load(lanes + h * V::kLanes);
+  return result;
+}
+
+// The other way round: one number a row, `stride` apart.
+template <class In, class V>
+void gather(const Tile<In>& tile, const Pair<V>& pair, double* rows, int stride = 1) {
+  typename V::Scalar lanes[2 * V::kLanes];
+  for (int h = 0; h < 2; ++h) pair.half[h].store(lanes + h * V::kLanes);
+  for (int r = 0; r < tile.rows; ++r) rows[r * stride] = lanes[lane_of_element<In>(r)];
+}
+
+// The same of sums over the classes: the lanes of a folded row are added up.
+template <class In, class V>
+void gather_sums(const Tile<In>& tile, const Pair<V>& sums, double* rows, int stride = 1) {
+  if (tile.folded) {
+    rows[0] = reduce_add(sums.half[0] + sums.half[1]);
+  } else {
+    gather(tile, sums, rows, stride);
+  }
+}
+
+// A pair that holds the class which is to be hidden: that class reads as −inf.
+template <class In, class V>
+void load2_without(const In* z, int live, int hidden, V& a, V& b) {
+  alignas(64) In buffer[2 * V::kLanes];
+  std::memcpy(buffer, z, size_t(live) * sizeof(In));
+  set_negative_infinity(buffer + hidden);
+  load2_tail(buffer, live, a, b);
+}
+
+// The maximum of a folded row's first n classes, `hidden` (−1: none) left out.
+template <class In, class V = Arithmetic<In>>
+typename V::Scalar row_max(const In* z, int64_t n, int64_t hidden) {
   using Scalar = typename V::Scalar;
   V m0 = V(Scalar(kNegInf)), m1 = m0, u, v;
   constexpr int kPair = 2 * V::kLanes;
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    load2(z + i, u, v);
-    m0 = max(m0, u);
-    m1 = max(m1, v);
-  }
-  if (i < n) {
-    load2_tail(z + i, int(n - i), u, v);
+  for (int64_t i = 0; i < n; i += kPair) {
+    const int live = n - i < kPair ? int(n - i) : kPair;
+    if (hidden >= i && hidden < i + live) {
+      load2_without(z + i, live, int(hidden - i), u, v);
+    } else if (live == kPair) {
+      load2(z + i, u, v);
+    } else {
+      load2_tail(z + i, live, u, v);
+    }
     m0 = max(m0, u);
     m1 = max(m1, v);
   }
   return reduce_max(max(m0, m1));
 }
 
-// exp2 of one number by the vector's own arithmetic, so that a class gets the same bits wherever it is computed.
-template <class V>
-double exp2_one(typename V::Scalar a) {
-  typename V::Scalar lanes[V::kLanes];
-  exp2(V(a)).store(lanes);
-  return lanes[0];
+// The maxima of rows side by side.
+template <class In, class V = Arithmetic<In>>
+Pair<V> column_max(const Tile<In>& tile, const In* z, int64_t step) {
+  Pair<V> m{typename V::Scalar(kNegInf)};
+  V u, v;
+  for (int64_t j = 0; j < tile.num_pairs; ++j) {
+    if (j < tile.num_whole) {
+      load2(z + j * step, u, v);
+    } else {
+      load2_tail(z + j * step, tile.tail, u, v);
+    }
+    m.half[0] = max(m.half[0], u);
+    m.half[1] = max(m.half[1], v);
+  }
+  return m;
 }
 
-// Sums over classes, of a block or of all. In the lanes: classes of one row, or rows side by side.
-template <class V, class D>
+// Sums over the classes, of a block or of all.
+template <class V, int kCount>
 struct Sums {
-  V z_s, z_t;
-  V divergence[D::kSums];
-  V z_1;    // cross entropy at temperature 1
-  V a_1;    // Σ a of the classes that are not masked, for label smoothing
-  V count;  // how many those are
-
-  Sums() : z_s(0), z_t(0), z_1(0), a_1(0), count(0) {
-    for (V& sum : divergence) sum = V(0);
+  V half[2][kCount];  // two independent chains of additions
+  Sums() {
+    for (auto& sums : half) {
+      for (V& sum : sums) sum = V(0);
+    }
   }
   void merge(const Sums& other) {
-    z_s = z_s + other.z_s;
-    z_t = z_t + other.z_t;
-    for (int i = 0; i < D::kSums; ++i) divergence[i] = divergence[i] + other.divergence[i];
-    z_1 = z_1 + other.z_1;
-    a_1 = a_1 + other.a_1;
-    count = count + other.count;
+    for (int h = 0; h < 2; ++h) {
+      for (int i = 0; i < kCount; ++i) half[h][i] = half[h][i] + other.half[h][i];
+    }
+  }
+  Pair<V> of(int i) const {
+    Pair<V> pair;
+    for (int h = 0; h < 2; ++h) pair.half[h] = half[h][i];
+    return pair;
   }
 };
 
-// First pass over one vector, its exponentials going to scratch from i on. The call comes by value: a copy that no
-// store can alias stays in registers.
-template <bool kHard, class V, class D>
-inline void first_pass(const Call<typename V::Scalar> call, V m_s, V m_t, int64_t i, V s, V t, Sums<V, D>& sums) {
-  const V a = (s - m_s) * V(call.k_s);
-  const V b = (t - m_t) * V(call.k_t);
-  const V e_s = exp2(a);
-  const V e_t = exp2(b);
-  e_s.store(call.e_s + i);
-  e_t.store(call.e_t + i);
-  sums.z_s = sums.z_s + e_s;
-  sums.z_t = sums.z_t + e_t;
-  D::add(sums.divergence, e_s, e_t, a, b);
-  if constexpr (kHard) {
-    const V a_1 = (s - m_s) * V(call.k_1);
-    if (!call.shares_exp) {
-      const V e_1 = exp2(a_1);
-      e_1.store(call.e_1 + i);
-      sums.z_1 = sums.z_1 + e_1;
-    }
-    if (call.smooth) {
-      sums.a_1 = sums.a_1 + where_not_masked(s, a_1);
-      sums.count = sums.count + where_not_masked(s, V(1));
-    }
-  }
-}
-
-// What stands between the passes: one row, in double.
-template <class D>
-struct RowSums {
-  double z_s, z_t;
-  double divergence[D::kSums];
-  double z_1 = 0, a_1 = 0, count = 0;
-};
-
-// Its result: the loss, unweighted, and what e_s, e_t and e_1 are multiplied with to become this row's share of the
-// gradient, A (gradient of D) + B (q_1 − label − smoothing).
-struct RowCoefficients {
-  double loss;
-  double to_q, to_p, to_q1;
-  double label, uniform;  // subtracted at the label; at every class that is not masked
-};
-
-template <bool kHard, class D, class Scalar>
-RowCoefficients finish_row(const Call<Scalar>& call, const RowSums<D>& sums, Scalar m_s, Scalar s_label,
-                           double weight) {
-  const RowStats row = {sums.z_s, sums.z_t, __builtin_log(sums.z_s), __builtin_log(sums.z_t)};
-  double d = D::value(sums.divergence, row);
-  if (d < 0) d = 0;  // rounding alone; a NaN stays
-  const double soft = weight * call.gradient_scale * call.soft_scale / call.student_temperature;
-  RowCoefficients c = {call.soft_scale * d, soft / sums.z_s, soft / sums.z_t, 0, 0, 0};
-  if (kHard) {
-    const double z_1 = call.shares_exp ? sums.z_s : sums.z_1;
-    const double log_z_1 = __builtin_log(z_1);
-    const double hard = weight * call.gradient_scale * call.hard_weight;
-    double cross_entropy = log_z_1 - kLn2 * ((s_label - m_s) * call.k_1);
-    if (call.smooth) {
-      const double uniform = log_z_1 - kLn2 * sums.a_1 / sums.count;
-      cross_entropy = (1 - call.label_smoothing) * cross_entropy + call.label_smoothing * uniform;
-      c.uniform = hard * call.label_smoothing / sums.count;
-    }
-    c.loss += call.hard_weight * cross_entropy;
-    c.to_q1 = hard / z_1;
-    c.label = hard * (1 - call.label_smoothing);
-  }
-  return c;
-}
-
-// The gradient of the label's own class, in one rounding: the second pass does not know where the label is.
-template <class D, class V, class Scalar>
-Scalar label_gradient(const Call<Scalar>& call, const RowCoefficients& c, Scalar m_s, Scalar m_t, Scalar s_label,
-                      Scalar t_label) {
-  const double e_s = exp2_one<V>((s_label - m_s) * call.k_s), e_t = exp2_one<V>((t_label - m_t) * call.k_t);
-  const double e_1 = call.shares_exp ? e_s : exp2_one<V>((s_label - m_s) * call.k_1);
-  Scalar lanes[V::kLanes];
-  D::gradient(V(Scalar(e_s * c.to_q)), V(Scalar(e_t * c.to_p))).store(lanes);
-  return Scalar(lanes[0] + e_1 * c.to_q1 - c.label - (s_label == kNegInf ? 0 : c.uniform));
-}
-
-// One row, classes in the lanes. `gradient` may be null, or `student`'s own memory; label is read only if kHard.
-// Returns the row's loss.
-template <bool kHard, class D, class In, class V = Arithmetic<In>>
-double loss_row(const Call<typename V::Scalar> call, const In* student, const In* teacher, In* gradient, int64_t label,
-                double weight) {
-  using Scalar = typename V::Scalar;
-  constexpr int kPair = 2 * V::kLanes;
-  const int64_t vocab_size = call.vocab_size;
-
-  RowSums<D> row;
-  Scalar m_s, m_t;
-  for (bool exact = vocab_size <= kProbe;; exact = true) {
-    const int64_t probed = exact ? vocab_size : kProbe;
-    m_s = row_max(student, probed);
-    m_t = row_max(teacher, probed);
-    if (!exact && !(m_s > kNegInf && m_t > kNegInf)) continue;  // the probe saw only masked classes, or a NaN
-
-    // The halves of a pair are two independent chains of additions.
-    Sums<V, D> half_0, half_1;
-    for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-      const int64_t end = begin + kBlock < vocab_size ? begin + kBlock : vocab_size;
-      Sums<V, D> block_0, block_1;
-      const auto first = [&](int64_t i, V s_0, V s_1, V t_0, V t_1) {
-        first_pass<kHard>(call, V(m_s), V(m_t), i, s_0, t_0, block_0);
-        first_pass<kHard>(call, V(m_s), V(m_t), i + V::kLanes, s_1, t_1, block_1);
-      };
-      V s_0, s_1, t_0, t_1;
-      int64_t i = begin;
-      for (; i + kPair <= end; i += kPair) {
-        prefetch<kPair>(student + i);
-        prefetch<kPair>(teacher + i);
-        load2(student + i, s_0, s_1);
-        load2(teacher + i, t_0, t_1);
-        first(i, s_0, s_1, t_0, t_1);
+// The call and the constants come by value, here and below: a copy that no store can alias stays in registers. `hidden`
+// is the class of a folded row that is left out, for a functor that wants it so.
+template <class D, class In, class V = Arithmetic<In>>
+Sums<V, D::kSums> first_pass(const Call<typename V::Scalar> call, const Tile<In> tile, const Pair<V> m_s,
+                             const Pair<V> m_t, int64_t hidden) {
+  constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
+  const V k_s = V(call.k_s), k_t = V(call.k_t);
+  Sums<V, D::kSums> total;
+  for (int64_t begin = 0; begin < tile.num_pairs; begin += kBlock) {
+    const int64_t end = begin + kBlock < tile.num_pairs ? begin + kBlock : tile.num_pairs;
+    const int64_t whole = end < tile.num_whole ? end : tile.num_whole;
+    Sums<V, D::kSums> block;
+    const auto one = [&](int64_t j, const V(&s)[2], const V(&t)[2]) {
+      for (int h = 0; h < 2; ++h) {
+        V kept[D::kKept];
+        D::first((s[h] - m_s.half[h]) * k_s, (t[h] - m_t.half[h]) * k_t, block.half[h], kept);
+        for (int i = 0; i < D::kKept; ++i) kept[i].store(call.kept[i] + j * kPair + h * kLanes);
       }
-      if (i < end) {
-        load2_tail(student + i, int(end - i), s_0, s_1);
-        load2_tail(teacher + i, int(end - i), t_0, t_1);
-        first(i, s_0, s_1, t_0, t_1);
-      }
-      half_0.merge(block_0);
-      half_1.merge(block_1);
-    }
-    half_0.merge(half_1);
-    row.z_s = reduce_add(half_0.z_s);
-    row.z_t = reduce_add(half_0.z_t);
-    for (int i = 0; i < D::kSums; ++i) row.divergence[i] = reduce_add(half_0.divergence[i]);
-    if (kHard) {
-      row.z_1 = reduce_add(half_0.z_1);
-      row.a_1 = reduce_add(half_0.a_1);
-      row.count = reduce_add(half_0.count);
-    }
-    if (exact || (is_tame(row.z_s) && is_tame(row.z_t) && is_tame(row.z_1))) break;
-  }
-  // Read before the gradient overwrites them.
-  const Scalar s_label = kHard ? to_float(student[label]) : Scalar(0);
-  const Scalar t_label = kHard ? to_float(teacher[label]) : Scalar(0);
-  const RowCoefficients c = finish_row<kHard>(call, row, m_s, s_label, weight);
-  if (!gradient) return weight * c.loss;
-
-  const V to_q = V(Scalar(c.to_q)), to_p = V(Scalar(c.to_p)), to_q1 = V(Scalar(c.to_q1)),
-          uniform = V(Scalar(c.uniform));
-  const Scalar* e_1 = call.shares_exp ? call.e_s : call.e_1;
-  const auto second = [&](int64_t i, V& g_0, V& g_1) {
-    const auto one = [&](int64_t j) {
-      V g = D::gradient(V::load(call.e_s + j) * to_q, V::load(call.e_t + j) * to_p);
-      if constexpr (kHard) g = g + V::load(e_1 + j) * to_q1;
-      return g;
     };
-    g_0 = one(i);
-    g_1 = one(i + V::kLanes);
-    if (kHard && call.smooth) {
-      V s_0, s_1;
-      if (i + kPair <= vocab_size) {
-        load2(student + i, s_0, s_1);
+    V s[2], t[2];
+    int64_t j = begin;
+    for (; j < whole; ++j) {
+      const In* student = tile.student + j * tile.student_step;
+      const In* teacher = tile.teacher + j * tile.teacher_step;
+      prefetch<kPair>(student);
+      prefetch<kPair>(teacher);
+      if (D::kExcludesLabel && j == hidden / kPair) {
+        load2_without(student, kPair, int(hidden % kPair), s[0], s[1]);
+        load2_without(teacher, kPair, int(hidden % kPair), t[0], t[1]);
       } else {
-        load2_tail(student + i, int(vocab_size - i), s_0, s_1);
+        load2(student, s[0], s[1]);
+        load2(teacher, t[0], t[1]);
       }
-      g_0 = g_0 - where_not_masked(s_0, uniform);
-      g_1 = g_1 - where_not_masked(s_1, uniform);
+      one(j, s, t);
     }
-  };
-  V g_0, g_1;
-  int64_t i = 0;
-  if (call.stream && (reinterpret_cast<uintptr_t>(gradient) & 63) == 0) {
-    for (; i + kPair <= vocab_size; i += kPair) {
-      second(i, g_0, g_1);
-      stream2(gradient + i, g_0, g_1);
+    for (; j < end; ++j) {
+      const In* student = tile.student + j * tile.student_step;
+      const In* teacher = tile.teacher + j * tile.teacher_step;
+      if (D::kExcludesLabel && j == hidden / kPair) {
+        load2_without(student, tile.tail, int(hidden % kPair), s[0], s[1]);
+        load2_without(teacher, tile.tail, int(hidden % kPair), t[0], t[1]);
+      } else {
+        load2_tail(student, tile.tail, s[0], s[1]);
+        load2_tail(teacher, tile.tail, t[0], t[1]);
+      }
+      one(j, s, t);
     }
-  } else {
-    for (; i + kPair <= vocab_size; i += kPair) {
-      second(i, g_0, g_1);
-      store2(gradient + i, g_0, g_1);
-    }
+    total.merge(block);
   }
-  if (i < vocab_size) {
-    second(i, g_0, g_1);
-    store2_tail(gradient + i, int(vocab_size - i), g_0, g_1);
-  }
-  if (kHard) from_float(label_gradient<D, V>(call, c, m_s, m_t, s_label, t_label), gradient + label);
-  return weight * c.loss;
+  return total;
 }
 
-// `live` ≤ 2 · kLanes rows side by side: class v of row r is student[v · stride + r]. Rows whose weight is 0 share the
-// arithmetic and nothing else: no lane sees another, and their gradient is written as 0.
-template <bool kHard, class D, class In, class V = Arithmetic<In>>
-void loss_side_by_side(const Call<typename V::Scalar> call, const LossProblem& p, const In* student, int64_t s_stride,
-                       const In* teacher, int64_t t_stride, In* gradient, int64_t g_stride, int64_t first_row,
-                       int live) {
+// Dead lanes hold exponentials of 0 and add nothing.
+template <class D, class V, class Scalar = typename V::Scalar>
+Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar> call, int64_t num_pairs, const Pair<V> to_q,
+                                      const Pair<V> to_p) {
+  constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
+  const V beta = V(call.beta), omega = V(call.omega);
+  Sums<V, D::kMixtureSums> total;
+  for (int64_t begin = 0; begin < num_pairs; begin += kBlock) {
+    const int64_t end = begin + kBlock < num_pairs ? begin + kBlock : num_pairs;
+    Sums<V, D::kMixtureSums> block;
+    for (int64_t j = begin; j < end; ++j) {
+      for (int h = 0; h < 2; ++h) {
+        const int64_t i = j * kPair + h * kLanes;
+        V kept[2] = {V::load(call.kept[0] + i), V::load(call.kept[1] + i)};
+        D::mix(kept[0] * to_q.half[h], kept[1] * to_p.half[h], beta, omega, block.half[h], kept);
+        if (D::kMixtureKeeps) kept[1].store(call.kept[1] + i);
+      }
+    }
+    total.merge(block);
+  }
+  return total;
+}
+
+// Over the student at temperature 1: Σ e_1, e_1 going to scratch, unless it is shared; for label smoothing Σ a_1 of the
+// classes that are not masked, and their number.
+template <class In, class V = Arithmetic<In>>
+Sums<V, 3> hard_pass(const Call<typename V::Scalar> call, const Tile<In> tile, const Pair<V> m, bool needs_exp) {
+  constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
+  const V k = V(typename V::Scalar(kLog2E));
+  Sums<V, 3> total;
+  for (int64_t begin = 0; begin < tile.num_pairs; begin += kBlock) {
+    const int64_t end = begin + kBlock < tile.num_pairs ? begin + kBlock : tile.num_pairs;
+    Sums<V, 3> block;
+    for (int64_t j = begin; j < end; ++j) {
+      const In* student = tile.student + j * tile.student_step;
+      V s[2];
+      if (j < tile.num_whole) {
+        load2(student, s[0], s[1]);
+      } else {
+        load2_tail(student, tile.tail, s[0], s[1]);
+      }
+      for (int h = 0; h < 2; ++h) {
+        V(&sums)[3] = block.half[h];
+        const V a = (s[h] - m.half[h]) * k;
+        if (needs_exp) {
+          const V e = exp2(a);
+          e.store(call.e_1 + j * kPair + h * kLanes);
+          sums[0] = sums[0] + e;
+        }
+        if (call.smooth) {
+          sums[1] = sums[1] + where_not_masked(s[h], a);
+          sums[2] = sums[2] + where_not_masked(s[h], V(1));
+        }
+      }
+    }
+    total.merge(block);
+  }
+  return total;
+}
+
+// `to_q1` makes the cross entropy's exponentials q_1 times the row's coefficient; `uniform` is the smoothing's share of
+// every class that is not masked.
+template <class G, bool kHard, class In, class V = Arithmetic<In>>
+void last_pass(const Call<typename V::Scalar> call, const Tile<In> tile,
+               const Pair<V> (&coefficients)[G::kCoefficients], const Pair<V> to_q1, const Pair<V> uniform) {
   using Scalar = typename V::Scalar;
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
-  constexpr int64_t kBlockClasses = 64;
-  const int64_t vocab_size = call.vocab_size;
-  const auto load = [live](const In* z, V(&out)[2]) {
-    if (live == kPair) {
-      load2(z, out[0], out[1]);
-    } else {
-      load2_tail(z, live, out[0], out[1]);
+  const Scalar* e_1 = call.shares_exp ? call.kept[0] : call.e_1;
+  V k[2][G::kCoefficients];
+  for (int i = 0; i < G::kCoefficients; ++i) {
+    for (int h = 0; h < 2; ++h) k[h][i] = coefficients[i].half[h];
+  }
+  const auto one = [&](int64_t j, V(&g)[2]) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = j * kPair + h * kLanes;
+      V kept[G::kKept];
+      for (int i = 0; i < G::kKept; ++i) kept[i] = V::load(call.kept[i] + at);
+      g[h] = G::gradient(kept, k[h]);
+      if constexpr (kHard) g[h] = g[h] + V::load(e_1 + at) * to_q1.half[h];
+    }
+    if (kHard && call.smooth) {
+      const In* student = tile.student + j * tile.student_step;
+      V s[2];
+      if (j < tile.num_whole) {
+        load2(student, s[0], s[1]);
+      } else {
+        load2_tail(student, tile.tail, s[0], s[1]);
+      }
+      for (int h = 0; h < 2; ++h) g[h] = g[h] - where_not_masked(s[h], uniform.half[h]);
     }
   };
-
-  V m_s[2] = {V(Scalar(kNegInf)), V(Scalar(kNegInf))}, m_t[2] = {m_s[0], m_s[0]}, s[2], t[2];
-  for (int64_t v = 0; v < vocab_size; ++v) {
-    load(student + v * s_stride, s);
-    load(teacher + v * t_stride, t);
-    for (int h = 0; h < 2; ++h) {
-      m_s[h] = max(m_s[h], s[h]);
-      m_t[h] = max(m_t[h], t[h]);
+  V g[2];
+  int64_t j = 0;
+  if (call.stream && (reinterpret_cast<uintptr_t>(tile.gradient) & 63) == 0) {
+    for (; j < tile.num_whole; ++j) {
+      one(j, g);
+      stream2(tile.gradient + j * tile.gradient_step, g[0], g[1]);
+    }
+  } else {
+    for (; j < tile.num_whole; ++j) {
+      one(j, g);
+      store2(tile.gradient + j * tile.gradient_step, g[0], g[1]);
     }
   }
-  Sums<V, D> sums[2];
-  for (int64_t begin = 0; begin < vocab_size; begin += kBlockClasses) {
-    const int64_t end = begin + kBlockClasses < vocab_size ? begin + kBlockClasses : vocab_size;
-    Sums<V, D> block[2];
-    for (int64_t v = begin; v < end; ++v) {
-      load(student + v * s_stride, s);
-      load(teacher + v * t_stride, t);
-      for (int h = 0; h < 2; ++h) {
-        first_pass<kHard>(call, m_s[h], m_t[h], v * kPair + h * kLanes, s[h], t[h], block[h]);
+  for (; j < tile.num_pairs; ++j) {
+    one(j, g);
+    store2_tail(tile.gradient + j * tile.gradient_step, tile.tail, g[0], g[1]);
+  }
+}
+
+// The first pass from a good reference point. Also returns that.
+template <class D, class In, class V = Arithmetic<In>>
+Sums<V, D::kSums> first_pass_in_range(const Call<typename V::Scalar>& call, const Tile<In>& tile, int64_t vocab_size,
+                                      int64_t hidden, Pair<V>& m_s, Pair<V>& m_t) {
+  using Scalar = typename V::Scalar;
+  if (D::kRawLogits) return first_pass<D>(call, tile, m_s, m_t, hidden);  // from 0, which the caller has set
+  if (!tile.folded) {
+    m_s = column_max(tile, tile.student, tile.student_step);
+    m_t = column_max(tile, tile.teacher, tile.teacher_step);
+    return first_pass<D>(call, tile, m_s, m_t, hidden);
+  }
+  for (bool exact = vocab_size <= kProbe;; exact = true) {
+    const int64_t probed = exact ? vocab_size : kProbe;
+    Scalar s = row_max(tile.student, probed, hidden), t = row_max(tile.teacher, probed, hidden);
+    if (!exact && !(s > kNegInf && t > kNegInf)) continue;  // the probe saw only masked classes, or a NaN
+    if (D::kExcludesLabel) {  // no other class may be left; then all exponentials are to be 0, not NaN
+      if (s == kNegInf) s = 0;
+      if (t == kNegInf) t = 0;
+    }
+    m_s = Pair<V>(s);
+    m_t = Pair<V>(t);
+    const Sums<V, D::kSums> sums = first_pass<D>(call, tile, m_s, m_t, hidden);
+    double z[2];
+    gather_sums(tile, sums.of(0), &z[0]);
+    gather_sums(tile, sums.of(1), &z[1]);
+    if (exact || (is_tame(z[0]) && is_tame(z[1]))) return sums;
+  }
+}
+
+// What the last pass needs of the cross entropy, and its value for each row.
+template <class V>
+struct Hard {
+  Pair<V> to_q1{typename V::Scalar(0)}, uniform{typename V::Scalar(0)};
+  double loss[kMaxLanes] = {};
+  double at_label[kMaxLanes] = {};  // of the gradient, at the label's class
+};
+
+// `scale[r]` is what the gradient of row r is multiplied with, NaN where the row is out. m and z_s are those of the
+// first pass, for a cross entropy that shares its exponentials.
+template <class In, class V = Arithmetic<In>>
+Hard<V> cross_entropy(const Call<typename V::Scalar>& call, const LossProblem& p, const Tile<In>& tile,
+                      const int64_t* labels, const bool* is_in, const double* scale, Pair<V> m, const double* z_s) {
+  double z[kMaxLanes], a[kMaxLanes], count[kMaxLanes], top[kMaxLanes], to_q1[kMaxLanes] = {}, uniform[kMaxLanes] = {};
+  for (bool exact = p.vocab_size <= kProbe; call.smooth || !call.shares_exp; exact = true) {
+    if (!call.shares_exp) {
+      m = tile.folded ? Pair<V>(row_max(tile.student, exact ? p.vocab_size : kProbe, -1))
+                      : column_max(tile, tile.student, tile.student_step);
+    }
+    const Sums<V, 3> sums = hard_pass(call, tile, m, !call.shares_exp);
+    gather_sums(tile, sums.of(0), z);
+    gather_sums(tile, sums.of(1), a);
+    gather_sums(tile, sums.of(2), count);
+    if (call.shares_exp || !tile.folded || exact || is_tame(z[0])) break;
+  }
+  gather(tile, m, top);
+  Hard<V> hard;
+  for (int r = 0; r < tile.rows; ++r) {
+    if (!is_in[r]) continue;
+    const double z_1 = call.shares_exp ? z_s[r] : z[r], log_z = __builtin_log(z_1);
+    const double s_label = to_float(tile.student[tile.folded ? labels[r] : labels[r] * tile.student_step + r]);
+    const double a_label = (s_label - top[r]) * kLog2E;
+    double loss = log_z - kLn2 * a_label;
+    if (call.smooth) {
+      loss = (1 - p.label_smoothing) * loss + p.label_smoothing * (log_z - kLn2 * a[r] / count[r]);
+      uniform[r] = scale[r] * p.label_smoothing / count[r];
+    }
+    hard.loss[r] = p.hard_weight * loss;
+    to_q1[r] = scale[r] / z_1;
+    hard.at_label[r] =
+        __builtin_exp2(a_label) * to_q1[r] - scale[r] * (1 - p.label_smoothing) - (s_label == kNegInf ? 0 : uniform[r]);
+  }
+  hard.to_q1 = spread(tile, to_q1);
+  hard.uniform = spread(tile, uniform);
+  return hard;
+}
+
+// Loss and gradient of the rows of a tile, the first of which is row `first` of the problem. Rows that are out share
+// the lanes and the arithmetic and nothing else: no lane sees another. What is written as their gradient has no
+// meaning.
+template <class D, class In, class V = Arithmetic<In>>
+void loss_tile(const Call<typename V::Scalar>& call, const LossProblem& p, const Tile<In>& tile, int64_t first) {
+  using Scalar = typename V::Scalar;
+  using G = typename D::Gradient;
+  constexpr int kPair = 2 * V::kLanes;
+  const int64_t* labels = p.labels ? p.labels + first : nullptr;
+  const int64_t hidden = D::kExcludesLabel ? labels[0] : -1;
+
+  Pair<V> m_s(Scalar(0)), m_t(Scalar(0));
+  double sums[kMaxLanes][D::kSums], mixture[kMaxLanes][D::kMixtureSums + 1];
+  {
+    const Sums<V, D::kSums> total = first_pass_in_range<D>(call, tile, p.vocab_size, hidden, m_s, m_t);
+    for (int i = 0; i < D::kSums; ++i) gather_sums(tile, total.of(i), &sums[0][i], D::kSums);
+  }
+  if constexpr (D::kMixtureSums > 0) {
+    double to_q[kMaxLanes], to_p[kMaxLanes];
+    for (int r = 0; r < tile.rows; ++r) {
+      to_q[r] = 1 / sums[r][0];
+      to_p[r] = 1 / sums[r][1];
+    }
+    const auto total = mixture_pass<D, V>(call, tile.num_pairs, spread(tile, to_q), spread(tile, to_p));
+    for (int i = 0; i < D::kMixtureSums; ++i) gather_sums(tile, total.of(i), &mixture[0][i], D::kMixtureSums + 1);
+  }
+
+  bool is_in[kMaxLanes];
+  double hard_scale[kMaxLanes], z_s[kMaxLanes], k[G::kCoefficients][kMaxLanes], at_label[kMaxLanes];
+  for (int r = 0; r < tile.rows; ++r) {
+    const double weight = p.weights ? p.weights[first + r] : 1.0;
+    is_in[r] = weight != 0;
+    p.row_losses[first + r] = 0;
+    for (auto& coefficient : k) coefficient[r] = 0;
+    if (!is_in[r]) continue;
+    double scale = weight * p.gradient_scale;
+    if (p.upstream) scale *= p.upstream[p.upstream_is_uniform ? 0 : first + r];
+    hard_scale[r] = scale * p.hard_weight;
+    z_s[r] = sums[r][0];
+
+    Row row{sums[r], mixture[r], p.beta, p.omega, 0, 0};
+    if constexpr (D::kExcludesLabel) {  // a folded tile
+      double top_s, top_t;
+      gather(tile, m_s, &top_s);
+      gather(tile, m_t, &top_t);
+      row.a_label = (to_float(tile.student[hidden]) - top_s) * (kLog2E / p.student_temperature);
+      row.b_label = (to_float(tile.teacher[hidden]) - top_t) * (kLog2E / p.teacher_temperature);
+    }
+    double of_row[G::kCoefficients];
+    double value = D::finish(row, scale * p.soft_scale / p.student_temperature, of_row);
+    if (value < 0) value = 0;  // rounding alone; a NaN stays
+    p.row_losses[first + r] = p.soft_scale * value;
+    // All of a broken row's gradient is NaN, wherever in the row it broke.
+    for (int i = 0; i < G::kCoefficients; ++i) k[i][r] = value == value ? of_row[i] : value;
+    if (row.is_unbounded) {
+      for (int64_t i = 0; i < tile.num_pairs * kPair; ++i) {
+        if (tile.folded || i % kPair == lane_of_element<In>(r)) call.kept[D::kUnbounded][i] = 0;
       }
     }
-    sums[0].merge(block[0]);
-    sums[1].merge(block[1]);
   }
-
-  V to_q[2], to_p[2], to_q1[2], uniform[2], in[2];
-  Scalar at_label[kPair];
-  for (int h = 0; h < 2; ++h) {
-    Scalar z_s[kLanes], z_t[kLanes], d[D::kSums][kLanes], z_1[kLanes], a_1[kLanes], count[kLanes], top_s[kLanes],
-        top_t[kLanes];
-    sums[h].z_s.store(z_s);
-    sums[h].z_t.store(z_t);
-    for (int i = 0; i < D::kSums; ++i) sums[h].divergence[i].store(d[i]);
-    sums[h].z_1.store(z_1);
-    sums[h].a_1.store(a_1);
-    sums[h].count.store(count);
-    m_s[h].store(top_s);
-    m_t[h].store(top_t);
-    Scalar q[kLanes] = {}, p_[kLanes] = {}, q1[kLanes] = {}, u[kLanes] = {}, is_in[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const int element = element_of_lane<In>(h, l);
-      is_in[l] = kNegInf;
-      if (element >= live) continue;
-      const int64_t r = first_row + element;
-      const double weight = p.weights ? p.weights[r] : 1.0;
-      p.row_losses[r] = 0;
-      if (weight == 0) continue;
-      is_in[l] = 0;
-      RowSums<D> row;
-      row.z_s = z_s[l];
-      row.z_t = z_t[l];
-      for (int i = 0; i < D::kSums; ++i) row.divergence[i] = d[i][l];
-      row.z_1 = z_1[l];
-      row.a_1 = a_1[l];
-      row.count = count[l];
-      const Scalar s_label = kHard ? to_float(student[p.labels[r] * s_stride + element]) : Scalar(0);
-      const Scalar t_label = kHard ? to_float(teacher[p.labels[r] * t_stride + element]) : Scalar(0);
-      const RowCoefficients c = finish_row<kHard>(call, row, top_s[l], s_label, weight);
-      p.row_losses[r] = weight * c.loss;
-      q[l] = Scalar(c.to_q);
-      p_[l] = Scalar(c.to_p);
-      q1[l] = Scalar(c.to_q1);
-      u[l] = Scalar(c.uniform);
-      if (kHard) at_label[element] = label_gradient<D, V>(call, c, top_s[l], top_t[l], s_label, t_label);
-    }
-    to_q[h] = V::load(q);
-    to_p[h] = V::load(p_);
-    to_q1[h] = V::load(q1);
-    uniform[h] = V::load(u);
-    in[h] = V::load(is_in);
+  Hard<V> hard;
+  if (call.hard) hard = cross_entropy(call, p, tile, labels, is_in, hard_scale, m_s, z_s);
+  for (int r = 0; r < tile.rows; ++r) {
+    const double weight = p.weights ? p.weights[first + r] : 1.0;
+    if (is_in[r]) p.row_losses[first + r] = weight * (p.row_losses[first + r] + hard.loss[r]);
   }
-  if (!gradient) return;
+  if (!tile.gradient) return;
 
-  const Scalar* e_1 = call.shares_exp ? call.e_s : call.e_1;
-  for (int64_t v = 0; v < vocab_size; ++v) {
-    if (kHard && call.smooth) load(student + v * s_stride, s);
-    V g[2];
-    for (int h = 0; h < 2; ++h) {
-      const int64_t j = v * kPair + h * kLanes;
-      g[h] = D::gradient(V::load(call.e_s + j) * to_q[h], V::load(call.e_t + j) * to_p[h]);
-      if constexpr (kHard) {
-        g[h] = g[h] + V::load(e_1 + j) * to_q1[h];
-        if (call.smooth) g[h] = g[h] - where_not_masked(s[h], uniform[h]);
+  // The last pass does not know where the label is; its class gets a gradient of its own, in one rounding.
+  if (call.hard || D::kExcludesLabel) {
+    for (int r = 0; r < tile.rows; ++r) {
+      if (!is_in[r]) continue;
+      if constexpr (D::kExcludesLabel) {
+        at_label[r] = k[G::kCoefficients - 1][r];
+      } else {
+        const int64_t element = tile.folded ? labels[r] % kPair : r;
+        const int64_t at = (tile.folded ? labels[r] / kPair : labels[r]) * kPair + lane_of_element<In>(int(element));
+        V kept[G::kKept], coefficient[G::kCoefficients];
+        for (int i = 0; i < G::kKept; ++i) kept[i] = V(call.kept[i][at]);
+        for (int i = 0; i < G::kCoefficients; ++i) coefficient[i] = V(Scalar(k[i][r]));
+        Scalar lanes[V::kLanes];
+        G::gradient(kept, coefficient).store(lanes);
+        at_label[r] = lanes[0];
       }
-      g[h] = where_not_masked(in[h], g[h]);
-    }
-    if (live == kPair) {
-      store2(gradient + v * g_stride, g[0], g[1]);
-    } else {
-      store2_tail(gradient + v * g_stride, live, g[0], g[1]);
+      at_label[r] += hard.at_label[r];
     }
   }
-  if (kHard) {
-    for (int element = 0; element < live; ++element) {
-      const int64_t r = first_row + element;
-      if (p.weights && p.weights[r] == 0) continue;
-      from_float(at_label[element], gradient + p.labels[r] * g_stride + element);
+  Pair<V> coefficients[G::kCoefficients];
+  for (int i = 0; i < G::kCoefficients; ++i) coefficients[i] = spread(tile, k[i]);
+  const auto last = call.hard ? last_pass<G, true, In> : last_pass<G, false, In>;
+  last(call, tile, coefficients, hard.to_q1, hard.uniform);
+  if (call.hard || D::kExcludesLabel) {
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t label = tile.folded ? labels[r] : labels[r] * tile.gradient_step + r;
+      if (is_in[r]) from_float(Scalar(at_label[r]), tile.gradient + label);
     }
   }
 }
@@ -493,134 +604,122 @@ Layout layout_of(const LossProblem& p) {
   };
   if (same_type && all([](const Operand& o) { return o.class_stride == 1; })) return Layout::kContiguous;
   const int last = p.num_row_dims - 1;
-  if (same_type && p.vocab_size <= kSideBySideMaxClasses && last >= 0 && p.row_sizes[last] >= 8 &&
-      all([last](const Operand& o) { return o.row_strides[last] == 1; })) {
+  if (same_type && !needs_labels(p.divergence) && p.vocab_size <= kSideBySideMaxClasses && last >= 0 &&
+      p.row_sizes[last] >= 8 && all([last](const Operand& o) { return o.row_strides[last] == 1; })) {
     return Layout::kSideBySide;
   }
   return Layout::kGathered;
 }
 
-// Three rows of exponentials and, to gather rows, three more; side by side, a pair of vectors for each class.
-size_t scratch_bytes(const LossProblem& p) {
-  const bool is_double = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
-  const size_t rows = layout_of(p) == Layout::kSideBySide ? 3 * 2 * (is_double ? Double::kLanes : Float::kLanes) : 6;
-  return rows * size_t(padded(p.vocab_size)) * (is_double ? 8 : 4);
+// The type the arithmetic is in.
+bool is_double(const LossProblem& p) {
+  return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
 }
 
-// Rows [begin, end) of one storage type and layout.
-template <class In, Layout kLayout>
-void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
+// Rows of kept values and of the cross entropy's exponentials, and three more to gather rows in; side by side, a pair
+// of vectors for each class.
+size_t scratch_bytes(const LossProblem& p) {
+  const size_t pair = 2 * (is_double(p) ? Double::kLanes : Float::kLanes);
+  const size_t rows = layout_of(p) == Layout::kSideBySide ? (kMaxKept + 1) * pair : kMaxKept + 1 + 3;
+  return rows * size_t(padded(p.vocab_size)) * (is_double(p) ? 8 : 4);
+}
+
+// Rows [begin, end) of one storage type; gathered rows are of the arithmetic type.
+template <class In>
+void loss_rows_of_type(const LossProblem& p, Layout layout, int64_t begin, int64_t end, void* scratch) {
   using V = Arithmetic<In>;
   using Scalar = typename V::Scalar;
   constexpr int kPair = 2 * V::kLanes;
   const int64_t n = p.vocab_size;
-  const int64_t row_size = padded(n) * (kLayout == Layout::kSideBySide ? kPair : 1);
+  const int64_t row_size = padded(n) * (layout == Layout::kSideBySide ? kPair : 1);
   Scalar* rows = static_cast<Scalar*>(scratch);
 
+  // Without a soft part the teacher is not looked at; the student in its place is multiplied by 0 everywhere.
+  const bool soft = p.soft_scale > 0;
+  const Operand& teacher = soft ? p.teacher : p.student;
+  const Divergence divergence = soft ? p.divergence : Divergence::kForwardKl;
+
   Call<Scalar> call;
-  call.k_s = Scalar(kLog2E / p.student_temperature);
-  call.k_t = Scalar(kLog2E / p.teacher_temperature);
-  call.k_1 = Scalar(kLog2E);
-  call.shares_exp = p.student_temperature == 1.0;
+  for (int i = 0; i < kMaxKept; ++i) call.kept[i] = rows + i * row_size;
+  call.e_1 = rows + kMaxKept * row_size;
+  Scalar* gathered = rows + (kMaxKept + 1) * row_size;
+  call.beta = Scalar(p.beta);
+  call.omega = Scalar(p.omega);
+  call.hard = p.hard_weight > 0;
   call.smooth = p.label_smoothing > 0;
   // Fresh memory larger than a cache; in place the line is in the cache already.
-  call.stream = kLayout == Layout::kContiguous && p.gradient.data != p.student.data &&
+  call.stream = layout == Layout::kContiguous && p.gradient.data != p.student.data &&
                 p.num_rows * n * int64_t(sizeof(In)) >= (1 << 22);
-  call.vocab_size = n;
-  call.soft_scale = p.soft_scale;
-  call.hard_weight = p.hard_weight;
-  call.label_smoothing = p.label_smoothing;
-  call.student_temperature = p.student_temperature;
-  call.gradient_scale = p.gradient_scale;
-  call.e_s = rows;
-  call.e_t = rows + row_size;
-  call.e_1 = rows + 2 * row_size;
-  // Without a soft part the teacher is not looked at; the student in its place is multiplied by 0 everywhere.
-  const Operand& teacher = p.soft_scale > 0 ? p.teacher : p.student;
-  const bool hard = p.hard_weight > 0;
 
+  Tile<In> tile;
+  tile.folded = layout != Layout::kSideBySide;
+  tile.student_step = tile.folded ? kPair : p.student.class_stride;
+  tile.teacher_step = tile.folded ? kPair : teacher.class_stride;
+  tile.gradient_step = tile.folded ? kPair : p.gradient.class_stride;
+  tile.num_pairs = tile.folded ? (n + kPair - 1) / kPair : n;
+  tile.num_whole = n / kPair;
+  tile.tail = int(n % kPair);
+  tile.rows = 1;
+
+  const int last = p.num_row_dims - 1;
   RowIndex index(p, begin);
   for (int64_t r = begin; r < end;) {
     const int64_t s_offset = index.offset(p.student), t_offset = index.offset(teacher);
     const int64_t g_offset = p.gradient.data ? index.offset(p.gradient) : 0;
-    const In* s = static_cast<const In*>(p.student.data) + s_offset;  // meaningless if gathered
-    const In* t = static_cast<const In*>(teacher.data) + t_offset;
-    In* g = p.gradient.data ? static_cast<In*>(p.gradient.data) + g_offset : nullptr;
-
-    if constexpr (kLayout == Layout::kSideBySide) {
-      const int last = p.num_row_dims - 1;
+    if (!tile.folded) {
       int64_t live = p.row_sizes[last] - index.index[last];
       live = live < end - r ? live : end - r;
-      live = live < kPair ? live : kPair;
-      bool any = !p.weights;
-      for (int64_t i = 0; i < live && !any; ++i) any = p.weights[r + i] != 0;
-      if (any) {
-        with_divergence<V>(p.divergence, [&](auto divergence) {
-          using D = decltype(divergence);
-          const auto run = hard ? loss_side_by_side<true, D, In> : loss_side_by_side<false, D, In>;
-          run(call, p, s, p.student.class_stride, t, teacher.class_stride, g, p.gradient.class_stride, r, int(live));
-        });
-      }
-      for (int64_t i = 0; i < live; ++i, ++r, index.next()) {
-        if (!any) p.row_losses[r] = 0;
-        if (g) clear_classes(p.gradient, g_offset + i, any ? n : 0, p.gradient_size);
-      }
-      continue;
+      tile.rows = tile.tail = int(live < kPair ? live : kPair);
+      tile.num_whole = tile.rows == kPair ? n : 0;
     }
-
-    const double weight = p.weights ? p.weights[r] : 1.0;
-    if (weight == 0) {
-      p.row_losses[r] = 0;
-      if (g) clear_classes(p.gradient, g_offset, 0, p.gradient_size);
-    } else {
-      if constexpr (kLayout == Layout::kGathered) {  // In is Scalar here
-        gather_row(p.student, s_offset, n, rows + 3 * row_size);
-        gather_row(teacher, t_offset, n, rows + 4 * row_size);
-        s = rows + 3 * row_size;
-        t = rows + 4 * row_size;
-        if (g) g = rows + 5 * row_size;
+    bool any = !p.weights;
+    for (int i = 0; i < tile.rows && !any; ++i) any = p.weights[r + i] != 0;
+    if (any) {
+      if (layout == Layout::kGathered) {
+        gather_row(p.student, s_offset, n, gathered);
+        gather_row(teacher, t_offset, n, gathered + row_size);
+        tile.student = reinterpret_cast<const In*>(gathered);  // In is Scalar here
+        tile.teacher = reinterpret_cast<const In*>(gathered + row_size);
+        tile.gradient = p.gradient.data ? reinterpret_cast<In*>(gathered + 2 * row_size) : nullptr;
+      } else {
+        tile.student = static_cast<const In*>(p.student.data) + s_offset;
+        tile.teacher = static_cast<const In*>(teacher.data) + t_offset;
+        tile.gradient = p.gradient.data ? static_cast<In*>(p.gradient.data) + g_offset : nullptr;
       }
-      with_divergence<V>(p.divergence, [&](auto divergence) {
-        using D = decltype(divergence);
-        const auto run = hard ? loss_row<true, D, In> : loss_row<false, D, In>;
-        p.row_losses[r] = run(call, s, t, g, hard ? p.labels[r] : 0, weight);
+      with_divergence<V>(divergence, [&](auto d) {
+        using D = decltype(d);
+        call.shares_exp = D::kKeepsExp && p.student_temperature == 1.0;
+        call.k_s = Scalar((D::kRawLogits ? 1 : kLog2E) / p.student_temperature);
+        call.k_t = Scalar((D::kRawLogits ? 1 : kLog2E) / p.teacher_temperature);
+        loss_tile<D>(call, p, tile, r);
       });
-      if (g) {
-        if constexpr (kLayout == Layout::kGathered) scatter_row(p.gradient, g_offset, n, rows + 5 * row_size);
-        if (p.gradient_size > n) clear_classes(p.gradient, g_offset, n, p.gradient_size);
+      if (layout == Layout::kGathered && p.gradient.data) {
+        scatter_row(p.gradient, g_offset, n, gathered + 2 * row_size);
       }
     }
-    ++r;
-    index.next();
+    for (int i = 0; i < tile.rows; ++i, ++r, index.next()) {
+      const bool is_in = !p.weights || p.weights[r] != 0;
+      if (!is_in) p.row_losses[r] = 0;
+      if (p.gradient.data && (!is_in || p.gradient_size > n)) {
+        clear_classes(p.gradient, g_offset + (tile.folded ? 0 : i), is_in ? n : 0, p.gradient_size);
+      }
+    }
   }
   if (call.stream) stream_fence();
 }
 
-template <Layout kLayout>
-void loss_rows_of_type(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.student.dtype) {
+void loss_rows(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
+  const Layout layout = layout_of(p);
+  const DType arithmetic = is_double(p) ? DType::kFloat64 : DType::kFloat32;
+  switch (layout == Layout::kGathered ? arithmetic : p.student.dtype) {
     case DType::kFloat32:
-      return loss_rows<float, kLayout>(p, begin, end, scratch);
+      return loss_rows_of_type<float>(p, layout, begin, end, scratch);
     case DType::kBFloat16:
-      return loss_rows<BFloat16, kLayout>(p, begin, end, scratch);
+      return loss_rows_of_type<BFloat16>(p, layout, begin, end, scratch);
     case DType::kFloat16:
-      return loss_rows<Float16, kLayout>(p, begin, end, scratch);
+      return loss_rows_of_type<Float16>(p, layout, begin, end, scratch);
     case DType::kFloat64:
-      return loss_rows<double, kLayout>(p, begin, end, scratch);
-  }
-}
-
-void loss_rows_of_layout(const LossProblem& p, int64_t begin, int64_t end, void* scratch) {
-  switch (layout_of(p)) {
-    case Layout::kContiguous:
-      return loss_rows_of_type<Layout::kContiguous>(p, begin, end, scratch);
-    case Layout::kSideBySide:
-      return loss_rows_of_type<Layout::kSideBySide>(p, begin, end, scratch);
-    case Layout::kGathered:
-      // In the arithmetic type, whatever the storage types are.
-      return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64
-                 ? loss_rows<double, Layout::kGathered>(p, begin, end, scratch)
-                 : loss_rows<float, Layout::kGathered>(p, begin, end, scratch);
+      return loss_rows_of_type<double>(p, layout, begin, end, scratch);
   }
 }
 
@@ -672,7 +771,7 @@ void scale_rows(const LossProblem& p, const double* factors, bool is_uniform, in
 }  // namespace
 
 const Kernels& REPTILE_EXT_KERNELS() {
-  static const Kernels kernels = {scratch_bytes, loss_rows_of_layout, scale_rows};
+  static const Kernels kernels = {scratch_bytes, loss_rows, scale_rows};
   return kernels;
 }
 

@@ -95,6 +95,17 @@ constexpr double kExp2d[12] = {1.0,
                                1.025321230405209001e-7,
                                6.5595298355172712178e-9,
                                6.2634652734225902742e-10};
+// Coefficients of log(1 + t) / t on [√½ − 1, √2 − 1], ascending, the first exactly 1; minimax of the relative error,
+// 3.0e-8 before rounding.
+constexpr float kLog1pf[9] = {1.0f,          -0.499999916f, 0.333339502f,  -0.250017552f, 0.199620724f,
+                              -0.165705092f, 0.149179718f,  -0.143075144f, 0.087348392f};
+// Coefficients of (2 atanh s − 2 s) / s³ in s² for |s| ≤ (√2 − 1) / (√2 + 1), ascending; 1.2e-18.
+constexpr double kAtanhd[7] = {0.66666666666667344128, 0.39999999999414675746, 0.28571428742388012491,
+                               0.22222198573157717871, 0.18183564327007024527, 0.15314050539471847141,
+                               0.1479594974650411203};
+// A float's or double's bits, moved so that the exponent field changes at √½ instead of at 1.
+constexpr uint32_t kHalfRootF = 0x3f3504f3, kOneF = 0x3f800000;
+constexpr uint64_t kHalfRootD = 0x3fe6a09e667f3bcd, kOneD = 0x3ff0000000000000;
 constexpr float kNegInf = -__builtin_inff();
 
 #if defined(__AVX512F__)
@@ -119,6 +130,29 @@ inline Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 // other instruction sets: they must agree on which class has mass.
 inline Float add_product_where_positive(Float acc, Float e, Float d) {
   return _mm512_mask3_fmadd_ps(e.v, d.v, acc.v, _mm512_cmp_ps_mask(e.v, _mm512_set1_ps(0x1p-126f), _CMP_NLT_UQ));
+}
+inline Float where_positive(Float e, Float d) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(e.v, _mm512_set1_ps(0x1p-126f), _CMP_NLT_UQ), d.v);
+}
+inline Float with_sign_of(Float d, Float x) {
+  const __m512 signed_x = _mm512_xor_ps(x.v, _mm512_and_ps(d.v, _mm512_set1_ps(-0.0f)));
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), signed_x);
+}
+inline Float where_zero(Float k, Float a, Float b) {
+  return _mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(k.v, _mm512_setzero_ps(), _CMP_EQ_OQ), a.v);
+}
+inline Float smallest_normal(Float) { return Float(0x1p-126f); }
+inline Float reciprocal(Float a) {
+  // 14 bits and a Newton step; the instruction that divides takes four times as long.
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1)), r, r);
+}
+// w = f · 2^k with f in [√½, √2).
+inline void split(Float w, Float& f, Float& k) {
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(w.v), _mm512_set1_epi32(int(kOneF - kHalfRootF)));
+  const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffff));
+  f.v = _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_set1_epi32(int(kHalfRootF))));
+  k.v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(bits, 23), _mm512_set1_epi32(127)));
 }
 // a where x > −inf (or NaN), else 0.
 inline Float where_not_masked(Float x, Float a) {
@@ -157,6 +191,24 @@ inline Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.
 inline Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {
   return _mm512_mask3_fmadd_pd(e.v, d.v, acc.v, _mm512_cmp_pd_mask(e.v, _mm512_set1_pd(0x1p-1022), _CMP_NLT_UQ));
+}
+inline Double where_positive(Double e, Double d) {
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(e.v, _mm512_set1_pd(0x1p-1022), _CMP_NLT_UQ), d.v);
+}
+inline Double with_sign_of(Double d, Double x) {
+  const __m512d signed_x = _mm512_xor_pd(x.v, _mm512_and_pd(d.v, _mm512_set1_pd(-0.0)));
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(d.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), signed_x);
+}
+inline Double where_zero(Double k, Double a, Double b) {
+  return _mm512_mask_mov_pd(b.v, _mm512_cmp_pd_mask(k.v, _mm512_setzero_pd(), _CMP_EQ_OQ), a.v);
+}
+inline Double smallest_normal(Double) { return Double(0x1p-1022); }
+inline Double reciprocal(Double a) { return _mm512_div_pd(_mm512_set1_pd(1), a.v); }
+inline void split(Double w, Double& f, Double& k) {
+  const __m512i bits = _mm512_add_epi64(_mm512_castpd_si512(w.v), _mm512_set1_epi64(int64_t(kOneD - kHalfRootD)));
+  const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi64(0xfffffffffffff));
+  f.v = _mm512_castsi512_pd(_mm512_add_epi64(fraction, _mm512_set1_epi64(int64_t(kHalfRootD))));
+  k.v = _mm512_cvtepi64_pd(_mm512_sub_epi64(_mm512_srli_epi64(bits, 52), _mm512_set1_epi64(1023)));
 }
 inline Double where_not_masked(Double x, Double a) {
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, _mm512_set1_pd(kNegInf), _CMP_NEQ_UQ), a.v);
@@ -261,6 +313,25 @@ inline Float add_product_where_positive(Float acc, Float e, Float d) {
   const __m256 positive = _mm256_cmp_ps(e.v, _mm256_setzero_ps(), _CMP_NLE_UQ);
   return _mm256_fmadd_ps(e.v, _mm256_and_ps(d.v, positive), acc.v);
 }
+inline Float where_positive(Float e, Float d) {
+  return _mm256_and_ps(d.v, _mm256_cmp_ps(e.v, _mm256_setzero_ps(), _CMP_NLE_UQ));
+}
+inline Float with_sign_of(Float d, Float x) {
+  const __m256 signed_x = _mm256_xor_ps(x.v, _mm256_and_ps(d.v, _mm256_set1_ps(-0.0f)));
+  return _mm256_and_ps(signed_x, _mm256_cmp_ps(d.v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+inline Float where_zero(Float k, Float a, Float b) {
+  return _mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(k.v, _mm256_setzero_ps(), _CMP_EQ_OQ));
+}
+inline Float smallest_normal(Float) { return Float(0x1p-126f); }
+inline Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1), a.v); }
+// w = f · 2^k with f in [√½, √2).
+inline void split(Float w, Float& f, Float& k) {
+  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(w.v), _mm256_set1_epi32(int(kOneF - kHalfRootF)));
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+  f.v = _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_set1_epi32(int(kHalfRootF))));
+  k.v = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
+}
 inline Float where_not_masked(Float x, Float a) {
   return _mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(kNegInf), _CMP_NEQ_UQ), a.v);
 }
@@ -307,6 +378,26 @@ inline Double max(Double a, Double b) { return _mm256_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {
   const __m256d positive = _mm256_cmp_pd(e.v, _mm256_setzero_pd(), _CMP_NLE_UQ);
   return _mm256_fmadd_pd(e.v, _mm256_and_pd(d.v, positive), acc.v);
+}
+inline Double where_positive(Double e, Double d) {
+  return _mm256_and_pd(d.v, _mm256_cmp_pd(e.v, _mm256_setzero_pd(), _CMP_NLE_UQ));
+}
+inline Double with_sign_of(Double d, Double x) {
+  const __m256d signed_x = _mm256_xor_pd(x.v, _mm256_and_pd(d.v, _mm256_set1_pd(-0.0)));
+  return _mm256_and_pd(signed_x, _mm256_cmp_pd(d.v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
+}
+inline Double where_zero(Double k, Double a, Double b) {
+  return _mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(k.v, _mm256_setzero_pd(), _CMP_EQ_OQ));
+}
+inline Double smallest_normal(Double) { return Double(0x1p-1022); }
+inline Double reciprocal(Double a) { return _mm256_div_pd(_mm256_set1_pd(1), a.v); }
+inline void split(Double w, Double& f, Double& k) {
+  const __m256i bits = _mm256_add_epi64(_mm256_castpd_si256(w.v), _mm256_set1_epi64x(int64_t(kOneD - kHalfRootD)));
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi64x(0xfffffffffffff));
+  f.v = _mm256_castsi256_pd(_mm256_add_epi64(fraction, _mm256_set1_epi64x(int64_t(kHalfRootD))));
+  // An integer below 2^52 in the low bits of 2^52 reads as 2^52 plus that integer.
+  const __m256i exponent = _mm256_or_si256(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(0x4330000000000000));
+  k.v = _mm256_sub_pd(_mm256_castsi256_pd(exponent), _mm256_set1_pd(0x1p52 + 1023));
 }
 inline Double where_not_masked(Double x, Double a) {
   return _mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_set1_pd(kNegInf), _CMP_NEQ_UQ), a.v);
@@ -412,6 +503,26 @@ struct Vector {
   friend Vector add_product_where_positive(Vector acc, Vector e, Vector d) {
     return acc.v + e.v * (e.v <= Reg{} ? Reg{} : d.v);
   }
+  friend Vector where_positive(Vector e, Vector d) { return e.v <= Reg{} ? Reg{} : d.v; }
+  friend Vector with_sign_of(Vector d, Vector x) {
+    const Reg zero_or_x = d.v == Reg{} ? Reg{} : x.v;
+    return d.v < Reg{} ? -zero_or_x : zero_or_x;
+  }
+  friend Vector where_zero(Vector k, Vector a, Vector b) { return k.v == Reg{} ? a.v : b.v; }
+  friend Vector smallest_normal(Vector) { return Vector(sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126)); }
+  friend Vector reciprocal(Vector a) { return Vector(T(1)).v / a.v; }
+  // w = f · 2^k with f in [√½, √2).
+  friend void split(Vector w, Vector& f, Vector& k) {
+    constexpr bool kDouble = sizeof(T) == 8;
+    constexpr int kShift = kDouble ? 52 : 23;
+    constexpr Int kHalfRoot = kDouble ? Int(kHalfRootD) : Int(kHalfRootF), kOne = kDouble ? Int(kOneD) : Int(kOneF);
+    Bits bits;
+    std::memcpy(&bits, &w.v, 16);
+    bits += kOne - kHalfRoot;
+    const Bits fraction = (bits & ((Int(1) << kShift) - 1)) + kHalfRoot;
+    std::memcpy(&f.v, &fraction, 16);
+    k.v = __builtin_convertvector((bits >> kShift) - (kDouble ? 1023 : 127), Reg);
+  }
   friend Vector where_not_masked(Vector x, Vector a) { return x.v == Vector(T(kNegInf)).v ? Reg{} : a.v; }
   friend T reduce_max(Vector a) {
     T m = a.v[0];
@@ -472,6 +583,26 @@ inline void stream2(T* p, V a, V b) {
 inline void stream_fence() {}
 #endif
 
+// log w for w ≥ 0, given w − 1 as exactly as the caller knows it; log of the smallest normal number for less than that.
+inline Float log_of_ratio(Float w, Float w_minus_1) {
+  Float f, k;
+  split(max(smallest_normal(w), w), f, k);
+  const Float t = where_zero(k, w_minus_1, f - Float(1));
+  Float p = Float(kLog1pf[8]);
+  for (int i = 7; i >= 0; --i) p = fma(p, t, Float(kLog1pf[i]));
+  return fma(k, Float(0.693147181f), t * p);
+}
+inline Double log_of_ratio(Double w, Double w_minus_1) {
+  Double f, k;
+  split(max(smallest_normal(w), w), f, k);
+  const Double t = where_zero(k, w_minus_1, f - Double(1));
+  const Double s = t * reciprocal(t + Double(2));
+  const Double s2 = s * s;
+  Double p = Double(kAtanhd[6]);
+  for (int i = 5; i >= 0; --i) p = fma(p, s2, Double(kAtanhd[i]));
+  return fma(k, Double(0.693147180559945309417), fma(s * s2, p, s + s));
+}
+
 // The arithmetic type of a storage type.
 template <class T>
 struct ArithmeticOf {
@@ -493,16 +624,22 @@ struct IsBFloat16<BFloat16> {
   static constexpr bool value = true;
 };
 
-// Which element of a pair is in lane l of its half h. Only a driver with something to say to single lanes asks.
+// Where element e of a pair is, counted over the lanes of its first half, then of the second. Only a driver with
+// something to say to single lanes asks.
 template <class T>
-constexpr int element_of_lane(int h, int l) {
+constexpr int lane_of_element(int e) {
 #if defined(__AVX2__) || defined(__AVX512F__)
   constexpr bool kInterleaved = IsBFloat16<T>::value;
 #else
   constexpr bool kInterleaved = false;
 #endif
-  return kInterleaved ? 2 * l + h : h * Arithmetic<T>::kLanes + l;
+  return kInterleaved ? e % 2 * Arithmetic<T>::kLanes + e / 2 : e;
 }
+
+inline void set_negative_infinity(float* p) { *p = kNegInf; }
+inline void set_negative_infinity(double* p) { *p = kNegInf; }
+inline void set_negative_infinity(BFloat16* p) { p->bits = 0xff80; }
+inline void set_negative_infinity(Float16* p) { p->bits = 0xfc00; }
 
 // The last n < 2 · kLanes elements of a row. Dead lanes hold −inf, which is what a masked class holds, so the code
 // that follows needs no second version of itself.
@@ -530,10 +667,6 @@ inline void load2_tail(const Float16* p, int n, Float& a, Float& b) {
   b.v = _mm512_cvtph_ps(_mm256_mask_loadu_epi16(dead, __mmask16(live >> 16), p + 16));
 }
 #else
-inline void set_negative_infinity(float* p) { *p = kNegInf; }
-inline void set_negative_infinity(double* p) { *p = kNegInf; }
-inline void set_negative_infinity(BFloat16* p) { p->bits = 0xff80; }
-inline void set_negative_infinity(Float16* p) { p->bits = 0xfc00; }
 template <class T, class V>
 inline void load2_tail(const T* p, int n, V& a, V& b) {
   alignas(64) T buffer[2 * V::kLanes];

@@ -2,6 +2,7 @@
 //
 // distillation_loss returns the loss and d loss / d student, computed in one go; distillation_loss_ writes that
 // gradient over the student's logits and returns the loss; scale_gradient_ is the backward pass, what is left of it.
+// Where a gradient is computed in the backward pass only, `upstream` is what comes from above and multiplies it.
 // Python checks and words the arguments
 // (reptile_ext/arguments.py); what is checked here again is what memory safety hangs on, because anybody may call
 // torch.ops.reptile_ext.* directly.
@@ -136,8 +137,9 @@ struct Arguments {
   const std::optional<Tensor>& labels;
   const std::optional<Tensor>& weight;
   const std::optional<Tensor>& denominator;
+  const std::optional<Tensor>& upstream;
   int64_t divergence;
-  double beta, student_temperature, teacher_temperature, soft_scale, hard_weight, label_smoothing;
+  double beta, omega, student_temperature, teacher_temperature, soft_scale, hard_weight, label_smoothing;
   int64_t ignore_index, reduction;
   double scale;
   int64_t dim;
@@ -251,6 +253,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
   p.divergence = Divergence(a.divergence);
   p.beta = a.beta;
+  p.omega = a.omega;
   if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
   p.student_temperature = a.student_temperature;
   p.teacher_temperature = a.teacher_temperature;
@@ -268,8 +271,8 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
     const View view(*a.labels);
     if (view.dtype != aoti_torch_dtype_int64() || !view.is_contiguous()) fail("labels must be contiguous int64");
     p.labels = static_cast<const int64_t*>(view.data);
-  } else if (a.hard_weight > 0) {
-    fail("labels are needed for hard_weight > 0");
+  } else if (a.hard_weight > 0 || needs_labels(p.divergence)) {
+    fail("labels are needed for hard_weight > 0 and for dkd");
   }
   if (a.weight) check_rows(*a.weight, "weight");
 
@@ -291,6 +294,14 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
     divisor = total == 0 ? 1 : total;  // no row in: the loss is 0, not NaN
   }
   p.gradient_scale = a.scale / divisor;
+
+  if (a.upstream) {
+    const View view(*a.upstream);
+    if (view.dtype != aoti_torch_dtype_float64() || !view.is_contiguous()) fail("upstream must be contiguous float64");
+    p.upstream_is_uniform = view.ndim == 0;
+    if (!p.upstream_is_uniform) check_rows(*a.upstream, "upstream");
+    p.upstream = static_cast<const double*>(view.data);
+  }
 
   const bool is_double = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
   const int32_t loss_dtype = is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
@@ -322,15 +333,16 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   return loss;
 }
 
-#define REPTILE_EXT_PARAMETERS                                                                                      \
-  const Tensor &student, const Tensor &teacher, const std::optional<Tensor>&labels,                                 \
-      const std::optional<Tensor>&weight, const std::optional<Tensor>&denominator, int64_t divergence, double beta, \
-      double student_temperature, double teacher_temperature, double soft_scale, double hard_weight,                \
-      double label_smoothing, int64_t ignore_index, int64_t reduction, double scale, int64_t dim
-#define REPTILE_EXT_ARGUMENTS                                                                                  \
-  Arguments {                                                                                                  \
-    student, teacher, labels, weight, denominator, divergence, beta, student_temperature, teacher_temperature, \
-        soft_scale, hard_weight, label_smoothing, ignore_index, reduction, scale, dim                          \
+#define REPTILE_EXT_PARAMETERS                                                                                         \
+  const Tensor &student, const Tensor &teacher, const std::optional<Tensor>&labels,                                    \
+      const std::optional<Tensor>&weight, const std::optional<Tensor>&denominator,                                     \
+      const std::optional<Tensor>&upstream, int64_t divergence, double beta, double omega, double student_temperature, \
+      double teacher_temperature, double soft_scale, double hard_weight, double label_smoothing, int64_t ignore_index, \
+      int64_t reduction, double scale, int64_t dim
+#define REPTILE_EXT_ARGUMENTS                                                                              \
+  Arguments {                                                                                              \
+    student, teacher, labels, weight, denominator, upstream, divergence, beta, omega, student_temperature, \
+        teacher_temperature, soft_scale, hard_weight, label_smoothing, ignore_index, reduction, scale, dim \
   }
 
 std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_gradient) {
@@ -433,9 +445,10 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, int64_t dim) 
 }  // namespace
 }  // namespace reptile_ext
 
-#define REPTILE_EXT_SCHEMA_TAIL                                                                       \
-  "Tensor teacher, Tensor? labels, Tensor? weight, Tensor? denominator, int divergence, float beta, " \
-  "float student_temperature, float teacher_temperature, float soft_scale, float hard_weight, float " \
+#define REPTILE_EXT_SCHEMA_TAIL                                                                                   \
+  "Tensor teacher, Tensor? labels, Tensor? weight, Tensor? denominator, Tensor? upstream, int kind, float beta, " \
+  "float omega, "                                                                                                 \
+  "float student_temperature, float teacher_temperature, float soft_scale, float hard_weight, float "             \
   "label_smoothing, int ignore_index, int reduction, float scale, int dim"
 
 STABLE_TORCH_LIBRARY(reptile_ext, m) {
