@@ -90,24 +90,26 @@ class _FusedLoss(torch.autograd.Function):
                     f"inplace operation before the backward pass (version {gradient._version}, expected {ctx.version})"
                 )
             return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
-        needed = ctx.needs_input_grad[:2]
-        student, teacher, *rows = ctx.saved_tensors
         # torch.autograd.grad(..., is_grads_batched=True): only plain PyTorch knows what to do with such a tensor.
         is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)
-        if differentiable or (is_batched and gradient is None):
-            gradients = ops.reference_gradients
-        elif gradient is None:
-            gradients = ops.kernel_gradients
-        else:
+        of_student: Tensor | None = None
+        needs_student, needs_teacher = ctx.needs_input_grad[:2]
+        if gradient is not None and not differentiable:
             of_student = _scaled(gradient, grad_output, ctx.dim, is_batched)
-            if not needed[1]:
-                return (of_student, *[None] * 7)
-            gradients = ops.reference_gradients if is_batched else ops.kernel_gradients
-            needed = (False, True)
+            needs_student = False
+        if not (needs_student or needs_teacher):
+            return (of_student, *[None] * 7)
+        student, teacher, *rows = ctx.saved_tensors
+        gradients = ops.reference_gradients if differentiable or is_batched else ops.kernel_gradients
         found = gradients(
-            (student, teacher), tuple(rows), options._replace(dim=ctx.dim), ctx.scale, grad_output, needed
+            (student, teacher),
+            tuple(rows),
+            options._replace(dim=ctx.dim),
+            ctx.scale,
+            grad_output,
+            (needs_student, needs_teacher),
         )
-        return (found[0] if needed[0] else (of_student if gradient is not None else None), found[1], *[None] * 6)
+        return (found[0] if needs_student else of_student, found[1], *[None] * 6)
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, dim: int, is_batched: bool = False) -> Tensor:

@@ -278,23 +278,20 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         s, t, labels = ctx.saved_tensors
-        of_student, of_teacher = (
-            grad_output.unsqueeze(-1) * _Divergence._results(s, t, labels, ctx.of, teachers)[1] if needed else None
-            for teachers, needed in enumerate(ctx.needs_input_grad[:2])
-        )
-        return of_student, of_teacher, None, None
+        found: list[Tensor | None] = [None, None]
+        for i, teachers in enumerate((False, True)):
+            if ctx.needs_input_grad[i]:
+                found[i] = grad_output.unsqueeze(-1) * _Divergence._results(s, t, labels, ctx.of, teachers)[1]
+        return found[0], found[1], None, None
 
     @staticmethod
     def jvp(ctx: Any, s_tangent: Tensor | None, t_tangent: Tensor | None, *_: Any) -> Tensor:
         s, t, labels = ctx.saved_tensors
-        return sum(
-            (
-                (_Divergence._results(s, t, labels, ctx.of, teachers)[1] * tangent).sum(-1)
-                for teachers, tangent in enumerate((s_tangent, t_tangent))
-                if tangent is not None
-            ),
-            start=s.new_zeros(s.shape[:-1]),
-        )
+        total: Tensor = s.new_zeros(s.shape[:-1])
+        for tangent, teachers in ((s_tangent, False), (t_tangent, True)):
+            if tangent is not None:
+                total = total + (_Divergence._results(s, t, labels, ctx.of, teachers)[1] * tangent).sum(-1)
+        return total
 
 
 def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

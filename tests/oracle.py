@@ -14,11 +14,14 @@ THE TOLERANCE RULE (SPEC, promise 2):   error(ours) <= error(plain) + ε(dtype)
 An error is the largest of |found − exact| / size over all elements, where size is what the rounding errors of a
 straightforward computation are proportional to:
 
-    loss        c + ℓ        c = soft_weight·S + hard_weight; ℓ is a sum of terms that are of order c before they cancel
-    gradient    c_s (q + p) + c_h (q_1 + target)     the terms that (q − p) and (q_1 − target) subtract, class by class;
+    loss        c + ℓ        c = soft_weight·S + hard_weight, times what the divergence is a multiple of (1 / (β (1−β))
+                             for scaled_jsd); ℓ is a sum of terms that are of order c before they cancel
+    gradient    c_s g + c_h (q_1 + target)     g, class by class, the terms that the gradient subtracts (`_terms`: q + p
+                             of forward KL, q (|x − y| + D + 1) of reverse KL); and (q_1 − target) likewise;
                              classes below 2^-20 of the row's largest count as if they had that much
 
-so a gradient of 1e-6 in a vocabulary of 128,256 is checked to as many digits as one of 0.5.
+so a gradient of 1e-6 in a vocabulary of 128,256 is checked to as many digits as one of 0.5. The subgradient of tvd
+jumps at p = q: where p and q are equal to all digits that the arithmetic has, any value between −q and q is right.
 
 ε, and why it is not 0:
 
@@ -29,24 +32,49 @@ so a gradient of 1e-6 in a vocabulary of 128,256 is checked to as many digits as
     float64    4e-14     as float32, with 2^-53: 60 · 2^-53 = 7e-15; the oracle itself is no better than that
 
 plus half a unit in the last place of the logits' dtype (2^-8 of the value in bfloat16, 2^-11 in float16) for a gradient
-that is rounded once more when backward() multiplies it: by what comes from above, and in float16 always (the division
-by the number of rows happens there, so that a loss scaler has something to scale).
+that is rounded once more when backward() multiplies it by what comes from above.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import reptile_ext
 from reptile_ext import _C, ops, reference
+from reptile_ext.arguments import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INSTRUCTION_SETS: list[str] = _C.cpu_info()["supported"]  # those that this machine has
 EPSILON = {torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6, torch.float64: 4e-14}
+
+
+# A divergence and a β that is not its default, nor one half, at which mistakes of β and 1 − β do not show.
+BETAS = {
+    "symmetric_kl": 0.3,
+    "jsd": 0.3,
+    "scaled_jsd": 0.8,
+    "skew_kl": 0.15,
+    "skew_reverse_kl": 0.15,
+    "dkd": 2.5,
+}
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+# D is 0 where student and teacher are equal, and so is its gradient: all but this one.
+ZERO_AT_EQUALITY = [name for name in DIVERGENCES if name != "soft_cross_entropy"]
+
+
+def keywords_of(divergence: str) -> dict[str, Any]:
+    return {"divergence": divergence, "beta": BETAS.get(divergence)}
+
+
+def labels_of(divergence: str, rows: int | tuple[int, ...], vocab_size: int) -> Tensor | None:
+    """Labels for the divergence that needs them, none for the others."""
+    return make_labels(rows, vocab_size) if divergence == "dkd" else None
 
 
 def name_of(value: Any) -> str | None:
@@ -138,6 +166,57 @@ def _in_and_factor(leading: torch.Size, labels: Tensor | None, keywords: dict[st
     return w != 0, factor
 
 
+def _plain_divergence(s: Tensor, t: Tensor, labels: Tensor | None, divergence: str, beta: float | None) -> Tensor:
+    """D of T-scaled logits, as their papers and programs write it: log-probabilities first, autograd for the rest."""
+    x, y = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    q, p = x.exp(), y.exp()
+    if divergence == "forward_kl":
+        return F.kl_div(x, y, reduction="none", log_target=True).sum(-1)
+    if divergence == "reverse_kl":
+        return F.kl_div(y, x, reduction="none", log_target=True).sum(-1)
+    if divergence == "symmetric_kl":
+        beta = 0.5 if beta is None else beta
+        return (1 - beta) * (p * (y - x)).sum(-1) + beta * (q * (x - y)).sum(-1)
+    if divergence in ("jsd", "scaled_jsd"):
+        beta = 0.5 if beta is None else beta
+        if beta in (0.0, 1.0):
+            return _plain_divergence(s, t, None, "forward_kl" if beta == 0.0 else "reverse_kl", None)
+        log_m = torch.logaddexp(y + math.log(beta), x + math.log1p(-beta))
+        d = beta * (p * (y - log_m)).sum(-1) + (1 - beta) * (q * (x - log_m)).sum(-1)
+        return d / (beta * (1 - beta)) if divergence == "scaled_jsd" else d
+    if divergence == "skew_kl":
+        beta = 0.1 if beta is None else beta
+        return (p * (y - torch.logaddexp(y + math.log(beta), x + math.log1p(-beta)))).sum(-1)
+    if divergence == "skew_reverse_kl":
+        beta = 0.1 if beta is None else beta
+        return (q * (x - torch.logaddexp(x + math.log(beta), y + math.log1p(-beta)))).sum(-1)
+    if divergence == "tvd":
+        return 0.5 * (p - q).abs().sum(-1)
+    if divergence == "hellinger":
+        return 1 - (0.5 * (x + y)).exp().sum(-1)
+    if divergence == "soft_cross_entropy":
+        return -(p * x).sum(-1)
+    if divergence == "mse":
+        return F.mse_loss(s, t, reduction="none").mean(-1)
+    assert divergence == "dkd"
+    # Zhao et al. 2022: the probabilities of the label and of all others, and the distribution among the others.
+    assert labels is not None
+    beta = 8.0 if beta is None else beta
+    label = F.one_hot(labels.clamp(min=0).long(), s.shape[-1]).bool()
+
+    def parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        others = z[~label].reshape(*z.shape[:-1], z.shape[-1] - 1)
+        odds = z[label].reshape(z.shape[:-1]) - others.logsumexp(-1)
+        return F.logsigmoid(odds), F.logsigmoid(-odds), F.log_softmax(others, -1)
+
+    of_label_s, of_rest_s, others_s = parts(s)
+    of_label_t, of_rest_t, others_t = parts(t)
+    tckd = of_label_t.exp() * (of_label_t - of_label_s) + of_rest_t.exp() * (of_rest_t - of_rest_s)
+    if s.shape[-1] == 1:
+        return torch.zeros_like(tckd) + 0 * s.sum(-1)
+    return tckd + beta * F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(-1)
+
+
 def plain(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keywords: Any) -> Tensor:
     """The loss as one writes it in PyTorch, in the arithmetic of the logits. Finite logits only."""
     arithmetic = arithmetic_of(student, teacher)
@@ -146,9 +225,15 @@ def plain(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keyw
     s, t = student.movedim(dim, -1), teacher.movedim(dim, -1)
     size = min(s.shape[-1], t.shape[-1])
     s, t = s[..., :size].to(arithmetic), t[..., :size].to(arithmetic)
-    kl = F.kl_div(F.log_softmax(s / t_s, -1), F.log_softmax(t / t_t, -1), reduction="none", log_target=True).sum(-1)
+    d = _plain_divergence(
+        s / t_s,
+        t / t_t,
+        None if labels is None else torch.where(labels == keywords.get("ignore_index", -100), 0, labels),
+        keywords.get("divergence", "forward_kl"),
+        keywords.get("beta"),
+    )
     losses = (
-        keywords.get("soft_weight", 1.0) * (t_s * t_t if keywords.get("temperature_scaling", "t2") == "t2" else 1) * kl
+        keywords.get("soft_weight", 1.0) * (t_s * t_t if keywords.get("temperature_scaling", "t2") == "t2" else 1) * d
     )
     if keywords.get("hard_weight"):
         ce = F.cross_entropy(
@@ -178,6 +263,60 @@ def run(loss_fn: Any, student: Tensor, teacher: Tensor, *args: Any, upstream: Te
     return loss.detach(), torch.autograd.grad(loss, leaf, None if upstream is None else upstream.to(loss.dtype))[0]
 
 
+def _terms(
+    s: Tensor, t: Tensor, labels: Tensor, divergence: str, beta: float | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of T-scaled rows: the size of D's terms [...]; of the terms that its gradient subtracts [..., V]; and by how much
+    the gradient may differ because the arithmetic, of that epsilon, cannot tell p from q."""
+    x, y = s.log_softmax(-1), t.log_softmax(-1)
+    q, p = x.exp(), y.exp()
+    one = torch.ones(s.shape[:-1], dtype=s.dtype)
+    none = torch.zeros_like(s)
+    beta = {"dkd": 8.0, "skew_kl": 0.1, "skew_reverse_kl": 0.1}.get(divergence, 0.5) if beta is None else beta
+
+    def centred(u: Tensor) -> Tensor:
+        return q * (u.abs() + (q * u.abs()).sum(-1, keepdim=True) + 1)
+
+    def log_ratio(log_w: Tensor, a: float) -> Tensor:
+        return log_w - torch.logaddexp(y + math.log(a), x + math.log1p(-a))
+
+    if divergence == "scaled_jsd" and beta == 0.0:
+        divergence = "forward_kl"
+    if divergence == "scaled_jsd" and beta == 1.0:
+        divergence = "reverse_kl"
+    if divergence in ("skew_kl", "skew_reverse_kl") and beta == 0.0:
+        divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
+    if divergence in ("forward_kl", "soft_cross_entropy"):
+        return one, q + p, none
+    if divergence == "reverse_kl":
+        return one, centred(x - y), none
+    if divergence == "symmetric_kl":
+        return one, (1 - beta) * (q + p) + beta * centred(x - y), none
+    if divergence in ("jsd", "scaled_jsd"):
+        factor = 1 / (beta * (1 - beta)) if divergence == "scaled_jsd" else 1.0
+        return factor * one, factor * (1 - beta) * centred(log_ratio(x, beta)), none
+    if divergence == "skew_kl":
+        z = (p - q) / (beta * p + (1 - beta) * q)
+        return one, (1 - beta) ** 2 * centred(torch.where(q == 0, 0.0, z)), none
+    if divergence == "skew_reverse_kl":
+        z = (p - q) / (beta * q + (1 - beta) * p)
+        u = log_ratio(x, 1 - beta).abs() + beta * (1 - beta) * torch.where(q == 0, 0.0, z).abs()
+        return one, centred(u), none
+    if divergence == "tvd":
+        # An exponent of x is rounded at |x|, and both sides by their reference points and normalisers.
+        same = (p - q).abs() <= 2 * epsilon * (x.abs() + y.abs() + 80) * (p + q)
+        ambiguous = torch.where(same, q, 0.0)
+        return one, q, ambiguous + q * ambiguous.sum(-1, keepdim=True)
+    if divergence == "hellinger":
+        return one, (p * q).sqrt() + q, none
+    if divergence == "mse":
+        return (s.abs() + t.abs()).square().mean(-1), 2 / s.shape[-1] * (s.abs() + t.abs()), none
+    assert divergence == "dkd"
+    label = F.one_hot(labels, s.shape[-1]).bool()
+    q_hat, p_hat = (torch.where(label, -torch.inf, z).softmax(-1).nan_to_num() for z in (s, t))
+    return (1 + beta) * one, torch.where(label, q + p, (1 + beta) * q_hat + beta * p_hat), none
+
+
 def sizes(
     student: Tensor,
     teacher: Tensor,
@@ -185,41 +324,53 @@ def sizes(
     upstream: Tensor | None,
     exact_loss: Tensor,
     keywords: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """What the rounding errors of loss and gradient are proportional to; see the top of this file."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the rounding errors of loss and gradient are proportional to, and what the gradient may be off by besides;
+    see the top of this file."""
     t_s, t_t = pair(keywords.get("temperature", 1.0))
-    s, t = (z.detach().double().movedim(keywords.get("dim", -1), -1) for z in (student, teacher))
+    dim = keywords.get("dim", -1)
+    s, t = (z.detach().double().movedim(dim, -1) for z in (student, teacher))
     size = min(s.shape[-1], t.shape[-1])
     leading = s.shape[:-1]
     soft = keywords.get("soft_weight", 1.0) * (t_s * t_t if keywords.get("temperature_scaling", "t2") == "t2" else 1)
     hard = keywords.get("hard_weight", 0.0)
     is_in, factor = _in_and_factor(leading, labels, keywords)
-    loss_size = factor * (soft + hard)
+    at = torch.zeros(leading, dtype=torch.int64) if labels is None else torch.where(is_in, labels, 0).long()
+    loss_terms, terms, slack = _terms(
+        s[..., :size] / t_s,
+        t[..., :size] / t_t,
+        at,
+        keywords.get("divergence", "forward_kl"),
+        keywords.get("beta"),
+        torch.finfo(arithmetic_of(student, teacher)).eps,
+    )
+    loss_size = factor * (soft * loss_terms + hard)
     if keywords.get("reduction") != "none":
         loss_size = loss_size.sum()
     if upstream is not None:
         factor = factor * upstream.double()
 
-    q, p = (s[..., :size] / t_s).softmax(-1), (t[..., :size] / t_t).softmax(-1)
-    terms = soft / t_s * (q + p)
+    terms, slack = soft / t_s * terms, soft / t_s * slack
     if hard:
         smoothing = keywords.get("label_smoothing", 0.0)
-        at = torch.where(is_in, labels, 0).long().unsqueeze(-1)
         terms = terms + hard * s[..., :size].softmax(-1) + hard * smoothing / size
-        terms = terms + hard * (1 - smoothing) * torch.zeros_like(terms).scatter_(-1, at, 1.0)
+        terms = terms + hard * (1 - smoothing) * torch.zeros_like(terms).scatter_(-1, at.unsqueeze(-1), 1.0)
     terms = terms.maximum(terms.amax(-1, keepdim=True) * 2**-20)
-    gradient_size = torch.zeros_like(s)
-    gradient_size[..., :size] = terms
-    gradient_size = gradient_size * factor.abs().unsqueeze(-1)
-    return loss_size + exact_loss.abs(), gradient_size.movedim(-1, keywords.get("dim", -1))
+
+    def of_gradient(z: Tensor) -> Tensor:
+        whole = torch.zeros_like(s)
+        whole[..., :size] = z
+        return (whole * factor.abs().unsqueeze(-1)).movedim(-1, dim)
+
+    return loss_size + exact_loss.abs(), of_gradient(terms), of_gradient(slack)
 
 
-def error(found: Tensor, right: Tensor, size: Tensor) -> float:
-    """The largest error in units of `size`; what has no size must be exactly right."""
+def error(found: Tensor, right: Tensor, size: Tensor, slack: Tensor | float = 0.0) -> float:
+    """The largest error beyond `slack` in units of `size`; what has no size must be exactly right."""
     assert found.shape == right.shape
     if not found.numel():
         return 0.0
-    difference = (found.double() - right).abs()
+    difference = ((found.double() - right).abs() - slack).clamp(min=0)
     assert not difference.isnan().any(), "NaN in finite results"
     return torch.where(difference == 0, 0.0, difference / size).max().item()
 
@@ -259,17 +410,15 @@ def assert_near(
     # float64 from the leaf on, so that the oracle's gradient is not rounded to the logits' dtype.
     right = run(exact, student.double(), teacher, labels, upstream=upstream, **keywords)
     rival = run(plain, student, teacher, labels, upstream=upstream, **keywords)
-    loss_size, gradient_size = sizes(student, teacher, labels, upstream, right[0], keywords)
+    loss_size, gradient_size, slack = sizes(student, teacher, labels, upstream, right[0], keywords)
     # The kernel rounds its gradient to the logits' dtype; what backward() brings in comes on top of that.
-    rounded_again = (
-        torch.finfo(student.dtype).eps / 2 if upstream is not None or student.dtype == torch.float16 else 0.0
-    )
-    plain_errors = error(rival[0], right[0], loss_size), error(rival[1], right[1], gradient_size)
+    rounded_again = torch.finfo(student.dtype).eps / 2 if upstream is not None else 0.0
+    plain_errors = error(rival[0], right[0], loss_size), error(rival[1], right[1], gradient_size, slack)
     for name, (loss, gradient) in found.items():
         assert loss.dtype == arithmetic_of(student, teacher)
         assert gradient.dtype == student.dtype
         epsilons = EPSILON[loss.dtype], EPSILON[student.dtype] + rounded_again
-        errors = error(loss, right[0], loss_size), error(gradient, right[1], gradient_size)
+        errors = error(loss, right[0], loss_size), error(gradient, right[1], gradient_size, slack)
         for what, ours, plains, epsilon in zip(("loss", "gradient"), errors, plain_errors, epsilons, strict=True):
             assert ours <= plains + epsilon, (
                 f"{what} on {name}: our error {ours:.3g} > plain PyTorch's {plains:.3g} + {epsilon:.3g}"

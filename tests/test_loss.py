@@ -18,7 +18,10 @@ from oracle import (
     LAYOUTS,
     assert_near,
     check,
+    every_divergence,
     exact,
+    keywords_of,
+    labels_of,
     make_labels,
     make_logits,
     name_of,
@@ -32,6 +35,7 @@ from reptile_ext import ops
 # ------------------------------------------------------------------------------------ the oracle's own witnesses
 
 
+@every_divergence
 @pytest.mark.parametrize("kind", ["random", "flat", "near_equal"])
 @pytest.mark.parametrize(
     "keywords",
@@ -46,10 +50,11 @@ from reptile_ext import ops
     ],
     ids=str,
 )
-def test_oracle_equals_pytorchs_own_losses(kind: str, keywords: dict) -> None:
+def test_oracle_equals_pytorchs_own_losses(kind: str, keywords: dict, divergence: str) -> None:
     """The reference and F.kl_div / F.cross_entropy, both in float64, are written independently and must agree."""
     student, teacher = make_logits(kind, 9, 50, torch.float64)
     labels = make_labels(9, 50)
+    keywords = {**keywords, **keywords_of(divergence)}
     upstream = torch.randn(9) if keywords.get("reduction") == "none" else None
     found = run(exact, student, teacher, labels, upstream=upstream, **keywords)
     right = run(plain, student, teacher, labels, upstream=upstream, **keywords)
@@ -68,14 +73,16 @@ def test_oracle_equals_closed_forms() -> None:
     assert gradient.tolist() == [[0.0], [0.0]]
 
 
-def test_the_rule_rejects_a_loss_that_is_slightly_wrong() -> None:
+@every_divergence
+def test_the_rule_rejects_a_loss_that_is_slightly_wrong(divergence: str) -> None:
     """By 1e-4 of the value, or of the gradient."""
     student, teacher = make_logits("random", 4, 1000)
-    loss, gradient = run(reptile_ext.distillation_loss, student, teacher)
+    labels, keywords = labels_of(divergence, 4, 1000), keywords_of(divergence)
+    loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, **keywords)
     for wrong in ((loss * 1.0001, gradient), (loss, gradient * 1.0001)):
         with pytest.raises(AssertionError, match="our error"):
-            assert_near({"": wrong}, student, teacher)
-    assert_near({"": (loss, gradient)}, student, teacher)
+            assert_near({"": wrong}, student, teacher, labels, **keywords)
+    assert_near({"": (loss, gradient)}, student, teacher, labels, **keywords)
 
 
 # ----------------------------------------------------------------------------------------------- kinds and sizes
@@ -90,34 +97,40 @@ def rows_for(vocab_size: int) -> int:
     return 7 if vocab_size <= 1000 else 2
 
 
+@every_divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_soft_loss(kind: str, vocab_size: int, dtype: torch.dtype) -> None:
-    student, teacher = make_logits(kind, rows_for(vocab_size), vocab_size, dtype)
-    check(student, teacher, sets=INSTRUCTION_SETS, temperature=2.0)
+def test_soft_loss(kind: str, vocab_size: int, dtype: torch.dtype, divergence: str) -> None:
+    rows = rows_for(vocab_size)
+    student, teacher = make_logits(kind, rows, vocab_size, dtype)
+    labels = labels_of(divergence, rows, vocab_size)
+    check(student, teacher, labels, sets=INSTRUCTION_SETS, temperature=2.0, **keywords_of(divergence))
 
 
 # 128,256 adds nothing here but time: blocks, tails and probes are those of 32,003.
+@every_divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES[:-1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_soft_and_hard_loss(kind: str, vocab_size: int, dtype: torch.dtype) -> None:
+def test_soft_and_hard_loss(kind: str, vocab_size: int, dtype: torch.dtype, divergence: str) -> None:
     """The cross entropy rides along, with an exponential of its own because T_s ≠ 1."""
     rows = rows_for(vocab_size)
     student, teacher = make_logits(kind, rows, vocab_size, dtype)
     labels = make_labels(rows, vocab_size)
     keywords = {"temperature": (2.0, 3.0), "hard_weight": 0.5, "soft_weight": 0.5, "label_smoothing": 0.1}
-    check(student, teacher, labels, sets=INSTRUCTION_SETS, **keywords)
+    check(student, teacher, labels, sets=INSTRUCTION_SETS, **keywords, **keywords_of(divergence))
 
 
+@every_divergence
 @pytest.mark.parametrize(("student_dtype", "teacher_dtype"), list(itertools.permutations(DTYPES, 2)), ids=name_of)
-def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+def test_mixed_dtypes(student_dtype: torch.dtype, teacher_dtype: torch.dtype, divergence: str) -> None:
     for vocab_size in (3, 1000, 5000):
         student, _ = make_logits("random", 5, vocab_size, student_dtype)
         _, teacher = make_logits("random", 5, vocab_size, teacher_dtype)
         labels = make_labels(5, vocab_size)
-        check(student, teacher, labels, sets=INSTRUCTION_SETS, temperature=2.0, hard_weight=0.5)
+        keywords = {"temperature": 2.0, "hard_weight": 0.5, **keywords_of(divergence)}
+        check(student, teacher, labels, sets=INSTRUCTION_SETS, **keywords)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -139,10 +152,11 @@ KEYWORDS = [
 ]
 
 
+@every_divergence
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_keywords(keywords: dict, reduction: str, weighted: bool) -> None:
+def test_keywords(keywords: dict, reduction: str, weighted: bool, divergence: str) -> None:
     if "denominator" in keywords and reduction == "none":
         keywords = {**keywords, "denominator": None}
     student, teacher = make_logits("random", (3, 4), 33)
@@ -150,7 +164,7 @@ def test_keywords(keywords: dict, reduction: str, weighted: bool) -> None:
     labels[0, 0] = 0
     if "ignore_index" in keywords:
         labels[labels == -100] = keywords["ignore_index"]
-    keywords = {**keywords, "reduction": reduction}
+    keywords = {**keywords, "reduction": reduction, **keywords_of(divergence)}
     if weighted:
         keywords["weight"] = torch.rand(3, 4).round(decimals=1)
         keywords["weight"][0, 2] = 0.0
@@ -204,15 +218,16 @@ def test_labels_of_every_integer_dtype_and_stride(label_dtype: torch.dtype) -> N
         assert torch.equal(found[1], right[1])
 
 
+@every_divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("ours", "theirs"), [(40, 33), (33, 40), (5000, 4097), (17, 1)])
-def test_truncated_vocabularies(ours: int, theirs: int, dtype: torch.dtype) -> None:
+def test_truncated_vocabularies(ours: int, theirs: int, dtype: torch.dtype, divergence: str) -> None:
     """The shared classes, each side renormalised over them; the rest of the student gets a gradient of 0."""
     student, _ = make_logits("random", 5, ours, dtype)
     _, teacher = make_logits("random", 5, theirs, dtype)
     shared = min(ours, theirs)
     labels = make_labels(5, shared)
-    keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1}
+    keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1, **keywords_of(divergence)}
     check(student, teacher, labels, sets=INSTRUCTION_SETS, vocab="truncate", **keywords)
     loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, vocab="truncate", **keywords)
     cut = run(reptile_ext.distillation_loss, student[:, :shared], teacher[:, :shared], labels, **keywords)
@@ -231,19 +246,22 @@ LAYOUT_PAIRS = [(name, name) for name in LAYOUTS] + [("contiguous", name) for na
 LAYOUT_PAIRS += [(name, "contiguous") for name in list(LAYOUTS)[1:]]
 
 
+@every_divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("student_layout", "teacher_layout"), LAYOUT_PAIRS)
-def test_layouts(student_layout: str, teacher_layout: str, dtype: torch.dtype) -> None:
+def test_layouts(student_layout: str, teacher_layout: str, dtype: torch.dtype, divergence: str) -> None:
     for vocab_size in (1, 37, 1030):
         student, teacher = make_logits("random", (2, 3), vocab_size, dtype)
         student, teacher = LAYOUTS[student_layout](student), LAYOUTS[teacher_layout](teacher)
         labels = make_labels((2, 3), vocab_size)
-        check(student, teacher, labels, sets=INSTRUCTION_SETS, hard_weight=0.5, label_smoothing=0.1)
+        keywords = {"hard_weight": 0.5, "label_smoothing": 0.1, **keywords_of(divergence)}
+        check(student, teacher, labels, sets=INSTRUCTION_SETS, **keywords)
 
 
+@every_divergence
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_segmentation(dtype: torch.dtype, channels_last: bool) -> None:
+def test_segmentation(dtype: torch.dtype, channels_last: bool, divergence: str) -> None:
     """[B, C, H, W] with dim=1 against F.kl_div and F.cross_entropy as segmentation programs call them."""
     student, teacher = make_logits("random", (2, 5, 6), 7, dtype)
     student, teacher = (z.movedim(-1, 1).contiguous() for z in (student, teacher))
@@ -251,21 +269,25 @@ def test_segmentation(dtype: torch.dtype, channels_last: bool) -> None:
         student = student.to(memory_format=torch.channels_last)
         teacher = teacher.to(memory_format=torch.channels_last)
     labels = make_labels((2, 5, 6), 7)
-    check(student, teacher, labels, dim=1, hard_weight=1.0, temperature=2.0)
+    keywords = {"dim": 1, "temperature": 2.0, **keywords_of(divergence)}
+    check(student, teacher, labels, sets=INSTRUCTION_SETS, hard_weight=1.0, **keywords)
+    check(student, teacher, labels, sets=INSTRUCTION_SETS, **keywords)
     loss = reptile_ext.distillation_loss(
         student.double(), teacher.double(), labels, dim=1, soft_weight=0.0, hard_weight=1.0
     )
     assert loss.item() == pytest.approx(F.cross_entropy(student.double(), labels).item(), rel=1e-12)
 
 
+@every_divergence
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (4, 6, 5), (2, 3, 4, 5), (2, 1, 3, 1, 4), (1, 1), (3, 1)], ids=str)
-def test_every_dim(shape: tuple[int, ...]) -> None:
+def test_every_dim(shape: tuple[int, ...], divergence: str) -> None:
     student, teacher = torch.randn(shape), torch.randn(shape)
     for dim in range(-len(shape), len(shape)):
         leading = [n for d, n in enumerate(shape) if d != dim % len(shape)]
-        upstream = torch.randn(leading)
-        check(student, teacher, reduction="none", upstream=upstream, dim=dim)
-        check(student, teacher, dim=dim, weight=torch.rand(leading) + 0.1)
+        keywords = {"dim": dim, **keywords_of(divergence)}
+        labels = torch.randint(shape[dim], leading) if divergence == "dkd" else None
+        check(student, teacher, labels, reduction="none", upstream=torch.randn(leading), **keywords)
+        check(student, teacher, labels, weight=torch.rand(leading) + 0.1, **keywords)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -325,16 +347,19 @@ def test_many_rows_in_many_chunks() -> None:
 # ------------------------------------------------------------------------------------------------------- in place
 
 
+@every_divergence
 @pytest.mark.parametrize(
     "layout", ["contiguous", "class_stride_2", "padded_rows", "misaligned", "class_first", "shifted"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_inplace_equals_the_default_and_overwrites_the_logits(layout: str, dtype: torch.dtype) -> None:
+def test_inplace_equals_the_default_and_overwrites_the_logits(layout: str, dtype: torch.dtype, divergence: str) -> None:
     labels = make_labels((2, 3), 1030)
-    keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1}
+    keywords = {"temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.1, **keywords_of(divergence)}
     for reduction in ("mean", "none"):
         student, teacher = make_logits("random", (2, 3), 1030, dtype)
-        right = run(reptile_ext.distillation_loss, student, teacher, labels, reduction=reduction, **keywords)
+        # In the same layout: lanes that go through memory in another order add up in another order.
+        laid_out = LAYOUTS[layout](student)
+        right = run(reptile_ext.distillation_loss, laid_out, teacher, labels, reduction=reduction, **keywords)
         leaf = student.clone().requires_grad_()
         logits = LAYOUTS[layout](leaf * 1)
         before = logits.detach().clone()
@@ -421,15 +446,17 @@ def test_an_unknown_instruction_set_is_named_and_changes_nothing() -> None:
     assert ops.instruction_set() == before
 
 
-def test_sets_agree_with_one_another() -> None:
+@every_divergence
+def test_sets_agree_with_one_another(divergence: str) -> None:
     """Within the accuracy promise, hence within twice the error of either."""
     student, teacher = make_logits("random", 4, 5003)
+    labels, keywords = labels_of(divergence, 4, 5003), keywords_of(divergence)
     results = {}
     before = ops.instruction_set()
     try:
         for name in INSTRUCTION_SETS:
             ops.instruction_set(name)
-            results[name] = run(reptile_ext.distillation_loss, student, teacher, temperature=2.0)
+            results[name] = run(reptile_ext.distillation_loss, student, teacher, labels, temperature=2.0, **keywords)
     finally:
         ops.instruction_set(before)
     for name in INSTRUCTION_SETS[1:]:
