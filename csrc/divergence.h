@@ -33,7 +33,8 @@
 //     add_product_where_positive(acc, e, d)      acc + e · where_positive(e, d)
 //     where_not_masked(z, d)                     d where z > −inf (or NaN), else 0
 //     with_sign_of(d, x)                         x, −x or 0 as d is positive, negative or 0
-//     log_of_ratio(w, w − 1)                     log w, to as many digits as w − 1 has where w is near 1; finite at 0
+//     log_of_ratio(w, w − 1)                     log w, from w − 1 where that is small, and so exactly 0 at 0; finite
+//     at w = 0
 //
 // Equal logits must give exactly 0: everything here subtracts like from like, and the build forbids the compiler to
 // fuse a product into a difference (-ffp-contract=off), which would round one side and not the other.
@@ -219,8 +220,10 @@ struct MixtureDefaults : Defaults {
   static constexpr int kSums = 2, kKept = 2, kMixtureSums = 2;
   static constexpr bool kMixtureKeeps = true;
   static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) { add_exponentials(a, b, sums, kept[0], kept[1]); }
-  // 1 / m; where m is too small to divide by, so are p and q, and nothing comes of them.
+  // 1 / m; where m is too small to divide by, p and q have next to no mass.
   static V over(V m) { return reciprocal(max(smallest_normal(m), m)); }
+  // The first sum; log_of_ratio may have swallowed a NaN that the second has, through z.
+  static double unless_broken(const Row& row) { return row.mixture[1] == row.mixture[1] ? row.mixture[0] : kNaN; }
 };
 
 // Generalised Jensen-Shannon, β Σ p (y − log m) + (1−β) Σ q (x − log m), 0 < β < 1.
@@ -260,7 +263,7 @@ struct SkewKl : MixtureDefaults<V> {
   static double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = -scale * row.omega * row.omega / row.z_s();
     k[1] = row.mixture[1];
-    return row.mixture[0];
+    return MixtureDefaults<V>::unless_broken(row);
   }
 };
 
@@ -280,7 +283,7 @@ struct SkewReverseKl : MixtureDefaults<V> {
   static double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = scale / row.z_s();
     k[1] = row.mixture[1];
-    return row.mixture[0];
+    return MixtureDefaults<V>::unless_broken(row);
   }
 };
 

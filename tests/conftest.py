@@ -31,7 +31,10 @@ def each_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _seed_and_threads() -> Iterator[None]:
+    """One thread: thousands of small operations, and threads that wait for one another on a busy machine, take minutes
+    more. Tests of what depends on the number of threads set it themselves."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -6,11 +6,18 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from oracle import DTYPES, LAYOUTS, make_labels, make_logits, run
 from torch import Tensor
 
 import reptile_ext
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    """Of the process's pool, in each of the tests' own threads."""
+    torch.set_num_threads(2)
 
 
 def make_problems() -> list[tuple[tuple[Tensor, Tensor, Tensor], dict]]:

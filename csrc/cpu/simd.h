@@ -138,8 +138,9 @@ inline Float with_sign_of(Float d, Float x) {
   const __m512 signed_x = _mm512_xor_ps(x.v, _mm512_and_ps(d.v, _mm512_set1_ps(-0.0f)));
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), signed_x);
 }
-inline Float where_zero(Float k, Float a, Float b) {
-  return _mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(k.v, _mm512_setzero_ps(), _CMP_EQ_OQ), a.v);
+// a where |x| < ¼, else b.
+inline Float where_small(Float x, Float a, Float b) {
+  return _mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), _mm512_set1_ps(0.25f), _CMP_LT_OQ), a.v);
 }
 inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) {
@@ -199,8 +200,8 @@ inline Double with_sign_of(Double d, Double x) {
   const __m512d signed_x = _mm512_xor_pd(x.v, _mm512_and_pd(d.v, _mm512_set1_pd(-0.0)));
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(d.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), signed_x);
 }
-inline Double where_zero(Double k, Double a, Double b) {
-  return _mm512_mask_mov_pd(b.v, _mm512_cmp_pd_mask(k.v, _mm512_setzero_pd(), _CMP_EQ_OQ), a.v);
+inline Double where_small(Double x, Double a, Double b) {
+  return _mm512_mask_mov_pd(b.v, _mm512_cmp_pd_mask(_mm512_abs_pd(x.v), _mm512_set1_pd(0.25), _CMP_LT_OQ), a.v);
 }
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm512_div_pd(_mm512_set1_pd(1), a.v); }
@@ -320,8 +321,10 @@ inline Float with_sign_of(Float d, Float x) {
   const __m256 signed_x = _mm256_xor_ps(x.v, _mm256_and_ps(d.v, _mm256_set1_ps(-0.0f)));
   return _mm256_and_ps(signed_x, _mm256_cmp_ps(d.v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
 }
-inline Float where_zero(Float k, Float a, Float b) {
-  return _mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(k.v, _mm256_setzero_ps(), _CMP_EQ_OQ));
+// a where |x| < ¼, else b.
+inline Float where_small(Float x, Float a, Float b) {
+  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v);
+  return _mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(magnitude, _mm256_set1_ps(0.25f), _CMP_LT_OQ));
 }
 inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1), a.v); }
@@ -386,8 +389,9 @@ inline Double with_sign_of(Double d, Double x) {
   const __m256d signed_x = _mm256_xor_pd(x.v, _mm256_and_pd(d.v, _mm256_set1_pd(-0.0)));
   return _mm256_and_pd(signed_x, _mm256_cmp_pd(d.v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
 }
-inline Double where_zero(Double k, Double a, Double b) {
-  return _mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(k.v, _mm256_setzero_pd(), _CMP_EQ_OQ));
+inline Double where_small(Double x, Double a, Double b) {
+  const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v);
+  return _mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(magnitude, _mm256_set1_pd(0.25), _CMP_LT_OQ));
 }
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm256_div_pd(_mm256_set1_pd(1), a.v); }
@@ -508,7 +512,11 @@ struct Vector {
     const Reg zero_or_x = d.v == Reg{} ? Reg{} : x.v;
     return d.v < Reg{} ? -zero_or_x : zero_or_x;
   }
-  friend Vector where_zero(Vector k, Vector a, Vector b) { return k.v == Reg{} ? a.v : b.v; }
+  // a where |x| < ¼, else b.
+  friend Vector where_small(Vector x, Vector a, Vector b) {
+    const Reg magnitude = x.v < Reg{} ? -x.v : x.v;
+    return magnitude < Vector(T(0.25)).v ? a.v : b.v;
+  }
   friend Vector smallest_normal(Vector) { return Vector(sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126)); }
   friend Vector reciprocal(Vector a) { return Vector(T(1)).v / a.v; }
   // w = f · 2^k with f in [√½, √2).
@@ -583,11 +591,12 @@ inline void stream2(T* p, V a, V b) {
 inline void stream_fence() {}
 #endif
 
-// log w for w ≥ 0, given w − 1 as exactly as the caller knows it; log of the smallest normal number for less than that.
+// log w for w ≥ 0, and w − 1 as exactly as the caller knows it, which counts where it is small; finite at w = 0.
 inline Float log_of_ratio(Float w, Float w_minus_1) {
   Float f, k;
   split(max(smallest_normal(w), w), f, k);
-  const Float t = where_zero(k, w_minus_1, f - Float(1));
+  const Float t = where_small(w_minus_1, w_minus_1, f - Float(1));
+  k = where_small(w_minus_1, Float(0), k);
   Float p = Float(kLog1pf[8]);
   for (int i = 7; i >= 0; --i) p = fma(p, t, Float(kLog1pf[i]));
   return fma(k, Float(0.693147181f), t * p);
@@ -595,7 +604,8 @@ inline Float log_of_ratio(Float w, Float w_minus_1) {
 inline Double log_of_ratio(Double w, Double w_minus_1) {
   Double f, k;
   split(max(smallest_normal(w), w), f, k);
-  const Double t = where_zero(k, w_minus_1, f - Double(1));
+  const Double t = where_small(w_minus_1, w_minus_1, f - Double(1));
+  k = where_small(w_minus_1, Double(0), k);
   const Double s = t * reciprocal(t + Double(2));
   const Double s2 = s * s;
   Double p = Double(kAtanhd[6]);
