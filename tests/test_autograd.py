@@ -7,12 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DTYPES, assert_near, exact, make_labels, make_logits, name_of, run
+from oracle import (
+    BETAS,
+    DTYPES,
+    EPSILON,
+    assert_near,
+    every_divergence,
+    exact,
+    keywords_of,
+    make_labels,
+    make_logits,
+    name_of,
+    plain,
+    run,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
 from reptile_ext import ops, reference
+from reptile_ext.arguments import DIVERGENCES, make_options
 
 loss_of = reptile_ext.distillation_loss
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -38,11 +52,16 @@ def make_case(keywords: dict[str, Any], dtype: torch.dtype = torch.float64, voca
 # ------------------------------------------------------------------------------------------------- derivatives
 
 
+@every_divergence
 @every_keywords
 @pytest.mark.parametrize("teacher_learns", [False, True])
-def test_gradients_equal_finite_differences(keywords: dict, teacher_learns: bool) -> None:
+@pytest.mark.parametrize("loss_of", [reptile_ext.distillation_loss, reference.distillation_loss])
+def test_gradients_equal_finite_differences(
+    loss_of: Any, keywords: dict, teacher_learns: bool, divergence: str
+) -> None:
     """First and second derivatives in float64, of the student and of a teacher that learns too."""
     student, teacher, labels = make_case(keywords)
+    keywords = {**keywords, **keywords_of(divergence)}
     weight = torch.rand(4) + 0.5
 
     def f(*logits: Tensor) -> Tensor:
@@ -54,25 +73,36 @@ def test_gradients_equal_finite_differences(keywords: dict, teacher_learns: bool
 
 
 @every_dtype
+@every_divergence
 @every_keywords
-def test_a_teacher_that_requires_grad_gets_the_oracles(keywords: dict, dtype: torch.dtype) -> None:
-    student, teacher, labels = make_case(keywords, dtype)
-    right = teacher.double().requires_grad_()
-    exact(student, right, labels, **keywords).sum().backward()
-    for student_learns in (False, True):
-        student, teacher = student.detach().requires_grad_(student_learns), teacher.detach().requires_grad_()
-        loss_of(student, teacher, labels, **keywords).sum().backward()
+def test_a_teacher_that_requires_grad_gets_the_oracles(keywords: dict, dtype: torch.dtype, divergence: str) -> None:
+    student, teacher, labels = make_case(keywords, dtype, vocab_size=700)
+    keywords = {**keywords, **keywords_of(divergence)}
+
+    def of_teacher(loss: Any, teacher: Tensor) -> Tensor:
+        teacher = teacher.detach().requires_grad_()
+        loss(student, teacher, labels, **keywords).sum().backward()
         assert teacher.grad is not None
-        assert teacher.grad.dtype == dtype
-        torch.testing.assert_close(teacher.grad.double(), right.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        return teacher.grad
+
+    right = of_teacher(exact, teacher.double())
+    # 1: what the terms add up to before they cancel.
+    allowed = (of_teacher(plain, teacher) - right).abs().max() + EPSILON[dtype] * (1 + right.abs().max())
+    for student_learns in (False, True):
+        student = student.detach().requires_grad_(student_learns)
+        found = of_teacher(loss_of, teacher)
+        assert found.dtype == dtype
+        assert (found - right).abs().max() <= allowed
         assert (student.grad is not None) == student_learns
 
 
 @every_dtype
+@every_divergence
 @every_keywords
-def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.dtype) -> None:
+def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.dtype, divergence: str) -> None:
     """loss·3, loss/7, −loss, 0·loss, and a different number for every row."""
     student, teacher, labels = make_case(keywords, dtype)
+    keywords = {**keywords, **keywords_of(divergence)}
     none = keywords.get("reduction") == "none"
     for factor in (3.0, 1 / 7, -1.0, 0.0, 1e-3):
         upstream = torch.full((4,), factor, dtype=torch.float64) if none else torch.tensor(factor, dtype=torch.float64)
@@ -88,10 +118,12 @@ def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.
 
 
 @every_dtype
+@every_divergence
 @every_keywords
-def test_a_second_backward_gives_the_same_gradient(keywords: dict, dtype: torch.dtype) -> None:
+def test_a_second_backward_gives_the_same_gradient(keywords: dict, dtype: torch.dtype, divergence: str) -> None:
     """retain_graph=True: the first gives its gradient away, and has scaled it; the later ones must not notice."""
     student, teacher, labels = make_case(keywords, dtype)
+    keywords = {**keywords, **keywords_of(divergence)}
     student.requires_grad_()
     loss = loss_of(student, teacher, labels, **keywords)
     upstream = torch.full_like(loss, 1 / 3)
@@ -210,6 +242,7 @@ def test_inplace_through_a_linear_layer() -> None:
 def op_arguments(
     dtype: torch.dtype = torch.float32, *, labels: bool = False, weight: bool = False, denominator: bool = False,
     reduction: int = 1, dim: int = -1, shape: tuple[int, ...] = (3, 5), teacher_learns: bool = False,
+    divergence: str = "forward_kl",
 ) -> tuple[Any, ...]:  # fmt: skip
     rows = [n for d, n in enumerate(shape) if d != dim % len(shape)]
     return (
@@ -219,7 +252,10 @@ def op_arguments(
         torch.rand(rows, dtype=torch.float64) if weight else None,
         torch.tensor(3.0, dtype=torch.float64) if denominator else None,
         None,
-        *(0, 0.0, 1.0, 2.0, 1.0, 2.0, 0.5 if labels else 0.0, 0.1, -100, reduction, 1.0, dim),
+        *make_options(
+            divergence, BETAS.get(divergence), (2.0, 1.0), "t2", 1.0, 0.0, 0.0, -100, "mean", "error", dim, False
+        )[:6],
+        *(0.5 if labels else 0.0, 0.1, -100, reduction, 1.0, dim),
     )
 
 
@@ -233,6 +269,7 @@ OP_SAMPLES = {
     "dim 1 of 4": {"labels": True, "shape": (2, 5, 3, 2), "dim": 1, "reduction": 0},
     "no rows": {"shape": (0, 5)},
     "teacher learns": {"teacher_learns": True},
+    **{name: {"labels": True, "teacher_learns": True, "divergence": name} for name in DIVERGENCES},
 }
 
 
@@ -261,6 +298,7 @@ def test_the_operators_autograd_is_the_functions(sample: dict[str, Any]) -> None
     found = torch.autograd.grad(loss, wanted, upstream)
     keywords = {"temperature": (2.0, 1.0), "hard_weight": 0.5 if labels is not None else 0.0, "label_smoothing": 0.1}
     keywords |= {"reduction": ("none", "mean", "sum")[arguments[15]], "dim": arguments[17], "weight": weight}
+    keywords |= keywords_of(sample.get("divergence", "forward_kl"))
     right_loss = reference.distillation_loss(student, teacher, labels, denominator=denominator, **keywords)
     right = torch.autograd.grad(right_loss, wanted, upstream.to(right_loss.dtype))
     torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
@@ -314,6 +352,32 @@ def test_compiled_equals_eager(keywords: dict, with_labels: bool, dtype: torch.d
     torch.testing.assert_close(found, right, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(compiled(student, teacher, labels, weight=weight, **keywords), right[0])
+
+
+@every_divergence
+def test_every_divergence_compiled_equals_eager(divergence: str) -> None:
+    """With both gradients, one graph for a changing batch."""
+    torch.compiler.reset()
+    keywords = keywords_of(divergence)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 9):
+        student, teacher, labels = make_case({}, torch.float32, rows=rows)
+        results = []
+        for f in (compiled, step):
+            s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+            loss = f(s, t, labels, temperature=2.0, hard_weight=0.5, **keywords)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (s, t))))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@every_divergence
+def test_every_divergence_exports(divergence: str) -> None:
+    criterion = reptile_ext.DistillationLoss(temperature=2.0, **keywords_of(divergence))
+    rows = torch.export.Dim("rows", min=2)
+    example = (torch.randn(5, 9), torch.randn(5, 9), make_labels(5, 9))
+    exported = torch.export.export(criterion, example, dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
+    other = (torch.randn(8, 9), torch.randn(8, 9), make_labels(8, 9))
+    assert torch.equal(exported.module()(*other), criterion(*other))
 
 
 def test_compiled_with_a_changing_batch() -> None:
@@ -434,10 +498,12 @@ def test_autocast_leaves_the_loss_in_float32() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.func.jvp's own imports
+@every_divergence
 @every_keywords
-def test_torch_func(keywords: dict) -> None:
+def test_torch_func(keywords: dict, divergence: str) -> None:
     """grad, vmap over a batch of problems, and jvp, which plain PyTorch serves."""
     student, teacher, labels = make_case(keywords, torch.float64)
+    keywords = {**keywords, **keywords_of(divergence)}
 
     def f(s: Tensor) -> Tensor:
         return loss_of(s, teacher, labels, **keywords).sum()
@@ -451,6 +517,38 @@ def test_torch_func(keywords: dict) -> None:
     value, derivative = torch.func.jvp(f, (student,), (tangent,))
     torch.testing.assert_close(value, right[0].sum())
     torch.testing.assert_close(derivative, (right[1] * tangent).sum())
+
+
+@every_divergence
+def test_forward_mode_and_hessians(divergence: str) -> None:
+    """Tangents of both models at once, forward over reverse, and the Hessian of one row."""
+    student, teacher, labels = make_case({}, torch.float64)
+    keywords = {"temperature": (2.0, 0.5), **keywords_of(divergence)}
+
+    def f(s: Tensor, t: Tensor) -> Tensor:
+        return loss_of(s, t, labels, **keywords)
+
+    v, w = torch.randn_like(student), torch.randn_like(teacher)
+    s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    of_student, of_teacher = torch.autograd.grad(f(s, t), (s, t), create_graph=True)
+    _, derivative = torch.func.jvp(f, (student, teacher), (v, w))
+    torch.testing.assert_close(derivative, (of_student * v + of_teacher * w).sum().detach())
+    product = torch.autograd.grad((of_student * v).sum(), s)[0]
+    _, forward_over_reverse = torch.func.jvp(torch.func.grad(lambda x: f(x, teacher)), (student,), (v,))
+    torch.testing.assert_close(forward_over_reverse, product)
+
+
+@every_divergence
+def test_checkpointed_with_a_teacher_who_learns(divergence: str) -> None:
+    keywords, labels = keywords_of(divergence), make_labels(6, 9)
+    student, teacher = make_logits("random", 6, 9)
+    results = []
+    for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+        loss = wrap(lambda a, b: loss_of(a.tanh(), b.tanh(), labels, **keywords), s, t)
+        loss.backward()
+        results.append((loss.detach(), s.grad, t.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_batched_upstream_gradients() -> None:

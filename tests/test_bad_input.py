@@ -11,6 +11,7 @@ import torch
 
 import reptile_ext
 from reptile_ext import reference
+from reptile_ext.arguments import DIVERGENCES
 
 FUNCTIONS = pytest.mark.parametrize(
     "loss_fn", [reptile_ext.distillation_loss, reference.distillation_loss], ids=["kernel", "reference"]
@@ -271,6 +272,61 @@ def test_tensors(
     with pytest.raises(kind) as caught:
         loss_fn(student, teacher, **others)
     assert words in str(caught.value)
+
+
+NAN = float("nan")
+WANTED_BETAS = {
+    "symmetric_kl": "a number between 0 and 1",
+    "jsd": "a number between 0 (at least 1e-30) and 1, both excluded",
+    "scaled_jsd": "0 or a number from 1e-30 to 1",
+    "skew_kl": "0 or a number from 1e-30 to 1, 1 excluded",
+    "skew_reverse_kl": "0 or a number from 1e-30 to 1, 1 excluded",
+    "dkd": "a finite number >= 0",
+}
+WRONG_BETAS = {
+    "symmetric_kl": (-0.1, 1.5, NAN, float("inf")),
+    "jsd": (0, 0.0, 1.0, -1.0, 1e-31, NAN),
+    "scaled_jsd": (-0.1, 1.1, 1e-40, NAN),
+    "skew_kl": (1.0, -0.1, 1e-31, NAN),
+    "skew_reverse_kl": (1.0, -0.1, 1e-31, NAN),
+    "dkd": (-1.0, float("inf"), NAN),
+}
+# divergence, bad value, error, words of the message
+BETAS: list[tuple[str, Any, type[Exception], str]] = [
+    (name, beta, ValueError, f"beta must be {WANTED_BETAS[name]}, for divergence={name!r}; got {beta}")
+    for name, betas in WRONG_BETAS.items()
+    for beta in betas
+]
+BETAS += [
+    (name, wrong, TypeError, f"beta must be {wanted}, for divergence={name!r}; got {type(wrong).__name__}")
+    for name, wanted in WANTED_BETAS.items()
+    for wrong in ("0.5", True, torch.tensor(0.5), [0.5])
+]
+BETAS += [
+    (name, 0.5, ValueError, f"beta has no meaning for divergence={name!r}; got beta=0.5, wanted None")
+    for name in DIVERGENCES
+    if name not in WANTED_BETAS
+]
+
+
+@FUNCTIONS
+@pytest.mark.parametrize(("name", "beta", "kind", "words"), BETAS)
+def test_betas(loss_fn: Any, name: str, beta: Any, kind: type[Exception], words: str) -> None:
+    student, teacher, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 1, 2])
+    loss_fn(student, teacher, labels, divergence=name)  # the default is legal
+    for call in (
+        lambda: loss_fn(student, teacher, labels, divergence=name, beta=beta),
+        lambda: reptile_ext.DistillationLoss(divergence=name, beta=beta),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert words in str(caught.value)
+
+
+@FUNCTIONS
+def test_dkd_needs_labels(loss_fn: Any) -> None:
+    with pytest.raises(ValueError, match="labels are needed for divergence='dkd'; got None"):
+        loss_fn(S, T, divergence="dkd")
 
 
 @FUNCTIONS
