@@ -184,6 +184,8 @@ def _plain_divergence(s: Tensor, t: Tensor, labels: Tensor | None, divergence: s
         log_m = torch.logaddexp(y + math.log(beta), x + math.log1p(-beta))
         d = beta * (p * (y - log_m)).sum(-1) + (1 - beta) * (q * (x - log_m)).sum(-1)
         return d / (beta * (1 - beta)) if divergence == "scaled_jsd" else d
+    if divergence in ("skew_kl", "skew_reverse_kl") and beta == 0.0:
+        return _plain_divergence(s, t, None, divergence.replace("skew_kl", "forward_kl").removeprefix("skew_"), None)
     if divergence == "skew_kl":
         beta = 0.1 if beta is None else beta
         return (p * (y - torch.logaddexp(y + math.log(beta), x + math.log1p(-beta)))).sum(-1)
