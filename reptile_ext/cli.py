@@ -94,7 +94,7 @@ def distill(argv: list[str]) -> int:
         if folder.exists() and any(folder.iterdir()):
             raise CommandError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump()})
+        _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})
     print(f"recipe {name}, run folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
     report = recipes.run(recipes.RECIPES[name], settings, folder, progress_bar=bars)
@@ -297,7 +297,13 @@ def _settings(
     try:
         return kind(_cli_settings_source=source(parsed_args=options), **values), options
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        # Without a place, the error is of settings that do not go together, and its words name them.
+        wrong = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})"
+            if e["loc"]
+            else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        ]
         where = f"{path} and flags" if path else "flags"
         raise CommandError(f"settings ({where}): " + "; ".join(wrong)) from error
 

@@ -149,7 +149,7 @@ def distillation_loss(
 ) -> Tensor:
     """Distillation loss of student logits against teacher logits, and its gradient, in one fused pass.
 
-    Equivalent PyTorch, for one temperature T, labels, no weights::
+    Equivalent PyTorch, for the default divergence, one temperature T, labels, no weights::
 
         x = F.log_softmax(student_logits.float() / T, dim)
         y = F.log_softmax(teacher_logits.float() / T, dim)
@@ -159,11 +159,26 @@ def distillation_loss(
 
     Args:
         student_logits: [..., V], float32, bfloat16, float16 or float64, any strides.
-        teacher_logits: the same shape; its dtype may differ. Gets a gradient too if it requires one (slower).
+        teacher_logits: the same shape; its dtype may differ. Gets a gradient too if it requires one.
         labels: integers, the shape without the class dimension. A row whose label is `ignore_index` is out: no loss,
-            no gradient, never read. Needed if `hard_weight` > 0.
-        divergence: "forward_kl", KL(teacher ‖ student).
-        beta: parameter of the divergences that have one.
+            no gradient, never read. Needed if `hard_weight` > 0, and for "dkd".
+        divergence: measured between the teacher's probabilities p and the student's q, y and x their logarithms:
+
+            ====================  ===========================================================  =============
+            "forward_kl"          Σ p (y − x)
+            "reverse_kl"          Σ q (x − y)
+            "symmetric_kl"        (1−β)·forward_kl + β·reverse_kl                              0 ≤ β ≤ 1, ½
+            "jsd"                 β Σ p (y − log m) + (1−β) Σ q (x − log m), m=βp+(1−β)q      0 < β < 1, ½
+            "scaled_jsd"          jsd / (β(1−β)); at β = 0 and 1 its limits, the two KLs       0 ≤ β ≤ 1, ½
+            "skew_kl"             Σ p (y − log(β p + (1−β) q))                                 0 ≤ β < 1, 0.1
+            "skew_reverse_kl"     Σ q (x − log(β q + (1−β) p))                                 0 ≤ β < 1, 0.1
+            "tvd"                 ½ Σ |p − q|
+            "hellinger"           1 − Σ sqrt(p q)
+            "soft_cross_entropy"  −Σ p x
+            "mse"                 mean over the classes of (s/T_s − t/T_t)²: logit matching
+            "dkd"                 KL, label against rest, + β · KL among the rest; by labels   β ≥ 0, 8
+            ====================  ===========================================================  =============
+        beta: β, of the divergences that have one; None is the default in the table. Not between 0 and 1e-30.
         temperature: T, or a pair (student's, teacher's).
         temperature_scaling: "t2" multiplies the soft loss, value and gradient, by T_s·T_t, so that its gradient keeps
             its size when the temperature changes (Hinton et al. 2015); "none" does not.
@@ -187,10 +202,15 @@ def distillation_loss(
         ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted. (In a
             compiled program, labels and weights out of range are a RuntimeError with the same words.)
 
-    Classes at −inf in both rows count for nothing. A row with a NaN or +inf, or nothing but −inf, gets a NaN loss and
-    gradient and leaves the other rows alone.
+    Equal logits at equal temperatures give exactly 0, value and gradient (soft_cross_entropy aside). Classes at −inf in
+    both rows count for nothing. Where only the teacher is at −inf, reverse_kl is +inf and its gradient taken as 0;
+    where only the student is, forward_kl is +inf and its gradient finite. A row with a NaN or +inf, or nothing but
+    −inf, gets a NaN loss and gradient and leaves the other rows alone.
 
-    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015.
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015. Agarwal et al.: On-Policy Distillation of
+    Language Models, 2023 (generalised JSD). Ko et al.: DistiLLM, 2024 (skewed KL). Wen et al.: f-Divergence
+    Minimization for Sequence-Level Knowledge Distillation, 2023 (tvd). Zhao et al.: Decoupled Knowledge Distillation,
+    2022 (dkd).
     """
     options = make_options(
         divergence,

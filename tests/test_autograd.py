@@ -96,6 +96,26 @@ def test_a_teacher_that_requires_grad_gets_the_oracles(keywords: dict, dtype: to
         assert (student.grad is not None) == student_learns
 
 
+@every_divergence
+def test_two_students_learn_from_each_other(divergence: str) -> None:
+    """Mutual learning (Zhang et al. 2018): each is the other's teacher, and one loss trains both. Steps along the two
+    gradients bring them together, with the kernels as with the oracle."""
+    student, teacher, labels = make_case({}, torch.float64, vocab_size=40)
+    keywords = {"temperature": 2.0, **keywords_of(divergence)}
+    losses: dict[Any, list[float]] = {}
+    for loss_fn in (loss_of, exact):
+        pair = [z.clone().requires_grad_() for z in (student, teacher)]
+        losses[loss_fn] = []
+        for _ in range(5):
+            loss = loss_fn(*pair, labels, **keywords)
+            losses[loss_fn].append(loss.item())
+            with torch.no_grad():
+                for z, gradient in zip(pair, torch.autograd.grad(loss, pair), strict=True):
+                    z -= 0.05 * gradient
+    assert losses[loss_of] == pytest.approx(losses[exact], rel=1e-9)
+    assert losses[loss_of] == sorted(losses[loss_of], reverse=True)
+
+
 @every_dtype
 @every_divergence
 @every_keywords

@@ -127,7 +127,7 @@ def test_the_library_exports_its_one_c_function() -> None:
     assert [line.split()[1:] for line in ours] == [["T", "reptile_ext_instruction_set"]]
 
 
-def test_the_library_needs_nothing_of_torch_but_its_stable_c_functions() -> None:
+def test_bug_18_the_library_needs_nothing_of_torch_but_its_stable_c_functions() -> None:
     """An undefined C++ symbol of c10 or at is what breaks after an upgrade of torch."""
     output = subprocess.run(
         [tool("nm"), "-D", "--undefined-only", str(library())], capture_output=True, text=True

@@ -131,11 +131,29 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert "unrecognized arguments: --stepz" in refused(capsys, "distill", "digits", "--stepz", "3")
     assert "steps: Input should be greater than 0" in refused(capsys, "distill", "digits", "--steps", "0")
+    assert "(flags): divergence must be one of 'forward_kl', 'reverse_kl'" in refused(
+        capsys, "distill", "digits", "--divergence", "kl"
+    )
+    assert "beta has no meaning for divergence='tvd'" in refused(
+        capsys, "distill", "digits", "--divergence", "tvd", "--beta", "2"
+    )
     assert "recipe must be one of code-lm, digits; got 'digit'" in refused(capsys, "distill", "digit")
     assert "is not empty" in refused(capsys, "distill", "digits", "--out", str(tmp_path))
     assert "unknown command 'distil'; known: distill, evaluate, benchmark, doctor" in refused(capsys, "distil")
     assert "only --quiet goes with it" in refused(capsys, "distill", "digits", "--resume", str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.toml"]
+
+
+def test_a_divergence_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Chosen by flags, kept in the folder, taken up again from there; a β that is left out is left out of the file."""
+    for name, flags in (("jsd", ["--divergence", "jsd", "--beta", "0.3"]), ("dkd", ["--divergence", "dkd"])):
+        assert cli.main(["distill", "digits", *TINY, *flags, "--out", str(tmp_path / name), "--quiet"]) == 0
+        text = (tmp_path / name / "config.toml").read_text()
+        assert f'divergence = "{name}"' in text
+        assert ("beta = 0.3" in text) == (name == "jsd")
+        assert cli.main(["evaluate", str(tmp_path / name)]) == 0
+    jsd, dkd = ((tmp_path / name / "student.safetensors").read_bytes() for name in ("jsd", "dkd"))
+    assert jsd != dkd
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

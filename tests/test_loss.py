@@ -108,6 +108,16 @@ def test_soft_loss(kind: str, vocab_size: int, dtype: torch.dtype, divergence: s
     check(student, teacher, labels, sets=INSTRUCTION_SETS, temperature=2.0, **keywords_of(divergence))
 
 
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_the_largest_vocabulary(dtype: torch.dtype, divergence: str) -> None:
+    """262,144 classes, up to which the accuracy is promised, with all that may go wrong in one batch."""
+    for kind in ("random", "flat", "near_equal", "peaked"):
+        student, teacher = make_logits(kind, 1, 262_144, dtype)
+        labels = labels_of(divergence, 1, 262_144)
+        check(student, teacher, labels, sets=INSTRUCTION_SETS, temperature=2.0, **keywords_of(divergence))
+
+
 # 128,256 adds nothing here but time: blocks, tails and probes are those of 32,003.
 @every_divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from safetensors.torch import load_model
 from torch import nn
 
+from ...modules import DistillationLoss
 from .. import Reptile, Until
 from ..checkpoint import read_log, write_atomically, write_json
 from ..report import draw_curves, format_table, time_losses
@@ -43,6 +44,10 @@ class Settings(BaseSettings):
     """Micro-batches in a step."""
     precision: str = "float32"
     """float32, bfloat16 or float16 (autocast)."""
+    divergence: str = "forward_kl"
+    """What is measured between teacher and student: forward_kl, jsd, dkd, … (see `reptile_ext.distillation_loss`)."""
+    beta: float | None = None
+    """Parameter of the divergences that have one; left out, it is the divergence's default."""
     temperature: PositiveFloat = 1.0
     """Temperature of the distillation."""
     hard_weight: float = 0.5
@@ -67,6 +72,12 @@ class Settings(BaseSettings):
     """Steps between evaluations on the held-out data."""
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _loss_is_possible(self) -> Settings:
+        """Complain of a divergence that is unknown, or a β it cannot have, before a teacher is trained."""
+        DistillationLoss(divergence=self.divergence, beta=self.beta, hard_weight=self.hard_weight)
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -120,6 +131,8 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         task.student,
         task.teacher,
         learning_rate=settings.learning_rate,
+        divergence=settings.divergence,
+        beta=settings.beta,
         temperature=settings.temperature,
         hard_weight=settings.hard_weight,
         inplace=settings.inplace,
