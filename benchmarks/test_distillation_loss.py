@@ -10,10 +10,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from reptile_ext.benchmark import COMPILE_VOCAB, DTYPES, NAMES, Case, Contender, Data, cases, contenders
 
 
+def chosen_cases(config: pytest.Config) -> list[Case]:
+    return cases(config.getoption("--shapes"), divergences=config.getoption("--divergences"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every case with every contender that it has."""
     compile = not metafunc.config.getoption("--no-compile")
-    chosen = cases(metafunc.config.getoption("--shapes"))
+    chosen = chosen_cases(metafunc.config)
 
     def takes_part(case: Case, name: str) -> bool:
         return {
@@ -29,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def contender(request: pytest.FixtureRequest) -> Callable[[Case, str], Contender]:
     """Finds a contender; the data of a dtype and the contenders of a case are made once."""
-    chosen = cases(request.config.getoption("--shapes"))
+    chosen = chosen_cases(request.config)
     data: dict[str, Data] = {}
     of_case: dict[Case, dict[str, Contender]] = {}
 
@@ -49,13 +53,14 @@ def test_forward_and_backward(
     benchmark: BenchmarkFixture, contender: Callable[[Case, str], Contender], case: Case, name: str
 ) -> None:
     runner = contender(case, name)
-    benchmark.group = f"{case!s:30} forward + backward"
+    benchmark.group = f"{case!s:44} forward + backward"
     benchmark.name = name
     rounds = 9 if case.is_large else 500
     benchmark.pedantic(runner.step, setup=runner.setup, rounds=rounds, warmup_rounds=2)  # type: ignore[no-untyped-call]
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         benchmark.extra_info.update(
+            divergence=case.divergence,
             dtype=case.dtype,
             rows=case.rows,
             vocab=case.vocab,

@@ -1,28 +1,33 @@
 """Times the fused loss against plain PyTorch on this machine: `reptile benchmark`, and the cases of `benchmarks/`.
 
-What is timed is forward and backward of forward KL as a user calls it, with gradients cleared before, at T = 2:
+What is timed is forward and backward of a divergence as a user calls it, with gradients cleared before, at T = 2:
 
-    ours in place   distillation_loss(s, t, temperature=2.0, inplace=True), s the output of another node of the graph
-    ours            distillation_loss(s, t, temperature=2.0)
-    eager           F.kl_div(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1), log_target=True,
-                             reduction="batchmean") * T * T
+    ours in place   distillation_loss(s, t, divergence=d, temperature=2.0, inplace=True), s the output of another node
+                    of the graph
+    ours            distillation_loss(s, t, divergence=d, temperature=2.0)
+    eager           d in plain PyTorch, as in eager.py
     eager fp32      the same of s.float() and t.float(); for float32 logits that is eager itself, and left out
     torch.compile   eager, compiled for exactly this shape
     limit           no loss: reads s and t and writes as much past the caches, on as many threads. Nothing that touches
                     memory as often as the fused loss must can be faster.
 
-How: all contenders of a case run in one process, in turn, in an order that rotates from round to round. A large case
-starts with caches full of other data, a small one runs several times in a row with warm caches. Every time is the
-median over the rounds and is given with the quartiles. Losses and gradients are compared before anything is timed.
+How: all contenders of all divergences of a shape run in one process, in turn, in an order that is shuffled for every
+round. A turn begins with a step that does not count, so that memory and threads are in the state that the contender's
+own last step left, as in a training loop, and not in another's. Then large logits are timed once, with caches full of
+other data, small ones several times in a row with warm caches. Every time is the median over the rounds and is given
+with the quartiles. Losses and gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import datetime
+import itertools
 import json
+import math
 import os
 import platform
+import random
 import shutil
 import statistics
 import sys
@@ -33,24 +38,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from ._C import stream_limit
 from ._version import __version__
+from .arguments import DIVERGENCES
+from .eager import EAGER, TEMPERATURE
 from .functional import distillation_loss
 
-__all__ = ["DTYPES", "SHAPES", "Case", "Contender", "Data", "cases", "contenders", "run"]
+__all__ = ["DTYPES", "SHAPES", "TEMPERATURE", "Case", "Contender", "Data", "cases", "contenders", "run"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TEMPERATURE = 2.0
 PAIRS = 32_768_000  # student-teacher pairs of logits in a large case
 
 LARGE_PAIRS = 1 << 22  # from here on a case is beyond the caches: a streaming limit, cold caches and a peak of memory
 COMPILE_VOCAB = 1000  # torch.compile takes seconds a case, and below this size has nothing to show
 NAMES = ("ours in place", "ours", "eager", "eager fp32", "torch.compile", "limit")
-WARM_UP = 1  # rounds, after the run that is checked and the one whose memory is looked at
 IN_A_ROW, TURN_NS = 200, 20_000_000  # a small case's steps in one turn, as in a training loop: at most so many, so long
 FLUSH_BYTES = 1 << 27
 
@@ -62,14 +66,19 @@ SHAPES = {
     "large": _LARGE,
     "quick": ((64, 10), (1024, 100), (256, 32_000)),
 }
+BASELINES = ("eager", "eager fp32", "torch.compile")
+# Measured unless told otherwise: of large float32 logits of these sizes the divergences whose speed has a target
+# relative to forward KL's, else forward KL alone.
+TARGETED, TARGETED_VOCABS = ("forward_kl", "reverse_kl", "jsd"), (32_000, 128_256)
 
 
 class Case(NamedTuple):
-    """Logits of shape [rows, vocab]."""
+    """A divergence of logits of shape [rows, vocab]."""
 
     dtype: str
     rows: int
     vocab: int
+    divergence: str = "forward_kl"
 
     @property
     def pairs(self) -> int:
@@ -80,7 +89,7 @@ class Case(NamedTuple):
         return self.pairs >= LARGE_PAIRS
 
     def __str__(self) -> str:
-        return f"{self.dtype} [{self.rows}, {self.vocab}]"
+        return f"{self.divergence} {self.dtype} [{self.rows}, {self.vocab}]"
 
 
 def cases(
@@ -88,9 +97,11 @@ def cases(
     dtypes: Sequence[str] = tuple(DTYPES),
     vocab: Sequence[int] | None = None,
     pairs: float | None = None,
+    divergences: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The cases of a named set; with `vocab`, those of these sizes only (a size that the set lacks gets `pairs` pairs);
-    with `pairs`, with as many rows as make about that number of pairs.
+    """The cases of a named set, those of a dtype and shape together; with `vocab`, those of these sizes only (a size
+    that the set lacks gets `pairs` pairs); with `pairs`, with as many rows as make about that number of pairs; with
+    `divergences` ("all" for all of them), of these instead of what `TARGETED` says.
 
     Raises:
         ValueError: a name that is not known, or a number that is not positive.
@@ -104,6 +115,11 @@ def cases(
         raise ValueError(f"vocab must be positive sizes; got {tuple(vocab)}")
     if pairs is not None and not pairs > 0:
         raise ValueError(f"pairs must be a positive number; got {pairs!r}")
+    if divergences is not None and tuple(divergences) == ("all",):
+        divergences = DIVERGENCES
+    for divergence in divergences or ():
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergences must be 'all' or of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}")
 
     def rows_of(v: int) -> int:
         return max(1, round((pairs or PAIRS) / v))
@@ -114,11 +130,20 @@ def cases(
         chosen = [(n, v) for n, v in chosen if v in vocab] + [(rows_of(v), v) for v in vocab if v not in known]
     if pairs is not None:
         chosen = [(rows_of(v), v) for _, v in chosen]
-    return [Case(dtype, *shape) for dtype in dtypes for shape in sorted(dict.fromkeys(chosen), key=lambda s: s[::-1])]
+
+    def divergences_of(case: Case) -> Sequence[str]:
+        if divergences is not None:
+            return tuple(dict.fromkeys(divergences))
+        has_targets = case.is_large and case.dtype == "float32" and case.vocab in TARGETED_VOCABS
+        return TARGETED if has_targets else ("forward_kl",)
+
+    ordered = sorted(dict.fromkeys(chosen), key=lambda shape: shape[::-1])
+    of_shapes = [Case(dtype, *shape) for dtype in dtypes for shape in ordered]
+    return [case._replace(divergence=d) for case in of_shapes for d in divergences_of(case)]
 
 
 class Data:
-    """Memory that the cases of one dtype share: random logits, and what the contenders write."""
+    """Memory that the cases of one dtype share: random logits and labels, and what the contenders write."""
 
     def __init__(self, dtype: str, max_pairs: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -127,6 +152,7 @@ class Data:
         )
         self._buffer = torch.empty_like(self._student)
         self._flush = torch.ones(FLUSH_BYTES // 4)
+        self._leaf = torch.empty(0)
 
     def logits(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         """Student, teacher and a buffer of their size, each [rows, vocab]."""
@@ -134,6 +160,18 @@ class Data:
             x[: case.pairs].view(case.rows, case.vocab) for x in (self._student, self._teacher, self._buffer)
         )
         return student, teacher, buffer
+
+    def leaf(self, case: Case) -> Tensor:
+        """The student's logits as a leaf, one for all contenders of a shape: they hold one gradient, not one each."""
+        if self._leaf.shape != (case.rows, case.vocab):
+            self._leaf = self.logits(case)[0].detach().requires_grad_()
+        return self._leaf
+
+    def labels(self, case: Case) -> Tensor | None:
+        """None where the divergence has no use for them."""
+        if case.divergence != "dkd":
+            return None
+        return torch.randint(case.vocab, (case.rows,), generator=torch.Generator().manual_seed(0))
 
     def flush_caches(self) -> None:
         self._flush.sum()
@@ -149,19 +187,14 @@ class Contender:
     gradient: Callable[[], Tensor | None] = lambda: None
 
 
-def eager(student: Tensor, teacher: Tensor) -> Tensor:
-    T = TEMPERATURE
-    x = F.log_softmax(student / T, -1)
-    y = F.log_softmax(teacher / T, -1)
-    return F.kl_div(x, y, log_target=True, reduction="batchmean") * T * T
-
-
-def eager_fp32(student: Tensor, teacher: Tensor) -> Tensor:
-    return eager(student.float(), teacher.float())
-
-
-def ours(student: Tensor, teacher: Tensor) -> Tensor:
-    return distillation_loss(student, teacher, temperature=TEMPERATURE)
+def ours(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    divergence: str = "forward_kl",
+    inplace: bool = False,
+) -> Tensor:
+    return distillation_loss(student, teacher, labels, divergence=divergence, temperature=TEMPERATURE, inplace=inplace)
 
 
 class _Produced(torch.autograd.Function):
@@ -185,17 +218,17 @@ def produced(buffer: Tensor) -> Tensor:
 def contenders(case: Case, data: Data, compile: bool = True) -> list[Contender]:
     """Everything that `case` compares; without torch.compile where `compile` is False, or the classes are few."""
     student, teacher, buffer = data.logits(case)
+    leaf, labels = data.leaf(case), data.labels(case)
+    eager = EAGER[case.divergence]
     prepare = data.flush_caches if case.is_large else lambda: None
 
-    def of_leaf(name: str, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Contender:
-        leaf = student.detach().requires_grad_()
-
+    def of_leaf(name: str, loss_of: Callable[[], Tensor]) -> Contender:
         def setup() -> None:
             leaf.grad = None
             prepare()
 
         def step() -> Tensor:
-            loss = loss_of(leaf, teacher)
+            loss = loss_of()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
@@ -210,7 +243,7 @@ def contenders(case: Case, data: Data, compile: bool = True) -> list[Contender]:
             prepare()
 
         def step() -> Tensor:
-            loss = distillation_loss(logits[0], teacher, temperature=TEMPERATURE, inplace=True)
+            loss = ours(logits[0], teacher, labels, case.divergence, inplace=True)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
@@ -224,12 +257,19 @@ def contenders(case: Case, data: Data, compile: bool = True) -> list[Contender]:
 
         return Contender("limit", prepare, step)
 
-    chosen = [in_place(), of_leaf("ours", ours), of_leaf("eager", eager)]
+    chosen = [
+        in_place(),
+        of_leaf("ours", lambda: ours(leaf, teacher, labels, case.divergence)),
+        of_leaf("eager", lambda: eager(leaf, teacher, labels)),
+    ]
     if case.dtype != "float32":
-        chosen.append(of_leaf("eager fp32", eager_fp32))
+        chosen.append(of_leaf("eager fp32", lambda: eager(leaf.float(), teacher.float(), labels)))
     if compile and case.vocab >= COMPILE_VOCAB:
-        torch.compiler.reset()  # one shape at a time: else the ninth would hit the limit of recompilations
-        chosen.append(of_leaf("torch.compile", torch.compile(eager, fullgraph=True, dynamic=False)))
+        # One shape at a time: else the ninth would hit the limit of recompilations. What a case of the same shape
+        # compiles is compiled at its first step, after this.
+        torch.compiler.reset()
+        compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+        chosen.append(of_leaf("torch.compile", lambda: compiled(leaf, teacher, labels)))
     if case.is_large:
         chosen.append(limit())
     return chosen
@@ -239,10 +279,10 @@ def check(case: Case, contender: Contender, loss: Tensor | None, exact: tuple[fl
     """Compare a loss and its gradient with those of eager PyTorch in float32 arithmetic.
 
     Raises:
-        RuntimeError: they differ by more than the contender's arithmetic explains: 1e-3 where that is float32 (the
-            gradient of bfloat16 logits is rounded: 1e-2), 2e-2 for the loss and 1e-1 for the gradient where
-            log-probabilities were rounded to bfloat16 on the way. A gradient's error is that of the whole tensor, in
-            the Euclidean norm.
+        RuntimeError: they differ by more than the contender's arithmetic explains. Where that is float32: 1e-3 for the
+            loss, 5e-3 for the gradient (tvd's jumps where p = q), 1e-2 for one that is rounded to bfloat16. Where
+            log-probabilities were rounded to bfloat16 on the way: 1e-1. A gradient's error is that of the whole
+            tensor, in the Euclidean norm.
     """
     gradient = contender.gradient()
     if loss is None or gradient is None:
@@ -250,10 +290,10 @@ def check(case: Case, contender: Contender, loss: Tensor | None, exact: tuple[fl
     narrow = case.dtype != "float32"
     rounds_inside = narrow and contender.name in ("eager", "torch.compile")
     errors = {
-        "loss": (abs(loss.item() / exact[0] - 1), 2e-2 if rounds_inside else 1e-3),
+        "loss": (abs(loss.item() / exact[0] - 1), 1e-1 if rounds_inside else 1e-3),
         "gradient": (
             float((gradient.float() - exact[1]).norm() / exact[1].norm()),
-            1e-1 if rounds_inside else 1e-2 if narrow else 1e-3,
+            1e-1 if rounds_inside else 1e-2 if narrow else 5e-3,
         ),
     }
     for what, (error, tolerance) in errors.items():
@@ -305,6 +345,7 @@ class Result:
     extra_bytes: int | None
     against: dict[str, float]  # times as fast as each baseline
     share_of_limit: float | None
+    share_of_forward_kl: float | None  # its speed over that of the same contender with forward_kl
 
     @property
     def ns_per_pair(self) -> float:
@@ -315,61 +356,68 @@ class Result:
             "dtype": self.case.dtype,
             "rows": self.case.rows,
             "vocab": self.case.vocab,
+            "divergence": self.case.divergence,
             "contender": self.contender,
             "ms": dict(zip(("q1", "median", "q3"), self.ms, strict=True)),
             "ns_per_pair": self.ns_per_pair,
             "times_as_fast_as": self.against,
             "share_of_limit": self.share_of_limit,
+            "share_of_forward_kl": self.share_of_forward_kl,
             "extra_bytes": self.extra_bytes,
             "loss": self.loss,
         }
 
 
-def measure(case: Case, data: Data, repeats: int, compile: bool) -> list[Result]:
-    """Run the contenders of a case in turn, `repeats` rounds of it."""
-    runners = contenders(case, data, compile)
-    student, teacher, _ = data.logits(case)
-    losses: dict[str, float | None] = {}
-    extra: dict[str, int | None] = {}
+def measure(of_shape: Sequence[Case], data: Data, repeats: int, compile: bool) -> list[Result]:
+    """Run the contenders of cases that differ in their divergence alone in turn, `repeats` rounds of it."""
+    runners = {(case, c.name): c for case in of_shape for c in contenders(case, data, compile)}
+    losses: dict[tuple[Case, str], float | None] = {}
+    for case in of_shape:
+        student, teacher, _ = data.logits(case)
+        leaf = student.detach().float().requires_grad_()
+        wanted = EAGER[case.divergence](leaf, teacher.float(), data.labels(case))
+        exact = (wanted.item(), torch.autograd.grad(wanted, leaf)[0])
+        for key, runner in runners.items():
+            if key[0] == case:
+                runner.setup()
+                loss = runner.step()
+                check(case, runner, loss, exact)
+                losses[key] = None if loss is None else loss.item()
+        del leaf, wanted, exact
+    extra = {key: peak_extra_bytes(runner) if key[0].is_large else None for key, runner in runners.items()}
 
-    leaf = student.detach().float().requires_grad_()
-    wanted = eager_fp32(leaf, teacher)
-    exact = (wanted.item(), torch.autograd.grad(wanted, leaf)[0])
-    for runner in runners:
-        runner.setup()
-        loss = runner.step()
-        check(case, runner, loss, exact)
-        losses[runner.name] = None if loss is None else loss.item()
-    del leaf, wanted, exact
-    for runner in runners:
-        extra[runner.name] = peak_extra_bytes(runner) if case.is_large else None
+    times: dict[tuple[Case, str], list[int]] = {key: [] for key in runners}
+    in_turn, order = list(runners), random.Random(0)
+    for _ in range(repeats):
+        order.shuffle(in_turn)
+        for key in in_turn:
+            times[key] += _time_in_a_row(runners[key], 1 if key[0].is_large else IN_A_ROW)
+    quartiles = {key: _quartiles(ns) for key, ns in times.items()}
 
-    times: dict[str, list[int]] = {runner.name: [] for runner in runners}
-    for round_ in range(WARM_UP + repeats):
-        first = round_ % len(runners)
-        for runner in runners[first:] + runners[:first]:
-            in_a_row = _time_in_a_row(runner, 1 if case.is_large else IN_A_ROW)
-            if round_ >= WARM_UP:
-                times[runner.name] += in_a_row
+    def result(case: Case, name: str) -> Result:
+        def as_fast_as(case: Case, other: str) -> float | None:
+            return quartiles[case, other][1] / ms[1] if (case, other) in quartiles else None
 
-    quartiles = {name: _quartiles(ns) for name, ns in times.items()}
-    limit = quartiles.get("limit")
-    return [
-        Result(
+        ms = quartiles[case, name]
+        against = {baseline: as_fast_as(case, baseline) for baseline in BASELINES}
+        return Result(
             case,
             name,
             ms,
-            losses[name],
-            extra[name],
-            {b: quartiles[b][1] / ms[1] for b in ("eager", "eager fp32", "torch.compile") if b in quartiles},
-            None if limit is None else limit[1] / ms[1],
+            losses[case, name],
+            extra[case, name],
+            {baseline: ratio for baseline, ratio in against.items() if ratio is not None},
+            as_fast_as(case, "limit"),
+            as_fast_as(case._replace(divergence="forward_kl"), name),
         )
-        for name, ms in quartiles.items()
-    ]
+
+    return [result(*key) for key in runners]
 
 
 def _time_in_a_row(runner: Contender, most: int) -> list[int]:
     """Nanoseconds of each of up to `most` steps, one at least, and no more than a turn has time for."""
+    runner.setup()
+    runner.step()
     times: list[int] = []
     while not times or (len(times) < most and sum(times) < TURN_NS):
         runner.setup()
@@ -394,6 +442,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "instruction_set": ops.instruction_set(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # other programs' included: it should be near 0 at the start
         "torch": torch.__version__,
         "reptile_ext": __version__,
         "python": platform.python_version(),
@@ -432,6 +481,7 @@ _COLUMNS = (
     ("vs fp32", ">9"),
     ("vs compile", ">11"),
     ("of limit", ">9"),
+    ("of fwd_kl", ">10"),
     ("extra MB", ">9"),
     ("loss", ">9"),
 )
@@ -442,6 +492,9 @@ def _table_row(r: Result) -> str:
     def ratio(baseline: str) -> str:
         return f"{r.against[baseline]:.2f}x" if baseline in r.against else "-"
 
+    def share(of: float | None) -> str:
+        return "-" if of is None else f"{of:.0%}"
+
     cells = (
         r.contender,
         f"{r.ms[1]:.4g}",
@@ -450,7 +503,8 @@ def _table_row(r: Result) -> str:
         ratio("eager"),
         ratio("eager fp32"),
         ratio("torch.compile"),
-        "-" if r.share_of_limit is None else f"{r.share_of_limit:.0%}",
+        share(r.share_of_limit),
+        share(r.share_of_forward_kl),
         "-" if r.extra_bytes is None else f"{r.extra_bytes / 1e6:.1f}",
         "-" if r.loss is None else f"{r.loss:.5f}",
     )
@@ -467,12 +521,13 @@ def run(
     pairs: float | None = None,
     compile: bool = True,
     plot: Path | None = None,
+    divergences: Sequence[str] | None = None,
 ) -> int:
     """Print a table for each dtype; write the figures to `out` (JSON) and a chart to `plot` (PNG). Returns 0.
 
     Args:
-        shapes: a set of SHAPES; see `cases` for what `vocab` and `pairs` make of it.
-        repeats: rounds that count, after the warm-up.
+        shapes: a set of SHAPES; see `cases` for what `vocab`, `pairs` and `divergences` make of it.
+        repeats: rounds.
         threads: of PyTorch and ours; default: what PyTorch uses.
         compile: torch.compile too, from 1,000 classes on. It needs a C++ compiler and several seconds a case.
 
@@ -481,7 +536,7 @@ def run(
         ModuleNotFoundError: `plot` without matplotlib.
         RuntimeError: a contender's loss or gradient is wrong.
     """
-    chosen = cases(shapes, dtypes, vocab, pairs)
+    chosen = cases(shapes, dtypes, vocab, pairs, divergences)
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1; got {repeats}")
     if threads is not None and threads < 1:
@@ -517,12 +572,14 @@ def _measure_and_print(chosen: list[Case], repeats: int, compile: bool) -> Itera
         data = Data(dtype, max(case.pairs for case in of_dtype))
         print(f"\n{dtype}, forward + backward; extra MB: peak memory of a step over what was there before")
         print(HEADER)
-        for case in of_dtype:
-            size = case.pairs * DTYPES[dtype].itemsize / 1e6
-            print(f"[{case.rows}, {case.vocab}], logits of {size:.3g} MB each", flush=True)
-            for result in measure(case, data, repeats, compile):
-                print(_table_row(result), flush=True)
-                yield result
+        for shape, of_shape in itertools.groupby(of_dtype, key=lambda case: (case.rows, case.vocab)):
+            size = math.prod(shape) * DTYPES[dtype].itemsize / 1e6
+            print(f"{list(shape)}, logits of {size:.3g} MB each", flush=True)
+            results = measure(list(of_shape), data, repeats, compile)
+            for divergence, of_divergence in itertools.groupby(results, key=lambda r: r.case.divergence):
+                print(f"{divergence}:")
+                print("\n".join(map(_table_row, of_divergence)), flush=True)
+            yield from results
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -548,27 +605,38 @@ def _pyplot() -> Any:
 
 
 def _draw(results: list[Result], about: dict[str, Any], path: Path) -> None:
-    """Time a pair over V; of cases with the same V the one with most rows."""
+    """Time a pair over V: all contenders of the first divergence, ours in place of the others. Of cases with the same V
+    the one with most rows."""
     pyplot = _pyplot()
+    first = results[0].case.divergence
+
+    def label(r: Result) -> str:
+        return r.contender if r.case.divergence == first else f"{r.contender}, {r.case.divergence}"
+
+    drawn = [r for r in results if r.case.divergence == first or r.contender == "ours in place"]
     dtypes = list(dict.fromkeys(r.case.dtype for r in results))
-    names = sorted({r.contender for r in results}, key=NAMES.index)
+    drawn.sort(key=lambda r: (r.case.divergence != first, NAMES.index(r.contender)))
+    labels = list(dict.fromkeys(map(label, drawn)))
+    colours = pyplot.get_cmap("tab20")
     figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.5), sharey=True, squeeze=False)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        for i, name in enumerate(names):
+        for i, name in enumerate(labels):
             points = {}
-            for r in sorted((r for r in results if (r.case.dtype, r.contender) == (dtype, name)), key=lambda r: r.case):
+            for r in sorted((r for r in drawn if (r.case.dtype, label(r)) == (dtype, name)), key=lambda r: r.case):
                 points[r.case.vocab] = r.ns_per_pair
             if points:
-                style = {"color": "black", "linestyle": "--"} if name == "limit" else {"color": f"C{i}"}
+                style = {"color": "black", "linestyle": "--"} if name == "limit" else {"color": colours(i)}
                 vs = sorted(points)
                 axis.plot(vs, [points[v] for v in vs], label=name, marker="o", markersize=4, **style)
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="classes V")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("forward + backward, ns a pair of logits")
-    axes[0][-1].legend(fontsize=8)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    axes[0][-1].legend([lines[name] for name in labels], labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(
-        f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}", fontsize=9
+        f"{first}, {about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}",
+        fontsize=9,
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=150, format="png")
+    figure.savefig(path, dpi=150, format="png", bbox_inches="tight")
     pyplot.close(figure)

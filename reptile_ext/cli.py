@@ -126,6 +126,12 @@ def benchmark(argv: list[str]) -> int:
         "--shapes", choices=benchmark_module.SHAPES, default="default", help="set of shapes (default: %(default)s)"
     )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    parser.add_argument(
+        "--divergences",
+        nargs="+",
+        metavar="NAME",
+        help="all, or some of them (default: forward_kl, and where it has targets reverse_kl and jsd)",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each case (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: what torch uses")
     parser.add_argument("--vocab", type=int, nargs="+", help="only these vocabulary sizes")
@@ -151,6 +157,7 @@ def benchmark(argv: list[str]) -> int:
             vocab=tuple(o.vocab) if o.vocab else None,
             pairs=o.pairs,
             compile=not o.no_compile,
+            divergences=o.divergences,
         )
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-from reptile_ext import benchmark
+from reptile_ext import benchmark, cli, reference
+from reptile_ext.arguments import DIVERGENCES
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def test_run_writes_tables_figures_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "new" / "figures.json", tmp_path / "chart.png"
     threads = torch.get_num_threads()
     pairs = benchmark.LARGE_PAIRS + 32_000  # enough for the limit and the peak of memory
-    code = benchmark.run(vocab=(100, 32_000), pairs=pairs, repeats=2, threads=1, out=out, plot=plot, compile=False)
+    code = benchmark.run(
+        vocab=(100, 32_000),
+        pairs=pairs,
+        divergences=("forward_kl",),
+        repeats=2,
+        threads=1,
+        out=out,
+        plot=plot,
+        compile=False,
+    )
     assert code == 0
     assert torch.get_num_threads() == threads
 
@@ -44,6 +58,8 @@ def test_run_writes_tables_figures_and_chart(tmp_path: Path, capsys: pytest.Capt
             assert r["share_of_limit"] == pytest.approx(of_case["limit"]["ms"]["median"] / median)
             if name != "limit":
                 assert r["loss"] == pytest.approx(exact, rel=2e-2 if name == "eager" else 1e-5)
+            assert r["divergence"] == "forward_kl"
+            assert r["share_of_forward_kl"] == 1
         if of_case["ours"]["extra_bytes"] is not None:
             logits = of_case["ours"]["rows"] * vocab * benchmark.DTYPES[dtype].itemsize
             assert of_case["ours in place"]["extra_bytes"] < 0.1 * logits
@@ -59,10 +75,82 @@ def test_run_writes_tables_figures_and_chart(tmp_path: Path, capsys: pytest.Capt
     assert printed.count(benchmark.HEADER) == 2
 
 
+def test_every_divergence_is_measured_against_forward_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And every contender's loss is the reference's."""
+    out, plot = tmp_path / "figures.json", tmp_path / "chart.png"
+    benchmark.run(vocab=(10,), pairs=640, divergences=("all",), repeats=1, out=out, plot=plot)
+    results = json.loads(out.read_text())["results"]
+    found = {(r["dtype"], r["divergence"], r["contender"]): r for r in results}
+    assert len(found) == len(results)
+    assert set(found) == {
+        (dtype, divergence, contender)
+        for dtype, eager in (("float32", ("eager",)), ("bfloat16", ("eager", "eager fp32")))
+        for divergence in DIVERGENCES
+        for contender in ("ours in place", "ours", *eager)
+    }
+    printed = capsys.readouterr().out
+    for (dtype, divergence, contender), r in found.items():
+        assert (r["rows"], r["vocab"]) == (64, 10)
+        median = found[dtype, "forward_kl", contender]["ms"]["median"]
+        assert r["share_of_forward_kl"] == pytest.approx(median / r["ms"]["median"])
+        assert f"{divergence}:\n" in printed
+        case, data = benchmark.Case(dtype, 64, 10, divergence), benchmark.Data(dtype, 640)
+        student, teacher, _ = data.logits(case)
+        wanted = reference.distillation_loss(
+            student, teacher, data.labels(case), divergence=divergence, temperature=benchmark.TEMPERATURE
+        )
+        tolerance = 3e-2 if contender == "eager" and dtype == "bfloat16" else 1e-5
+        assert r["loss"] == pytest.approx(wanted.item(), rel=tolerance)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_forward_kl_there_is_no_share_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    benchmark.run(dtypes=("float32",), vocab=(10,), pairs=640, divergences=("jsd", "tvd"), repeats=1, out=out)
+    results = json.loads(out.read_text())["results"]
+    assert {r["divergence"] for r in results} == {"jsd", "tvd"}
+    assert {r["share_of_forward_kl"] for r in results} == {None}
+
+
+def test_default_divergences_are_those_that_have_targets() -> None:
+    for case in (chosen := benchmark.cases()):
+        of_shape = [c.divergence for c in chosen if c[:3] == case[:3]]
+        targeted = case.dtype == "float32" and case.pairs > 10**7 and case.vocab in (32_000, 128_256)
+        assert of_shape == (["forward_kl", "reverse_kl", "jsd"] if targeted else ["forward_kl"])
+    everything = benchmark.cases("small", divergences=("all",))
+    assert everything == [c._replace(divergence=d) for c in benchmark.cases("small") for d in DIVERGENCES]
+    twice = benchmark.cases("small", ("float32",), (1000,), 1e5, ("jsd", "dkd", "jsd"))
+    assert [c.divergence for c in twice] == ["jsd", "dkd"]
+
+
+def test_turns_start_with_a_step_that_does_not_count_and_have_every_contender_in_every_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[str] = []
+
+    def counted(case: benchmark.Case, *_: Any) -> list[benchmark.Contender]:
+        return [
+            benchmark.Contender(name, lambda: None, lambda name=name: steps.append(f"{case.divergence} {name}"))
+            for name in ("ours", "eager")
+        ]
+
+    monkeypatch.setattr(benchmark, "contenders", counted)
+    monkeypatch.setattr(benchmark, "IN_A_ROW", 1)
+    chosen = benchmark.cases("small", ("float32",), (10,), 640, ("jsd", "tvd"))
+    benchmark.measure(chosen, benchmark.Data("float32", 640), 20, False)
+    names = ["jsd ours", "jsd eager", "tvd ours", "tvd eager"]
+    assert steps[:4] == names  # the checked ones
+    assert steps[4::2] == steps[5::2]
+    rounds = [tuple(steps[i : i + 8 : 2]) for i in range(4, len(steps), 8)]
+    assert len(rounds) == 20
+    assert all(sorted(r) == sorted(names) for r in rounds)
+    assert len(set(rounds)) > 1
+
+
 @pytest.mark.parametrize("name", benchmark.SHAPES)
 def test_cases_are_of_the_named_set(name: str) -> None:
     for dtype in benchmark.DTYPES:
-        chosen = benchmark.cases(name, (dtype,))
+        chosen = benchmark.cases(name, (dtype,), divergences=("forward_kl",))
         assert {(c.rows, c.vocab) for c in chosen} == set(benchmark.SHAPES[name])
         assert [c.vocab for c in chosen] == sorted(c.vocab for c in chosen)
         for c in chosen:
@@ -87,6 +175,8 @@ def test_vocab_and_pairs_choose_the_cases() -> None:
         ({"dtypes": ("float64",)}, "dtypes must be of 'float32', 'bfloat16'; got 'float64'"),
         ({"vocab": (0,)}, r"vocab must be positive sizes; got \(0,\)"),
         ({"pairs": 0}, "pairs must be a positive number; got 0"),
+        ({"divergences": ("jsd", "kl")}, "divergences must be 'all' or of 'forward_kl', .*, 'dkd'; got 'kl'"),
+        ({"divergences": ("all", "jsd")}, "divergences must be 'all' or of .*; got 'all'"),
         ({"repeats": 0}, "repeats must be at least 1; got 0"),
         ({"threads": 0}, "threads must be at least 1; got 0"),
     ],
@@ -98,13 +188,17 @@ def test_bad_arguments_are_named(keywords: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_a_wrong_result_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        right = benchmark.eager(student, teacher)
+    ours = benchmark.ours
+
+    def broken(*args: Any, inplace: bool = False) -> torch.Tensor:
+        right = ours(*args, inplace=inplace)
+        if inplace or args[-1] != "skew_kl":
+            return right
         return right * 1.01 if wrong == "loss" else right.detach() + (right - right.detach()) * 1.01
 
     monkeypatch.setattr(benchmark, "ours", broken)
-    with pytest.raises(RuntimeError, match=rf"ours computes a wrong {wrong} for float32 \[8, 100\]"):
-        benchmark.run(dtypes=("float32",), vocab=(100,), pairs=800, repeats=1)
+    with pytest.raises(RuntimeError, match=rf"ours computes a wrong {wrong} for skew_kl float32 \[8, 100\]"):
+        benchmark.run(dtypes=("float32",), vocab=(100,), pairs=800, repeats=1, divergences=("forward_kl", "skew_kl"))
 
 
 def test_a_chart_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -120,3 +214,38 @@ def test_a_chart_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'reptile_ext\[bench\]'"):
         benchmark.run(dtypes=("float32",), vocab=(100,), pairs=800, plot=tmp_path / "chart.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_divergences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--vocab", "10", "--pairs", "640", "--dtypes", "float32", "--repeats", "1", "--out", str(tmp_path)]
+    assert cli.main(["benchmark", *shape, "--divergences", "mse", "dkd"]) == 0
+    results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert {r["divergence"] for r in results} == {"mse", "dkd"}
+    assert cli.main(["benchmark", *shape, "--divergences", "kl"]) == 2
+    assert "divergences must be 'all' or of" in capsys.readouterr().err
+
+
+def test_the_same_cases_on_pytest_benchmark() -> None:
+    """Each case once, untimed."""
+    command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "-v", "--benchmark-disable", "-k", "[64"]
+    command += ["--shapes", "small", "--divergences", "jsd", "dkd", "--no-compile"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for divergence in ("jsd", "dkd"):
+        assert f"[{divergence} float32 [64, 10] ours in place] PASSED" in result.stdout
+        assert f"[{divergence} bfloat16 [64, 1000] eager fp32] PASSED" in result.stdout
+
+
+def test_small_shapes_accounts_for_all_of_a_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("small_shapes", BENCHMARKS / "small_shapes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    small_shapes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_shapes)
+    monkeypatch.setattr(small_shapes, "microseconds", lambda stages: dict.fromkeys(stages, 100.0))
+    small_shapes.main(4, 10)
+    printed = capsys.readouterr().out
+    assert "forward_kl float32 [4, 10], microseconds" in printed
+    assert "ours, 100.0 microseconds, 1.00 of eager's:" in printed
