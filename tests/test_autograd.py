@@ -306,6 +306,14 @@ def test_opcheck(sample: dict[str, Any]) -> None:
         torch.library.opcheck(torch.ops.reptile_ext.distillation_loss_, frozen)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+@every_dtype
+def test_opcheck_of_the_backward_operator(dtype: torch.dtype) -> None:
+    for factor in (torch.tensor(3.0), torch.rand(3, 2)):
+        torch.library.opcheck(torch.ops.reptile_ext.scale_gradient_, (torch.randn(3, 5, 2, dtype=dtype), factor, 1))
+
+
 @pytest.mark.parametrize("sample", OP_SAMPLES.values(), ids=OP_SAMPLES.keys())
 def test_the_operators_autograd_is_the_functions(sample: dict[str, Any]) -> None:
     """torch.ops.reptile_ext.distillation_loss, which a traced program runs, has the gradient of the eager path."""

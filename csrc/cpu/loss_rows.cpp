@@ -184,30 +184,38 @@ struct Sums {
   }
 };
 
-// The call and the constants come by value, here and below: a copy that no store can alias stays in registers. `hidden`
-// is the class of a folded row that is left out, for a functor that wants it so.
+// Here and below, what the loop needs is copied from the arguments first: a local that no store can alias stays in a
+// register. `hidden` is the class of a folded row that is left out, for a functor that wants it so.
 template <class D, class In, class V = Arithmetic<In>>
-Sums<V, D::kSums> first_pass(const Call<typename V::Scalar> call, const Tile<In> tile, const Pair<V> m_s,
-                             const Pair<V> m_t, int64_t hidden) {
+Sums<V, D::kSums> first_pass(const Call<typename V::Scalar>& call, const Tile<In>& tile, const Pair<V>& m_s,
+                             const Pair<V>& m_t, int64_t hidden) {
+  using Scalar = typename V::Scalar;
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   const V k_s = V(call.k_s), k_t = V(call.k_t);
+  const V top_s[2] = {m_s.half[0], m_s.half[1]}, top_t[2] = {m_t.half[0], m_t.half[1]};
+  const In *const students = tile.student, *const teachers = tile.teacher;
+  const int64_t student_step = tile.student_step, teacher_step = tile.teacher_step;
+  const int64_t num_pairs = tile.num_pairs, num_whole = tile.num_whole;
+  const int tail = tile.tail;
+  Scalar* kept_rows[D::kKept];
+  for (int i = 0; i < D::kKept; ++i) kept_rows[i] = call.kept[i];
   Sums<V, D::kSums> total;
-  for (int64_t begin = 0; begin < tile.num_pairs; begin += kBlock) {
-    const int64_t end = begin + kBlock < tile.num_pairs ? begin + kBlock : tile.num_pairs;
-    const int64_t whole = end < tile.num_whole ? end : tile.num_whole;
+  for (int64_t begin = 0; begin < num_pairs; begin += kBlock) {
+    const int64_t end = begin + kBlock < num_pairs ? begin + kBlock : num_pairs;
+    const int64_t whole = end < num_whole ? end : num_whole;
     Sums<V, D::kSums> block;
     const auto one = [&](int64_t j, const V(&s)[2], const V(&t)[2]) {
       for (int h = 0; h < 2; ++h) {
         V kept[D::kKept];
-        D::first((s[h] - m_s.half[h]) * k_s, (t[h] - m_t.half[h]) * k_t, block.half[h], kept);
-        for (int i = 0; i < D::kKept; ++i) kept[i].store(call.kept[i] + j * kPair + h * kLanes);
+        D::first((s[h] - top_s[h]) * k_s, (t[h] - top_t[h]) * k_t, block.half[h], kept);
+        for (int i = 0; i < D::kKept; ++i) kept[i].store(kept_rows[i] + j * kPair + h * kLanes);
       }
     };
     V s[2], t[2];
     int64_t j = begin;
     for (; j < whole; ++j) {
-      const In* student = tile.student + j * tile.student_step;
-      const In* teacher = tile.teacher + j * tile.teacher_step;
+      const In* student = students + j * student_step;
+      const In* teacher = teachers + j * teacher_step;
       prefetch<kPair>(student);
       prefetch<kPair>(teacher);
       if (D::kExcludesLabel && j == hidden / kPair) {
@@ -220,14 +228,14 @@ Sums<V, D::kSums> first_pass(const Call<typename V::Scalar> call, const Tile<In>
       one(j, s, t);
     }
     for (; j < end; ++j) {
-      const In* student = tile.student + j * tile.student_step;
-      const In* teacher = tile.teacher + j * tile.teacher_step;
+      const In* student = students + j * student_step;
+      const In* teacher = teachers + j * teacher_step;
       if (D::kExcludesLabel && j == hidden / kPair) {
-        load2_without(student, tile.tail, int(hidden % kPair), s[0], s[1]);
-        load2_without(teacher, tile.tail, int(hidden % kPair), t[0], t[1]);
+        load2_without(student, tail, int(hidden % kPair), s[0], s[1]);
+        load2_without(teacher, tail, int(hidden % kPair), t[0], t[1]);
       } else {
-        load2_tail(student, tile.tail, s[0], s[1]);
-        load2_tail(teacher, tile.tail, t[0], t[1]);
+        load2_tail(student, tail, s[0], s[1]);
+        load2_tail(teacher, tail, t[0], t[1]);
       }
       one(j, s, t);
     }
@@ -238,10 +246,12 @@ Sums<V, D::kSums> first_pass(const Call<typename V::Scalar> call, const Tile<In>
 
 // Dead lanes hold exponentials of 0 and add nothing.
 template <class D, class V, class Scalar = typename V::Scalar>
-Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar> call, int64_t num_pairs, const Pair<V> to_q,
-                                      const Pair<V> to_p) {
+Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar>& call, int64_t num_pairs, const Pair<V>& to_q,
+                                      const Pair<V>& to_p) {
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   const V beta = V(call.beta), omega = V(call.omega);
+  const V c_q[2] = {to_q.half[0], to_q.half[1]}, c_p[2] = {to_p.half[0], to_p.half[1]};
+  Scalar *const kept_0 = call.kept[0], *const kept_1 = call.kept[1];
   Sums<V, D::kMixtureSums> total;
   for (int64_t begin = 0; begin < num_pairs; begin += kBlock) {
     const int64_t end = begin + kBlock < num_pairs ? begin + kBlock : num_pairs;
@@ -249,9 +259,9 @@ Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar> call, int64_t num_pairs
     for (int64_t j = begin; j < end; ++j) {
       for (int h = 0; h < 2; ++h) {
         const int64_t i = j * kPair + h * kLanes;
-        V kept[2] = {V::load(call.kept[0] + i), V::load(call.kept[1] + i)};
-        D::mix(kept[0] * to_q.half[h], kept[1] * to_p.half[h], beta, omega, block.half[h], kept);
-        if (D::kMixtureKeeps) kept[1].store(call.kept[1] + i);
+        V kept[2] = {V::load(kept_0 + i), V::load(kept_1 + i)};
+        D::mix(kept[0] * c_q[h], kept[1] * c_p[h], beta, omega, block.half[h], kept);
+        if (D::kMixtureKeeps) kept[1].store(kept_1 + i);
       }
     }
     total.merge(block);
@@ -262,7 +272,7 @@ Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar> call, int64_t num_pairs
 // Over the student at temperature 1: Σ e_1, e_1 going to scratch, unless it is shared; for label smoothing Σ a_1 of the
 // classes that are not masked, and their number.
 template <class In, class V = Arithmetic<In>>
-Sums<V, 3> hard_pass(const Call<typename V::Scalar> call, const Tile<In> tile, const Pair<V> m, bool needs_exp) {
+Sums<V, 3> hard_pass(const Call<typename V::Scalar>& call, const Tile<In>& tile, const Pair<V>& m, bool needs_exp) {
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   const V k = V(typename V::Scalar(kLog2E));
   Sums<V, 3> total;
@@ -299,50 +309,61 @@ Sums<V, 3> hard_pass(const Call<typename V::Scalar> call, const Tile<In> tile, c
 // `to_q1` makes the cross entropy's exponentials q_1 times the row's coefficient; `uniform` is the smoothing's share of
 // every class that is not masked.
 template <class G, bool kHard, class In, class V = Arithmetic<In>>
-void last_pass(const Call<typename V::Scalar> call, const Tile<In> tile,
-               const Pair<V> (&coefficients)[G::kCoefficients], const Pair<V> to_q1, const Pair<V> uniform) {
+void last_pass(const Call<typename V::Scalar>& call, const Tile<In>& tile,
+               const Pair<V> (&coefficients)[G::kCoefficients], const Pair<V>& to_q1, const Pair<V>& uniform) {
   using Scalar = typename V::Scalar;
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
-  const Scalar* e_1 = call.shares_exp ? call.kept[0] : call.e_1;
-  V k[2][G::kCoefficients];
-  for (int i = 0; i < G::kCoefficients; ++i) {
-    for (int h = 0; h < 2; ++h) k[h][i] = coefficients[i].half[h];
+  In* const gradient = tile.gradient;
+  const In* const students = tile.student;
+  const int64_t gradient_step = tile.gradient_step, student_step = tile.student_step;
+  const int64_t num_pairs = tile.num_pairs, num_whole = tile.num_whole;
+  const int tail = tile.tail;
+  const bool smooth = kHard && call.smooth;
+  const Scalar* kept_rows[G::kKept];
+  for (int i = 0; i < G::kKept; ++i) kept_rows[i] = call.kept[i];
+  const Scalar* const e_1 = call.shares_exp ? call.kept[0] : call.e_1;
+  V k[2][G::kCoefficients], c_1[2], u[2];
+  for (int h = 0; h < 2; ++h) {
+    for (int i = 0; i < G::kCoefficients; ++i) k[h][i] = coefficients[i].half[h];
+    if constexpr (kHard) {
+      c_1[h] = to_q1.half[h];
+      u[h] = uniform.half[h];
+    }
   }
   const auto one = [&](int64_t j, V(&g)[2]) {
     for (int h = 0; h < 2; ++h) {
       const int64_t at = j * kPair + h * kLanes;
       V kept[G::kKept];
-      for (int i = 0; i < G::kKept; ++i) kept[i] = V::load(call.kept[i] + at);
+      for (int i = 0; i < G::kKept; ++i) kept[i] = V::load(kept_rows[i] + at);
       g[h] = G::gradient(kept, k[h]);
-      if constexpr (kHard) g[h] = g[h] + V::load(e_1 + at) * to_q1.half[h];
+      if constexpr (kHard) g[h] = g[h] + V::load(e_1 + at) * c_1[h];
     }
-    if (kHard && call.smooth) {
-      const In* student = tile.student + j * tile.student_step;
+    if (smooth) {
       V s[2];
-      if (j < tile.num_whole) {
-        load2(student, s[0], s[1]);
+      if (j < num_whole) {
+        load2(students + j * student_step, s[0], s[1]);
       } else {
-        load2_tail(student, tile.tail, s[0], s[1]);
+        load2_tail(students + j * student_step, tail, s[0], s[1]);
       }
-      for (int h = 0; h < 2; ++h) g[h] = g[h] - where_not_masked(s[h], uniform.half[h]);
+      for (int h = 0; h < 2; ++h) g[h] = g[h] - where_not_masked(s[h], u[h]);
     }
   };
   V g[2];
   int64_t j = 0;
-  if (call.stream && (reinterpret_cast<uintptr_t>(tile.gradient) & 63) == 0) {
-    for (; j < tile.num_whole; ++j) {
+  if (call.stream && (reinterpret_cast<uintptr_t>(gradient) & 63) == 0) {
+    for (; j < num_whole; ++j) {
       one(j, g);
-      stream2(tile.gradient + j * tile.gradient_step, g[0], g[1]);
+      stream2(gradient + j * gradient_step, g[0], g[1]);
     }
   } else {
-    for (; j < tile.num_whole; ++j) {
+    for (; j < num_whole; ++j) {
       one(j, g);
-      store2(tile.gradient + j * tile.gradient_step, g[0], g[1]);
+      store2(gradient + j * gradient_step, g[0], g[1]);
     }
   }
-  for (; j < tile.num_pairs; ++j) {
+  for (; j < num_pairs; ++j) {
     one(j, g);
-    store2_tail(tile.gradient + j * tile.gradient_step, tile.tail, g[0], g[1]);
+    store2_tail(gradient + j * gradient_step, tail, g[0], g[1]);
   }
 }
 
@@ -378,16 +399,17 @@ Sums<V, D::kSums> first_pass_in_range(const Call<typename V::Scalar>& call, cons
 // What the last pass needs of the cross entropy, and its value for each row.
 template <class V>
 struct Hard {
-  Pair<V> to_q1{typename V::Scalar(0)}, uniform{typename V::Scalar(0)};
-  double loss[kMaxLanes] = {};
-  double at_label[kMaxLanes] = {};  // of the gradient, at the label's class
+  Pair<V> to_q1, uniform;
+  double loss[kMaxLanes];
+  double at_label[kMaxLanes];  // of the gradient, at the label's class
 };
 
 // `scale[r]` is what the gradient of row r is multiplied with, NaN where the row is out. m and z_s are those of the
 // first pass, for a cross entropy that shares its exponentials.
 template <class In, class V = Arithmetic<In>>
-Hard<V> cross_entropy(const Call<typename V::Scalar>& call, const LossProblem& p, const Tile<In>& tile,
-                      const int64_t* labels, const bool* is_in, const double* scale, Pair<V> m, const double* z_s) {
+void cross_entropy(const Call<typename V::Scalar>& call, const LossProblem& p, const Tile<In>& tile,
+                   const int64_t* labels, const bool* is_in, const double* scale, Pair<V> m, const double* z_s,
+                   Hard<V>& hard) {
   double z[kMaxLanes], a[kMaxLanes], count[kMaxLanes], top[kMaxLanes], to_q1[kMaxLanes] = {}, uniform[kMaxLanes] = {};
   for (bool exact = p.vocab_size <= kProbe; call.smooth || !call.shares_exp; exact = true) {
     if (!call.shares_exp) {
@@ -401,7 +423,6 @@ Hard<V> cross_entropy(const Call<typename V::Scalar>& call, const LossProblem& p
     if (call.shares_exp || !tile.folded || exact || is_tame(z[0])) break;
   }
   gather(tile, m, top);
-  Hard<V> hard;
   for (int r = 0; r < tile.rows; ++r) {
     if (!is_in[r]) continue;
     const double z_1 = call.shares_exp ? z_s[r] : z[r], log_z = __builtin_log(z_1);
@@ -419,7 +440,6 @@ Hard<V> cross_entropy(const Call<typename V::Scalar>& call, const LossProblem& p
   }
   hard.to_q1 = spread(tile, to_q1);
   hard.uniform = spread(tile, uniform);
-  return hard;
 }
 
 // Loss and gradient of the rows of a tile, the first of which is row `first` of the problem. Rows that are out share
@@ -482,11 +502,11 @@ void loss_tile(const Call<typename V::Scalar>& call, const LossProblem& p, const
       }
     }
   }
-  Hard<V> hard;
-  if (call.hard) hard = cross_entropy(call, p, tile, labels, is_in, hard_scale, m_s, z_s);
+  Hard<V> hard;  // stays as it is, and unread, if there is none: a row of ten classes would feel it
+  if (call.hard) cross_entropy(call, p, tile, labels, is_in, hard_scale, m_s, z_s, hard);
   for (int r = 0; r < tile.rows; ++r) {
     const double weight = p.weights ? p.weights[first + r] : 1.0;
-    if (is_in[r]) p.row_losses[first + r] = weight * (p.row_losses[first + r] + hard.loss[r]);
+    if (is_in[r]) p.row_losses[first + r] = weight * (p.row_losses[first + r] + (call.hard ? hard.loss[r] : 0));
   }
   if (!tile.gradient) return;
 
@@ -506,13 +526,16 @@ void loss_tile(const Call<typename V::Scalar>& call, const LossProblem& p, const
         G::gradient(kept, coefficient).store(lanes);
         at_label[r] = lanes[0];
       }
-      at_label[r] += hard.at_label[r];
+      if (call.hard) at_label[r] += hard.at_label[r];
     }
   }
   Pair<V> coefficients[G::kCoefficients];
   for (int i = 0; i < G::kCoefficients; ++i) coefficients[i] = spread(tile, k[i]);
-  const auto last = call.hard ? last_pass<G, true, In> : last_pass<G, false, In>;
-  last(call, tile, coefficients, hard.to_q1, hard.uniform);
+  if (call.hard) {
+    last_pass<G, true>(call, tile, coefficients, hard.to_q1, hard.uniform);
+  } else {
+    last_pass<G, false>(call, tile, coefficients, Pair<V>(), Pair<V>());
+  }
   if (call.hard || D::kExcludesLabel) {
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t label = tile.folded ? labels[r] : labels[r] * tile.gradient_step + r;
