@@ -496,8 +496,8 @@ void loss_tile(const Call<typename V::Scalar>& call, const LossProblem& p, const
     p.row_losses[first + r] = p.soft_scale * value;
     // All of a broken row's gradient is NaN, wherever in the row it broke.
     for (int i = 0; i < G::kCoefficients; ++i) k[i][r] = value == value ? of_row[i] : value;
-    if (row.is_unbounded) {
-      for (int64_t i = 0; i < tile.num_pairs * kPair; ++i) {
+    if constexpr (D::kUnbounded >= 0) {
+      for (int64_t i = 0; row.is_unbounded && i < tile.num_pairs * kPair; ++i) {
         if (tile.folded || i % kPair == lane_of_element<In>(r)) call.kept[D::kUnbounded][i] = 0;
       }
     }
