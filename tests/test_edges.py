@@ -81,6 +81,21 @@ def test_instruction_sets_agree_on_which_class_has_mass() -> None:
         ops.instruction_set(before)
 
 
+def test_dkd_label_in_a_whole_pair_of_vectors() -> None:
+    """32 classes are one pair of AVX-512's float vectors, and no tail of it; the sanitizers would see a shift by 32."""
+    before = ops.instruction_set()
+    s, t, labels = 100 * torch.randn(2, 32), 100 * torch.randn(2, 32), torch.tensor([0, 31])
+    right = reference.distillation_loss(s.double(), t.double(), labels, divergence="dkd")
+    try:
+        for name in INSTRUCTION_SETS:
+            ops.instruction_set(name)
+            torch.testing.assert_close(
+                distillation_loss(s, t, labels, divergence="dkd").double(), right, rtol=1e-5, atol=0
+            )
+    finally:
+        ops.instruction_set(before)
+
+
 def test_forward_mode_keeps_the_tangent() -> None:
     s, t, v = torch.randn(3, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
     gradient = torch.autograd.grad(reference.distillation_loss(s.requires_grad_(), t), s)[0]

@@ -122,7 +122,11 @@ void load2_without(const In* z, int live, int hidden, V& a, V& b) {
   alignas(64) In buffer[2 * V::kLanes];
   std::memcpy(buffer, z, size_t(live) * sizeof(In));
   set_negative_infinity(buffer + hidden);
-  load2_tail(buffer, live, a, b);
+  if (live == 2 * V::kLanes) {
+    load2(buffer, a, b);
+  } else {
+    load2_tail(buffer, live, a, b);
+  }
 }
 
 // The maximum of a folded row's first n classes, `hidden` (−1: none) left out.
