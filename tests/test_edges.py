@@ -96,6 +96,20 @@ def test_dkd_label_in_a_whole_pair_of_vectors() -> None:
         ops.instruction_set(before)
 
 
+def test_labels_of_rows_that_are_out_are_any_numbers() -> None:
+    """Also such as overflow when multiplied with a stride; the sanitizers would see it."""
+    s, t = torch.randn(2, 5, 9), torch.randn(2, 5, 9)
+    labels = torch.randint(5, (2, 9))
+    labels[0, ::2], labels[1, 1] = 2**63 - 1, -(2**63)
+    weight = (labels >= 0).float()
+    leaf = s.requires_grad_()
+    loss = distillation_loss(leaf, t, labels, hard_weight=1.0, ignore_index=2**63 - 1, weight=weight, dim=1)
+    loss.backward()
+    out = (labels == 2**63 - 1) | (weight == 0)
+    assert not leaf.grad.movedim(1, -1)[out].any()
+    assert leaf.grad.movedim(1, -1)[~out].any(-1).all()
+
+
 def test_forward_mode_keeps_the_tangent() -> None:
     s, t, v = torch.randn(3, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
     gradient = torch.autograd.grad(reference.distillation_loss(s.requires_grad_(), t), s)[0]

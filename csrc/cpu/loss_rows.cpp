@@ -542,8 +542,9 @@ void loss_tile(const Call<typename V::Scalar>& call, const LossProblem& p, const
   }
   if (call.hard || D::kExcludesLabel) {
     for (int r = 0; r < tile.rows; ++r) {
+      if (!is_in[r]) continue;  // its label may be any number
       const int64_t label = tile.folded ? labels[r] : labels[r] * tile.gradient_step + r;
-      if (is_in[r]) from_float(Scalar(at_label[r]), tile.gradient + label);
+      from_float(Scalar(at_label[r]), tile.gradient + label);
     }
   }
 }
