@@ -402,8 +402,9 @@ struct Dkd : ForwardKl<V> {
     const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
     const bool likely = odds_s > 0 && odds_t > 0;  // then the difference of what is left is the more exact
     const double delta = likely ? sigmoid(-odds_t) - sigmoid(-odds_s) : sigmoid(odds_s) - sigmoid(odds_t);
-    k[0] = n_s == 0 ? 0 * delta : scale * (row.beta - delta) / n_s;
-    k[1] = n_t == 0 ? 0 * delta : scale * row.beta / n_t;
+    const double beta = n_t == 0 ? 0 : row.beta;  // NCKD is 0 whatever the student's others are
+    k[0] = n_s == 0 ? 0 * delta : scale * (beta - delta) / n_s;
+    k[1] = n_t == 0 ? 0 * delta : scale * beta / n_t;
     k[2] = scale * delta;
     double others = 0;
     if (n_t != 0 && row.beta > 0) {

@@ -207,7 +207,9 @@ def dkd(rows: Rows) -> Result:
     q, p = s.others.exp(), t.others.exp()
     among = rows.beta * (p * _where_mass(p, t.others - s.others)).sum(-1) if rows.beta > 0 else p.new_zeros(())
     delta = _odds_difference(s.odds, t.odds)
-    gradient = torch.where(s.is_label, delta, rows.beta * (q - p) - delta * q)
+    # Where the teacher has no others, their p is 0, the sum above too, and so is its gradient.
+    among_gradient = torch.where((p == 0).all(-1, keepdim=True), 0.0, rows.beta * (q - p))
+    gradient = torch.where(s.is_label, delta, among_gradient - delta * q)
     return _binary_kl(t.odds, s.odds).squeeze(-1) + among, gradient
 
 

@@ -110,6 +110,15 @@ def test_labels_of_rows_that_are_out_are_any_numbers() -> None:
     assert leaf.grad.movedim(1, -1)[~out].any(-1).all()
 
 
+def test_dkd_of_a_teacher_without_other_classes() -> None:
+    """Its NCKD is 0 whatever the student does, so it has no gradient either. (It had one, beta times a softmax.)"""
+    s = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([2, 5])
+    t = torch.full((2, 6), -torch.inf, dtype=torch.float64).scatter_(-1, labels.unsqueeze(-1), 1.0)
+    for loss in (distillation_loss, reference.distillation_loss):
+        torch.autograd.gradcheck(lambda s, loss=loss: loss(s, t, labels, divergence="dkd"), s)
+
+
 def test_forward_mode_keeps_the_tangent() -> None:
     s, t, v = torch.randn(3, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
     gradient = torch.autograd.grad(reference.distillation_loss(s.requires_grad_(), t), s)[0]
