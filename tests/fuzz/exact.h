@@ -1,0 +1,439 @@
+// What is right: one row of SPEC.md, section 1, in double arithmetic and as plainly as it can be written; and how near
+// to it a kernel has to be.
+//
+// A result is compared within   unit · size + slack:
+//
+//     unit     the relative error of an exponential. Its exponent is rounded three times on each side, so it grows with
+//              how far apart the logits are: 4 ε (spread + 16), ε = 2^-24 or 2^-53. The reference point of a row of
+//              more than 512 classes may lie 60 powers of two, 42 in units of the logits, below the maximum.
+//     size     what the terms of the result amount to before they cancel
+//     slack    where a result jumps: at p = q in the total variation, and at a class whose exponential is denormal,
+//              which may or may not count as mass (docs/maths.md, "Infinities")
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "../../csrc/rows.h"
+
+namespace reptile_ext {
+
+using Numbers = std::vector<double>;
+using Sum = long double;  // of many terms, which in double would add up to more than a kernel's error
+constexpr double kInf = INFINITY, kNaN = NAN;
+
+struct ExactRow {
+  bool is_broken = false;    // loss and gradient are NaN; nothing of what follows is set
+  bool is_in_range = false;  // the arithmetic has room for the logits and factors: no NaN, no false infinity
+  bool is_moderate = false;  // and the digits to compare with this
+  double unit = 0;
+  double loss = 0, loss_size = 0, loss_slack = 0;
+  Numbers gradient, gradient_size, gradient_slack;
+};
+
+inline double times(double mass, double u) { return mass == 0 ? 0 : mass * u; }
+
+// A side of a row: log_softmax of its logits over the temperature, over all classes but `hidden`.
+struct Softmax {
+  Numbers z, log_p, p;                        // z: logits less the highest of them, over the temperature
+  double top = -kInf, bottom = kInf;          // of the logits; the lowest that is not masked
+  double log_sum = 0, spread = 0, reach = 0;  // log Σ exp z; of z; the largest logit, over the temperature or not
+  bool is_broken = false, is_empty = false;   // empty: every class is masked or hidden
+
+  Softmax(const Numbers& logits, double temperature, int64_t hidden = -1) : z(logits), log_p(z), p(z) {
+    if (hidden >= 0) z[hidden] = -kInf;
+    for (double x : z) {
+      is_broken |= std::isnan(x) || x == kInf;
+      top = std::max(top, x);
+      if (x > -kInf) bottom = std::min(bottom, x);
+    }
+    is_empty = top == -kInf;
+    is_broken |= is_empty && hidden < 0;
+    if (is_empty || is_broken) top = 0;
+    spread = (top - bottom) / temperature;
+    reach = std::max(std::fabs(top), std::fabs(bottom)) / std::min(temperature, 1.0);
+    Sum sum = 0;
+    for (double& x : z) sum += std::exp(x = (x - top) / temperature);
+    log_sum = double(std::log(sum));
+    for (size_t v = 0; v < z.size(); ++v) {
+      log_p[v] = is_empty ? -kInf : z[v] - log_sum;
+      p[v] = std::exp(log_p[v]);
+    }
+  }
+  bool is_masked(size_t v) const { return z[v] == -kInf; }
+};
+
+// D of a row and T_s ∂D/∂s, with their sizes and slacks.
+class SoftPart {
+ public:
+  Sum value = 0;
+  double size = 1, slack = 0;
+  Numbers gradient, gradient_size, gradient_slack;
+  bool is_ambiguous = false;  // whether D is infinite hangs on a class on the brink of having mass
+
+  SoftPart(const LossProblem& problem, const Numbers& student, const Numbers& teacher, int64_t label)
+      : gradient(student.size(), 0),
+        gradient_size(gradient),
+        gradient_slack(gradient),
+        problem_(problem),
+        is_double_(problem.student.dtype == DType::kFloat64 || problem.teacher.dtype == DType::kFloat64),
+        n_(student.size()),
+        s_(student, problem.student_temperature, needs_labels(problem.divergence) ? label : -1),
+        t_(teacher, problem.teacher_temperature, needs_labels(problem.divergence) ? label : -1) {
+    compute(student, teacher, label);
+  }
+
+ private:
+  const LossProblem& problem_;
+  const bool is_double_;
+  const size_t n_;
+  const Softmax s_, t_;  // without the label's class for dkd
+  const Numbers &q = s_.p, &p = t_.p, &x = s_.log_p, &y = t_.log_p;
+
+  void compute(const Numbers& student, const Numbers& teacher, int64_t label) {
+    switch (problem_.divergence) {
+      case Divergence::kForwardKl:
+        return kullback_leibler(1, 0);
+      case Divergence::kReverseKl:
+        return kullback_leibler(0, 1);
+      case Divergence::kSymmetricKl:
+        return kullback_leibler(problem_.omega, problem_.beta);
+      case Divergence::kSoftCrossEntropy:
+        return soft_cross_entropy();
+      case Divergence::kMirroredSoftCrossEntropy:
+        return mirrored_soft_cross_entropy();
+      case Divergence::kJsd:
+        return jsd();
+      case Divergence::kSkewKl:
+        return skew_kl();
+      case Divergence::kSkewReverseKl:
+        return skew_reverse_kl();
+      case Divergence::kTvd:
+        return tvd();
+      case Divergence::kHellinger:
+        return hellinger();
+      case Divergence::kMse:
+        return mse(student, teacher);
+      case Divergence::kDkd:
+      case Divergence::kMirroredDkd:
+        return dkd(student, teacher, label);
+    }
+  }
+
+  // Whether the exponential of a class may be less than a normal number.
+  bool is_light(const Softmax& side, size_t v) const { return side.z[v] < (is_double_ ? -706 : -86); }
+
+  // Σ p (y − x), p being `from`. A class at −inf on the other side alone makes it infinite if it has mass.
+  struct Kl {
+    Sum value = 0;
+    double slack = 0;
+  };
+  Kl kl(const Softmax& from, const Softmax& to) {
+    Kl kl;
+    for (size_t v = 0; v < n_; ++v) {
+      if (from.is_masked(v)) continue;
+      const bool is_light = this->is_light(from, v);
+      if (!to.is_masked(v)) {
+        const double term = times(from.p[v], from.log_p[v] - to.log_p[v]);
+        kl.value += term;
+        if (is_light) kl.slack += std::fabs(term);
+      } else if (!is_light) {
+        kl.value = kInf;
+      } else if (from.z[v] > (is_double_ ? -760 : -135)) {
+        is_ambiguous = true;
+      }
+    }
+    return kl;
+  }
+
+  // The gradient of a divergence whose ∂f/∂x is q u: q (u − Σ q u), each term good to `unit` and `absolute` more.
+  void add_centred(const Numbers& u, double factor, double absolute) {
+    Sum mean = 0;
+    double slack = 0;
+    for (size_t v = 0; v < n_; ++v) {
+      mean += times(q[v], u[v]);
+      if (is_light(s_, v)) slack += std::fabs(times(q[v], u[v]));
+    }
+    for (size_t v = 0; v < n_; ++v) {
+      gradient[v] += factor * times(q[v], u[v] - double(mean));
+      const double own = std::fabs(factor) * times(q[v], std::fabs(u[v]) + std::fabs(double(mean)) + absolute);
+      gradient_size[v] += own;
+      gradient_slack[v] += std::fabs(factor) * q[v] * slack + (is_light(s_, v) ? 2 * own : 0);
+    }
+  }
+  // log of q / p, 0 where either has nothing.
+  Numbers log_ratios() const {
+    Numbers u(n_);
+    for (size_t v = 0; v < n_; ++v) u[v] = s_.is_masked(v) || t_.is_masked(v) ? 0 : x[v] - y[v];
+    return u;
+  }
+
+  // forward · Σ p (y − x) + reverse · Σ q (x − y). An infinite reverse part has a gradient of 0.
+  void kullback_leibler(double forward, double reverse) {
+    const Kl of_p = forward > 0 ? kl(t_, s_) : Kl(), of_q = reverse > 0 ? kl(s_, t_) : Kl();
+    value = times(forward, double(of_p.value)) + times(reverse, double(of_q.value));
+    size = times(forward, 1 + double(of_p.value)) + times(reverse, 1 + double(of_q.value));
+    slack = forward * of_p.slack + reverse * of_q.slack;
+    for (size_t v = 0; v < n_; ++v) {
+      gradient[v] += forward * (q[v] - p[v]);
+      gradient_size[v] += forward * (q[v] + p[v]);
+    }
+    if (reverse > 0 && of_q.value < kInf) add_centred(log_ratios(), reverse, 1);
+  }
+
+  // −Σ p x = Σ p (y − x) − Σ p y
+  void soft_cross_entropy() {
+    kullback_leibler(1, 0);
+    for (size_t v = 0; v < n_; ++v) value -= times(p[v], y[v]);
+    size = 1 + double(value);
+  }
+  // −Σ q y
+  void mirrored_soft_cross_entropy() {
+    const Kl of_q = kl(s_, t_);
+    value = of_q.value;
+    slack = of_q.slack;
+    Numbers u(n_);
+    for (size_t v = 0; v < n_; ++v) {
+      value -= times(q[v], x[v]);
+      u[v] = t_.is_masked(v) ? 0 : -y[v];
+    }
+    size = 1 + double(value);
+    if (value < kInf) add_centred(u, 1, 1);
+  }
+
+  // Through a mixture m = a p + b q, by z = (p − q) / m: p/m = 1 + b z and q/m = 1 − a z. Calls visit(v, z, log p/m,
+  // log q/m). Near β = 0 and β = 1 these divergences are flat: an error in p and q counts for β (1−β) or (1−β) of it.
+  // Where m is denormal, a logarithm may be off by some 90.
+  template <class Visitor>
+  void through_mixture(double a, double b, Visitor&& visit) {
+    const auto log_of = [](double log_w, double w_minus_1) {
+      return std::fabs(w_minus_1) < 0.5 ? std::log1p(w_minus_1) : log_w;
+    };
+    for (size_t v = 0; v < n_; ++v) {
+      const double m = a * p[v] + b * q[v];
+      if (m == 0) continue;
+      const bool is_light = m < (is_double_ ? 0x1p-1015 : 0x1p-120);
+      if (is_light) slack += 100 * (p[v] + q[v]);
+      if (is_light) gradient_slack[v] += 100 * q[v];
+      const double z = (p[v] - q[v]) / m;
+      visit(v, z, p[v] == 0 ? 0 : log_of(y[v] - std::log(m), b * z),
+            q[v] == 0 ? 0 : log_of(x[v] - std::log(m), -a * z));
+    }
+  }
+  void add_size_of_mixture(double flatness) {
+    size = 8 * flatness + double(value);
+    for (size_t v = 0; v < n_; ++v) {
+      gradient_size[v] += 4 * flatness * (p[v] + q[v]);
+      gradient_slack[v] += q[v] * slack;
+    }
+  }
+  // β Σ p (y − log m) + (1−β) Σ q (x − log m), m = β p + (1−β) q;   ∂f/∂x = (1−β) q log(q/m)
+  void jsd() {
+    const double beta = problem_.beta, omega = problem_.omega;
+    Numbers u(n_);
+    through_mixture(beta, omega, [&](size_t v, double, double log_p, double log_q) {
+      value += beta * p[v] * log_p + omega * q[v] * log_q;
+      u[v] = log_q;
+    });
+    add_centred(u, omega, 0);
+    add_size_of_mixture(beta * omega);
+  }
+  // Σ p (y − log m), m = β p + (1−β) q;   ∂f/∂x = −(1−β) q p/m = −(1−β) q (1 + (1−β) z)
+  void skew_kl() {
+    const double omega = problem_.omega;
+    Numbers u(n_);
+    through_mixture(problem_.beta, omega, [&](size_t v, double z, double log_p, double) {
+      value += p[v] * log_p;
+      u[v] = z;
+    });
+    add_centred(u, -omega * omega, 0);
+    add_size_of_mixture(omega);
+  }
+  // Σ q (x − log m), m = β q + (1−β) p;   ∂f/∂x = q (log(q/m) + 1 − β q/m) = q (log(q/m) + β (1−β) z + 1 − β)
+  void skew_reverse_kl() {
+    const double beta = problem_.beta, omega = problem_.omega;
+    Numbers u(n_);
+    through_mixture(omega, beta, [&](size_t v, double z, double, double log_q) {
+      value += q[v] * log_q;
+      u[v] = log_q + beta * omega * z;
+    });
+    add_centred(u, 1, 0);
+    add_size_of_mixture(omega);
+  }
+
+  // ½ Σ |p − q|;   ∂f/∂x = ½ q sign(q − p), which rounding may decide where they are equal but for that.
+  void tvd() {
+    Numbers u(n_);
+    std::vector<bool> is_tie(n_);
+    double ties = 0;
+    for (size_t v = 0; v < n_; ++v) {
+      value += std::fabs(p[v] - q[v]) / 2;
+      u[v] = q[v] > p[v] ? 0.5 : q[v] < p[v] ? -0.5 : 0;
+      is_tie[v] = std::fabs(p[v] - q[v]) <= (is_double_ ? 0x1p-39 : 0x1p-10) * (p[v] + q[v]);
+      if (is_tie[v]) ties += q[v];
+    }
+    add_centred(u, 1, 0);
+    for (size_t v = 0; v < n_; ++v) gradient_slack[v] += q[v] * (ties + is_tie[v]);
+  }
+
+  // 1 − Σ sqrt(p q);   ∂f/∂x = −½ sqrt(p q)
+  void hellinger() {
+    Sum overlap = 0;
+    for (size_t v = 0; v < n_; ++v) overlap += std::exp((x[v] + y[v]) / 2);
+    value = 1 - overlap;
+    for (size_t v = 0; v < n_; ++v) {
+      const double root = std::exp((x[v] + y[v]) / 2);
+      gradient[v] = (q[v] * double(overlap) - root) / 2;
+      gradient_size[v] = q[v] + root;
+    }
+  }
+
+  // The mean of (s/T_s − t/T_t)², without the classes that are masked on both sides; on one side alone: infinite, and
+  // no gradient there.
+  void mse(const Numbers& student, const Numbers& teacher) {
+    Sum sum = 0;
+    double count = 0, sizes = 0;
+    for (size_t v = 0; v < n_; ++v) {
+      if (s_.is_masked(v) || t_.is_masked(v)) continue;
+      const double a = student[v] / problem_.student_temperature, b = teacher[v] / problem_.teacher_temperature;
+      gradient[v] = 2 * (a - b);
+      gradient_size[v] = 2 * (std::fabs(a) + std::fabs(b));
+      sum += (a - b) * (a - b);
+      sizes += gradient_size[v] * gradient_size[v] / 4;
+      ++count;
+    }
+    value = sum / count;
+    size = sizes / count;
+    for (size_t v = 0; v < n_; ++v) {
+      if (s_.is_masked(v) != t_.is_masked(v)) value = kInf;
+      gradient[v] /= std::max(count, 1.0);
+      gradient_size[v] /= std::max(count, 1.0);
+    }
+  }
+
+  // TCKD + β NCKD. The label against the others: KL of σ(v) from σ(w), v and w being log-odds. The others among
+  // themselves: Σ p̂ (ŷ − x̂), 0 where there are none. Mirrored: roles exchanged, gradient still the student's.
+  void dkd(const Numbers& student, const Numbers& teacher, int64_t label) {
+    const auto softplus = [](double v) { return std::max(v, 0.0) + std::log1p(std::exp(-std::fabs(v))); };
+    const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
+    const auto binary_kl = [&](double v, double w) {
+      return times(sigmoid(v), softplus(-w) - softplus(-v)) + times(sigmoid(-v), softplus(w) - softplus(v));
+    };
+    const bool is_mirrored = problem_.divergence == Divergence::kMirroredDkd;
+    const double beta = problem_.beta;
+    const auto log_odds = [&](const Softmax& others, double logit, double temperature) {
+      return others.is_empty ? kInf : (logit - others.top) / temperature - others.log_sum;
+    };
+    const double v = log_odds(s_, student[label], problem_.student_temperature);
+    const double w = log_odds(t_, teacher[label], problem_.teacher_temperature);
+    // Where σ underflows, a class is on the brink as well.
+    const auto is_far = [](double odds) { return std::fabs(odds) > 600 && std::fabs(odds) < kInf; };
+    is_ambiguous = (is_far(v) && std::isinf(w)) || (is_far(w) && std::isinf(v));
+
+    const Softmax &from = is_mirrored ? s_ : t_, &to = is_mirrored ? t_ : s_;
+    const Kl others = beta > 0 && !from.is_empty ? kl(from, to) : Kl();
+    const double apart = is_mirrored ? binary_kl(v, w) : binary_kl(w, v);
+    value = apart + times(beta, double(others.value));
+    size = 1 + apart + times(beta, 1 + double(others.value));
+    slack = beta * others.slack;
+
+    // δ = σ(v) − σ(w) at the label, or γ = σ(v) σ(−v) (v − w); what it is there is taken from the others by their q̂.
+    const double slope = sigmoid(v) * sigmoid(-v);
+    double at_label, label_size;
+    if (is_mirrored) {
+      at_label = std::isinf(times(slope, v - w)) ? 0 : times(slope, v - w);
+      label_size = std::fabs(at_label) + slope;
+      if (beta > 0 && others.value < kInf) add_centred(log_ratios(), beta, 1);
+    } else {
+      at_label = v > 0 && w > 0 ? sigmoid(-w) - sigmoid(-v) : sigmoid(v) - sigmoid(w);
+      label_size = slope + sigmoid(w) * sigmoid(-w);
+      for (size_t u = 0; u < n_ && !t_.is_empty; ++u) {
+        gradient[u] += beta * (q[u] - p[u]);
+        gradient_size[u] += beta * (q[u] + p[u]);
+      }
+    }
+    for (size_t u = 0; u < n_; ++u) {
+      gradient[u] -= at_label * q[u];
+      gradient_size[u] += (std::fabs(at_label) + label_size) * q[u];
+    }
+    gradient[label] = at_label;
+    gradient_size[label] = label_size;
+  }
+};
+
+// Of the problem, the numbers and the dtypes of student and teacher are looked at; of the teacher, nothing if there is
+// no soft part.
+inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, const Numbers& teacher, int64_t label,
+                          double weight, double upstream) {
+  ExactRow row;
+  const size_t n = student.size();
+  const bool is_soft = problem.soft_scale > 0, is_hard = problem.hard_weight > 0;
+  const bool is_double = problem.student.dtype == DType::kFloat64 || problem.teacher.dtype == DType::kFloat64;
+  const Softmax s(student, problem.student_temperature), t(is_soft ? teacher : student, problem.teacher_temperature);
+  row.is_broken = s.is_broken || (is_soft && t.is_broken);
+  if (row.is_broken) return row;
+
+  const double scale = weight * problem.gradient_scale * upstream;
+  const double soft_scale = scale * problem.soft_scale / problem.student_temperature;
+  const double of_dkd = needs_labels(problem.divergence) ? std::max(problem.beta, 1.0) : 1;
+  const double hard_scale = scale * problem.hard_weight;
+  const double factor = std::max(of_dkd * std::fabs(soft_scale), std::fabs(hard_scale));
+  // Sums go over n classes, of exponentials that may be as large as 2^60, or of squares; differences may be twice a
+  // logit.
+  const double room = double(n) * (n > 512 ? 0x1p60 : 1) * 8;
+  const double reach = std::max(s.reach, is_soft ? t.reach : 0);
+  const double largest = reach * std::max({1.0, factor, problem.divergence == Divergence::kMse && is_soft ? reach : 0});
+  const bool is_zero_times_inf = is_hard && problem.label_smoothing == 1 && std::isinf(student[label]);
+  row.is_in_range = largest < (is_double ? DBL_MAX : FLT_MAX) / room && factor < 1e30 && !is_zero_times_inf;
+  if (!row.is_in_range) return row;
+
+  double spread = std::max(s.spread, is_soft ? t.spread : 0);
+  row.gradient.assign(n, 0);
+  row.gradient_size = row.gradient_slack = row.gradient;
+  bool is_ambiguous = false;
+  if (is_soft) {
+    const SoftPart soft(problem, student, teacher, label);
+    row.loss = weight * problem.soft_scale * std::max(double(soft.value), 0.0);
+    row.loss_size = weight * problem.soft_scale * soft.size;
+    row.loss_slack = weight * problem.soft_scale * soft.slack;
+    for (size_t v = 0; v < n; ++v) {
+      row.gradient[v] = soft_scale * soft.gradient[v];
+      row.gradient_size[v] = std::fabs(soft_scale) * soft.gradient_size[v];
+      row.gradient_slack[v] = std::fabs(soft_scale) * soft.gradient_slack[v];
+    }
+    is_ambiguous = soft.is_ambiguous;
+  }
+  if (is_hard) {  // cross entropy at temperature 1, smoothed over the classes that are not masked
+    const Softmax s_1(student, 1);
+    spread = std::max(spread, s_1.spread);
+    Sum sum = 0;
+    double count = 0;
+    for (size_t v = 0; v < n; ++v) {
+      if (s_1.is_masked(v)) continue;
+      sum -= s_1.log_p[v];
+      ++count;
+    }
+    const double smoothing = problem.label_smoothing;
+    const double ce = times(1 - smoothing, -s_1.log_p[label]) + smoothing * double(sum) / count;
+    row.loss += weight * problem.hard_weight * ce;
+    row.loss_size += weight * problem.hard_weight * (1 + ce);
+    for (size_t v = 0; v < n; ++v) {
+      const double target = (int64_t(v) == label ? 1 - smoothing : 0) + (s_1.is_masked(v) ? 0 : smoothing / count);
+      row.gradient[v] += hard_scale * (s_1.p[v] - target);
+      row.gradient_size[v] += std::fabs(hard_scale) * (s_1.p[v] + target);
+    }
+  }
+  const double underflow = is_double ? 1e-290 : 1e-30;
+  row.loss_slack += weight * (problem.soft_scale + problem.hard_weight) * underflow;
+  for (double& slack : row.gradient_slack) slack += factor * underflow;
+
+  row.unit = (is_double ? 0x1p-53 : 0x1p-24) * 4 * (spread + (n > 512 ? 42 : 0) + 16);
+  const bool is_mse_far = problem.divergence == Divergence::kMse && is_soft && reach > 1e6;
+  const bool is_factor_tame = factor == 0 || (factor > 1e-12 && factor < 1e12);
+  row.is_moderate = spread < 2000 && is_factor_tame && !is_mse_far && !is_ambiguous;
+  return row;
+}
+
+}  // namespace reptile_ext
