@@ -18,7 +18,7 @@
 //     first(a, b, sums, kept)          adds to sums, sets kept. sums[0] and sums[1] are Z_s and Z_t (but for mse)
 //     kMixtureSums                     0: no mixture pass
 //     kMixtureKeeps                    whether mix changes kept[1]
-//     mix(q, p, β, 1 − β, sums, kept)
+//     mix(q, p, β, 1 − β, sums, kept)  q and p may come times a common number, which the driver takes out of the sums
 //     finish(row, scale, k)            D before it is cut off at 0; k for a gradient of scale · T_s · ∂D/∂s
 //     Gradient                         the type whose gradient(kept, k) is used: functors of one form share it
 //
@@ -296,23 +296,21 @@ template <class V>
 struct Tvd : MixtureDefaults<V> {
   using Gradient = Tvd;
   static constexpr bool kMixtureKeeps = false;
-  static constexpr int kCoefficients = 4;
+  static constexpr int kCoefficients = 3;
   static void mix(V q, V p, V /*beta*/, V /*omega*/, V (&sums)[2], V (& /*kept*/)[2]) {
     const V d = q - p;
     sums[0] = sums[0] + max(d, V(0) - d);
     sums[1] = sums[1] + with_sign_of(d, q);
   }
   static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
-    k[0] = 1 / row.z_s();  // as in the mixture pass: the sign must come out the same
-    k[1] = 1 / row.z_t();
-    k[2] = scale / 2;
-    k[3] = scale / 2 * row.mixture[1];
+    k[0] = row.z_s() / row.z_t();  // as in the mixture pass: the sign must come out the same
+    k[1] = scale / 2 / row.z_s();
+    k[2] = row.mixture[1];
     const double value = row.mixture[0] / 2;
     return value > 1 ? 1 : value;
   }
   static V gradient(const V (&kept)[2], const V (&k)[kCoefficients]) {
-    const V q = kept[0] * k[0];
-    return with_sign_of(q - kept[1] * k[1], q) * k[2] - q * k[3];
+    return (with_sign_of(kept[0] - kept[1] * k[0], kept[0]) - kept[0] * k[2]) * k[1];
   }
 };
 

@@ -248,13 +248,12 @@ Sums<V, D::kSums> first_pass(const Call<typename V::Scalar>& call, const Tile<In
   return total;
 }
 
-// Dead lanes hold exponentials of 0 and add nothing.
+// q and p both times Z_s: e_s and e_t · `ratio`, Z_s / Z_t. Dead lanes hold exponentials of 0 and add nothing.
 template <class D, class V, class Scalar = typename V::Scalar>
-Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar>& call, int64_t num_pairs, const Pair<V>& to_q,
-                                      const Pair<V>& to_p) {
+Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar>& call, int64_t num_pairs, const Pair<V>& ratio) {
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   const V beta = V(call.beta), omega = V(call.omega);
-  const V c_q[2] = {to_q.half[0], to_q.half[1]}, c_p[2] = {to_p.half[0], to_p.half[1]};
+  const V c[2] = {ratio.half[0], ratio.half[1]};
   Scalar *const kept_0 = call.kept[0], *const kept_1 = call.kept[1];
   Sums<V, D::kMixtureSums> total;
   for (int64_t begin = 0; begin < num_pairs; begin += kBlock) {
@@ -264,7 +263,7 @@ Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar>& call, int64_t num_pair
       for (int h = 0; h < 2; ++h) {
         const int64_t i = j * kPair + h * kLanes;
         V kept[2] = {V::load(kept_0 + i), V::load(kept_1 + i)};
-        D::mix(kept[0] * c_q[h], kept[1] * c_p[h], beta, omega, block.half[h], kept);
+        D::mix(kept[0], kept[1] * c[h], beta, omega, block.half[h], kept);
         if (D::kMixtureKeeps) kept[1].store(kept_1 + i);
       }
     }
@@ -464,13 +463,13 @@ void loss_tile(const Call<typename V::Scalar>& call, const LossProblem& p, const
     for (int i = 0; i < D::kSums; ++i) gather_sums(tile, total.of(i), &sums[0][i], D::kSums);
   }
   if constexpr (D::kMixtureSums > 0) {
-    double to_q[kMaxLanes], to_p[kMaxLanes];
-    for (int r = 0; r < tile.rows; ++r) {
-      to_q[r] = 1 / sums[r][0];
-      to_p[r] = 1 / sums[r][1];
+    double ratio[kMaxLanes];
+    for (int r = 0; r < tile.rows; ++r) ratio[r] = sums[r][0] / sums[r][1];
+    const auto total = mixture_pass<D, V>(call, tile.num_pairs, spread(tile, ratio));
+    for (int i = 0; i < D::kMixtureSums; ++i) {
+      gather_sums(tile, total.of(i), &mixture[0][i], D::kMixtureSums + 1);
+      for (int r = 0; r < tile.rows; ++r) mixture[r][i] /= sums[r][0];
     }
-    const auto total = mixture_pass<D, V>(call, tile.num_pairs, spread(tile, to_q), spread(tile, to_p));
-    for (int i = 0; i < D::kMixtureSums; ++i) gather_sums(tile, total.of(i), &mixture[0][i], D::kMixtureSums + 1);
   }
 
   bool is_in[kMaxLanes];

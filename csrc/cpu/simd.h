@@ -95,17 +95,17 @@ constexpr double kExp2d[12] = {1.0,
                                1.025321230405209001e-7,
                                6.5595298355172712178e-9,
                                6.2634652734225902742e-10};
-// Coefficients of log(1 + t) / t on [√½ − 1, √2 − 1], ascending, the first exactly 1; minimax of the relative error,
-// 3.0e-8 before rounding.
-constexpr float kLog1pf[9] = {1.0f,          -0.499999916f, 0.333339502f,  -0.250017552f, 0.199620724f,
-                              -0.165705092f, 0.149179718f,  -0.143075144f, 0.087348392f};
+// Coefficients of log(1 + t) / t on [−¼, ½], ascending, the first exactly 1; minimax of the relative error, 2.8e-8
+// before rounding.
+constexpr float kLog1pf[9] = {1.0f,         -0.500000606f, 0.333335486f,  -0.249934423f, 0.199770773f,
+                              -0.16822811f, 0.149839154f,  -0.120673714f, 0.0541325287f};
 // Coefficients of (2 atanh s − 2 s) / s³ in s² for |s| ≤ (√2 − 1) / (√2 + 1), ascending; 1.2e-18.
 constexpr double kAtanhd[7] = {0.66666666666667344128, 0.39999999999414675746, 0.28571428742388012491,
                                0.22222198573157717871, 0.18183564327007024527, 0.15314050539471847141,
                                0.1479594974650411203};
-// A float's or double's bits, moved so that the exponent field changes at √½ instead of at 1.
-constexpr uint32_t kHalfRootF = 0x3f3504f3, kOneF = 0x3f800000;
-constexpr uint64_t kHalfRootD = 0x3fe6a09e667f3bcd, kOneD = 0x3ff0000000000000;
+// To take a logarithm, a number is split where its fraction is ¾ (float) or √½ (double) instead of 1.
+constexpr uint32_t kSplitF = 0x3f400000, kOneF = 0x3f800000;
+constexpr uint64_t kSplitD = 0x3fe6a09e667f3bcd, kOneD = 0x3ff0000000000000;
 constexpr float kNegInf = -__builtin_inff();
 
 #if defined(__AVX512F__)
@@ -148,12 +148,10 @@ inline Float reciprocal(Float a) {
   const __m512 r = _mm512_rcp14_ps(a.v);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1)), r, r);
 }
-// w = f · 2^k with f in [√½, √2).
+// w = f · 2^k with f in [¾, 1½).
 inline void split(Float w, Float& f, Float& k) {
-  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(w.v), _mm512_set1_epi32(int(kOneF - kHalfRootF)));
-  const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffff));
-  f.v = _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_set1_epi32(int(kHalfRootF))));
-  k.v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(bits, 23), _mm512_set1_epi32(127)));
+  f.v = _mm512_getmant_ps(w.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+  k.v = _mm512_getexp_ps(_mm512_mul_ps(w.v, _mm512_set1_ps(4.0f / 3)));
 }
 // a where x > −inf (or NaN), else 0.
 inline Float where_not_masked(Float x, Float a) {
@@ -206,9 +204,9 @@ inline Double where_small(Double x, Double a, Double b) {
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm512_div_pd(_mm512_set1_pd(1), a.v); }
 inline void split(Double w, Double& f, Double& k) {
-  const __m512i bits = _mm512_add_epi64(_mm512_castpd_si512(w.v), _mm512_set1_epi64(int64_t(kOneD - kHalfRootD)));
+  const __m512i bits = _mm512_add_epi64(_mm512_castpd_si512(w.v), _mm512_set1_epi64(int64_t(kOneD - kSplitD)));
   const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi64(0xfffffffffffff));
-  f.v = _mm512_castsi512_pd(_mm512_add_epi64(fraction, _mm512_set1_epi64(int64_t(kHalfRootD))));
+  f.v = _mm512_castsi512_pd(_mm512_add_epi64(fraction, _mm512_set1_epi64(int64_t(kSplitD))));
   k.v = _mm512_cvtepi64_pd(_mm512_sub_epi64(_mm512_srli_epi64(bits, 52), _mm512_set1_epi64(1023)));
 }
 inline Double where_not_masked(Double x, Double a) {
@@ -328,11 +326,11 @@ inline Float where_small(Float x, Float a, Float b) {
 }
 inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1), a.v); }
-// w = f · 2^k with f in [√½, √2).
+// w = f · 2^k with f in [¾, 1½).
 inline void split(Float w, Float& f, Float& k) {
-  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(w.v), _mm256_set1_epi32(int(kOneF - kHalfRootF)));
+  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(w.v), _mm256_set1_epi32(int(kOneF - kSplitF)));
   const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
-  f.v = _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_set1_epi32(int(kHalfRootF))));
+  f.v = _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_set1_epi32(int(kSplitF))));
   k.v = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
 }
 inline Float where_not_masked(Float x, Float a) {
@@ -396,9 +394,9 @@ inline Double where_small(Double x, Double a, Double b) {
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm256_div_pd(_mm256_set1_pd(1), a.v); }
 inline void split(Double w, Double& f, Double& k) {
-  const __m256i bits = _mm256_add_epi64(_mm256_castpd_si256(w.v), _mm256_set1_epi64x(int64_t(kOneD - kHalfRootD)));
+  const __m256i bits = _mm256_add_epi64(_mm256_castpd_si256(w.v), _mm256_set1_epi64x(int64_t(kOneD - kSplitD)));
   const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi64x(0xfffffffffffff));
-  f.v = _mm256_castsi256_pd(_mm256_add_epi64(fraction, _mm256_set1_epi64x(int64_t(kHalfRootD))));
+  f.v = _mm256_castsi256_pd(_mm256_add_epi64(fraction, _mm256_set1_epi64x(int64_t(kSplitD))));
   // An integer below 2^52 in the low bits of 2^52 reads as 2^52 plus that integer.
   const __m256i exponent = _mm256_or_si256(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(0x4330000000000000));
   k.v = _mm256_sub_pd(_mm256_castsi256_pd(exponent), _mm256_set1_pd(0x1p52 + 1023));
@@ -519,15 +517,15 @@ struct Vector {
   }
   friend Vector smallest_normal(Vector) { return Vector(sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126)); }
   friend Vector reciprocal(Vector a) { return Vector(T(1)).v / a.v; }
-  // w = f · 2^k with f in [√½, √2).
+  // w = f · 2^k with f in [¾, 1½), of double [√½, √2).
   friend void split(Vector w, Vector& f, Vector& k) {
     constexpr bool kDouble = sizeof(T) == 8;
     constexpr int kShift = kDouble ? 52 : 23;
-    constexpr Int kHalfRoot = kDouble ? Int(kHalfRootD) : Int(kHalfRootF), kOne = kDouble ? Int(kOneD) : Int(kOneF);
+    constexpr Int kSplit = kDouble ? Int(kSplitD) : Int(kSplitF), kOne = kDouble ? Int(kOneD) : Int(kOneF);
     Bits bits;
     std::memcpy(&bits, &w.v, 16);
-    bits += kOne - kHalfRoot;
-    const Bits fraction = (bits & ((Int(1) << kShift) - 1)) + kHalfRoot;
+    bits += kOne - kSplit;
+    const Bits fraction = (bits & ((Int(1) << kShift) - 1)) + kSplit;
     std::memcpy(&f.v, &fraction, 16);
     k.v = __builtin_convertvector((bits >> kShift) - (kDouble ? 1023 : 127), Reg);
   }
