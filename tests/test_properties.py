@@ -347,7 +347,7 @@ def test_the_strategy_reaches_what_it_is_for() -> None:
     """A strategy that never draws labels, truncation or a broken layout would pass everything."""
     seen: set[str] = set()
 
-    @settings(max_examples=150)
+    @settings(max_examples=1000)
     @given(problems())
     def draw(problem: tuple[Any, ...]) -> None:
         student, teacher, labels, keywords = problem
