@@ -70,7 +70,7 @@ REDUCTIONS = ("none", "mean", "sum")
 TEMPERATURE_SCALINGS = ("t2", "none")
 VOCABS = ("error", "truncate")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 _T2 = "t2"
 
@@ -94,6 +94,8 @@ def _number(name: str, value: Any, wanted: str, ok: Any) -> float:
         number = float(value)
     except (OverflowError, ValueError):
         number = math.nan
+    except TypeError:  # a NumPy array of several numbers
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__} {value!r}") from None
     if not ok(number):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
     return number
@@ -307,7 +309,8 @@ def check_tensors(
     if labels is not None:
         _check_rows("labels", labels, s_shape, dim, device)
         if labels.dtype not in INTEGERS:
-            raise TypeError(f"labels must have an integer dtype; got {labels.dtype}")
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGERS)
+            raise TypeError(f"labels must have an integer dtype ({known}); got {labels.dtype}")
     elif options.hard_weight > 0:
         raise ValueError(f"labels are needed for hard_weight={options.hard_weight}; got None")
     elif options.kind in LABELLED:
@@ -329,8 +332,11 @@ def check_tensors(
                 raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {_shape(denominator.shape)}")
             if denominator.is_complex() or denominator.dtype == torch.bool:
                 raise TypeError(f"denominator must be a real number; got {denominator.dtype}")
+            if denominator.requires_grad and torch.is_grad_enabled():
+                raise ValueError("denominator is a constant of the loss and gets no gradient; pass its .detach()")
             if denominator.device != device and denominator.device.type != "cpu":
-                raise ValueError(f"denominator must be on {device} or on the CPU; got {denominator.device}")
+                places = "the CPU" if device.type == "cpu" else f"{device} or on the CPU"
+                raise ValueError(f"denominator must be on {places}; got {denominator.device}")
         else:
             _number("denominator", denominator, "a positive, finite number or a 0-d tensor", _is_positive)
     return dim

@@ -45,6 +45,9 @@ class _FusedLoss(torch.autograd.Function):
         ctx.options = options
         ctx.scale = scale
         ctx.dim = dim
+        ctx.vocab_size = min(student.shape[dim], teacher.shape[dim])
+        # Not among the saved ones, which hooks (save_on_cpu, checkpoint) make dear to look at.
+        ctx.rows = (labels, weight)
         ctx.gradient = None
         ctx.is_done = False
         ctx.set_materialize_grads(False)
@@ -89,17 +92,16 @@ class _FusedLoss(torch.autograd.Function):
                     "the student_logits of distillation_loss(inplace=True) hold their gradient and were modified by an "
                     f"inplace operation before the backward pass (version {gradient._version}, expected {ctx.version})"
                 )
-            return (_scaled(gradient, grad_output, ctx.dim), *[None] * 7)
-        # torch.autograd.grad(..., is_grads_batched=True): only plain PyTorch knows what to do with such a tensor.
-        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)
+            return (_scaled(ctx, gradient, grad_output), *[None] * 7)
         of_student: Tensor | None = None
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
         if gradient is not None and not differentiable:
-            of_student = _scaled(gradient, grad_output, ctx.dim, is_batched)
+            of_student = _scaled(ctx, gradient, grad_output)
             needs_student = False
         if not (needs_student or needs_teacher):
             return (of_student, *[None] * 7)
         student, teacher, *rows = ctx.saved_tensors
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)
         gradients = ops.reference_gradients if differentiable or is_batched else ops.kernel_gradients
         found = gradients(
             (student, teacher),
@@ -112,12 +114,8 @@ class _FusedLoss(torch.autograd.Function):
         return (found[0] if needs_student else of_student, found[1], *[None] * 6)
 
 
-def _scaled(gradient: Tensor, grad_output: Tensor, dim: int, is_batched: bool = False) -> Tensor:
-    """gradient · grad_output, where the gradient lies."""
-    if is_batched:
-        return ops.scale_gradient(gradient, grad_output, dim)
-    ops.scale_gradient_(gradient, grad_output.contiguous(), dim)
-    return gradient
+def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
+    return ops.scale_gradient(gradient, grad_output, ctx.rows, ctx.options.ignore_index, ctx.vocab_size, ctx.dim)
 
 
 def _raise_value_error(error: RuntimeError) -> None:
@@ -160,7 +158,7 @@ def distillation_loss(
     Args:
         student_logits: [..., V], float32, bfloat16, float16 or float64, any strides.
         teacher_logits: the same shape; its dtype may differ. Gets a gradient too if it requires one.
-        labels: integers, the shape without the class dimension. A row whose label is `ignore_index` is out: no loss,
+        labels: integers, not uint64; the leading shape. A row whose label is `ignore_index` is out: no loss,
             no gradient, never read. Needed if `hard_weight` > 0, and for "dkd".
         divergence: measured between the teacher's probabilities p and the student's q, y and x their logarithms:
 
@@ -193,7 +191,8 @@ def distillation_loss(
         dim: the class dimension.
         inplace: write the gradient over the student's logits, so that nothing of their size is allocated. The logits
             are gone afterwards: whoever reads them later (an argmax for a metric, a second loss) reads gradients, which
-            nothing can catch. They must not be a leaf, and allow one backward pass.
+            nothing can catch. They must not be a leaf, and allow one backward pass. In a compiled or exported program
+            it has no effect: there the compiler plans the memory.
 
     Returns:
         A scalar, or the leading shape with reduction="none"; float32, or float64 if either input is.
@@ -227,10 +226,11 @@ def distillation_loss(
         inplace,
     )
     dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
-    compiling = torch.compiler.is_compiling()
-    if (student_logits.device.type not in ("cpu", "meta")) or (
+    if (
+        student_logits.device.type not in ("cpu", "meta")
         # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
-        not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         _warn_once(student_logits.device.type)
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)

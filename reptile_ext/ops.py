@@ -135,7 +135,15 @@ def _(
 
 
 @torch.library.register_fake("reptile_ext::scale_gradient_")  # type: ignore[untyped-decorator]
-def _(gradient: Tensor, factor: Tensor, dim: int) -> None:
+def _(
+    gradient: Tensor,
+    factor: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+    dim: int,
+) -> None:
     return None
 
 
@@ -157,7 +165,9 @@ def reference_gradients(
         # The operator has looked at the values of labels and weights.
         loss = reference.with_options(student, teacher, *rows, options, check_values=False) * scale
         wanted = [x for x, need in zip((student, teacher), needed, strict=True) if need]
-        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph))
+        if not loss.requires_grad:  # a teacher alone, at soft_weight=0
+            loss = loss + 0 * teacher.sum()
+        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph, materialize_grads=True))
     return (next(found) if needed[0] else None, next(found) if needed[1] else None)
 
 
@@ -190,10 +200,32 @@ def kernel_gradients(
     return of_student, distillation_loss(teacher, student, *rows, upstream, *exchanged, True)[1]
 
 
-def scale_gradient(gradient: Tensor, grad_output: Tensor, dim: int) -> Tensor:
-    """d loss / d student times what comes from above, in the gradient's dtype; a new tensor."""
+def scale_gradient(
+    gradient: Tensor,
+    grad_output: Tensor,
+    rows: tuple[Tensor | None, Tensor | None],
+    ignore_index: int,
+    vocab_size: int,
+    dim: int,
+) -> Tensor:
+    """d loss / d student times what comes from above, where the gradient lies. `rows` are labels and weight: what is
+    out, rows and classes, stays 0 whatever comes from above. `dim` is not negative."""
+    # torch.autograd.grad(..., is_grads_batched=True): only plain PyTorch knows what to do with such a tensor.
+    if not torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        scale_gradient_(gradient, grad_output.contiguous(), *rows, ignore_index, vocab_size, dim)
+        return gradient
+    labels, weight = rows
+    if labels is not None:
+        grad_output = torch.where(labels == ignore_index, 0.0, grad_output)
+    if weight is not None:
+        grad_output = torch.where(weight == 0, 0.0, grad_output)
     factor = grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(dim)
-    return (gradient * factor).to(gradient.dtype)
+    scaled = (gradient * factor).to(gradient.dtype)
+    if vocab_size < gradient.shape[dim]:
+        class_index = torch.arange(gradient.shape[dim], device=gradient.device)
+        class_index = class_index.view(-1, *[1] * (gradient.dim() - 1 - dim))
+        scaled = torch.where(class_index < vocab_size, scaled, torch.zeros_like(gradient))
+    return scaled
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -208,7 +240,12 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     *numbers, scale, dim, has_gradient = ctx.numbers
     needed = tuple(ctx.needs_input_grad[:2])
     if has_gradient and needed == (True, False) and not torch.is_grad_enabled():
-        return (scale_gradient(gradient, grad_loss, dim), *[None] * 18)
+        positive = dim % student.dim()
+        vocab_size = min(student.shape[positive], teacher.shape[positive])
+        ignore_index = numbers[Options._fields.index("ignore_index")]
+        # A copy: the operator's gradient is one of its outputs, and may be asked for again.
+        scaled = scale_gradient(gradient.clone(), grad_loss, (labels, weight), ignore_index, vocab_size, positive)
+        return (scaled, *[None] * 18)
     # truncate=True is right for equal sizes too; inplace=False, whatever was asked: the inputs are here.
     options = Options._make((*numbers, True, dim, False))
     gradients = reference_gradients if torch.is_grad_enabled() else kernel_gradients

@@ -275,7 +275,6 @@ class _Divergence(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         s, t, labels, ctx.of = inputs
         ctx.save_for_backward(s, t, labels)
-        ctx.save_for_forward(s, t, labels)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -285,6 +284,15 @@ class _Divergence(torch.autograd.Function):
             if ctx.needs_input_grad[i]:
                 found[i] = grad_output.unsqueeze(-1) * _Divergence._results(s, t, labels, ctx.of, teachers)[1]
         return found[0], found[1], None, None
+
+
+class _DivergenceWithJvp(_Divergence):
+    """The same in forward mode too. A class of its own because the compiler takes no function that has a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Divergence.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def jvp(ctx: Any, s_tangent: Tensor | None, t_tangent: Tensor | None, *_: Any) -> Tensor:
@@ -296,6 +304,18 @@ class _Divergence(torch.autograd.Function):
         return total
 
 
+def _divergence(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
+    """D of [N, V] rows, differentiably."""
+    if not torch.compiler.is_compiling():
+        apply = _DivergenceWithJvp.apply
+    elif not torch._C._are_functorch_transforms_active():
+        apply = _Divergence.apply
+    else:  # what the compiler makes of torch.func knows no functions with a gradient of their own: autograd's, then
+        return _Divergence._results(s, t, labels, of, False)[0]
+    value: Tensor = apply(s, t, labels, of)  # type: ignore[no-untyped-call]
+    return value
+
+
 def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross entropy at temperature 1 with the smoothing spread over the classes that are not masked."""
     x = _log_softmax(s)
@@ -303,7 +323,7 @@ def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     if label_smoothing:
         masked = x == -torch.inf
         uniform = -torch.where(masked, 0.0, x).sum(-1) / (~masked).sum(-1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform if label_smoothing < 1 else uniform
     return loss
 
 
@@ -312,7 +332,7 @@ def row_losses(s: Tensor, t: Tensor, labels: Tensor | None, options: Options) ->
     of = (options.kind, options.beta, options.omega, options.student_temperature, options.teacher_temperature)
     if not options.soft_scale > 0:  # the teacher is not looked at; the student in its place gives D = 0, no gradient
         t, of = s.detach(), (KERNELS.index("forward_kl"), 0.0, 1.0, 1.0, 1.0)
-    loss: Tensor = options.soft_scale * _Divergence.apply(s, t, labels, of)  # type: ignore[no-untyped-call]
+    loss = options.soft_scale * _divergence(s, t, labels, of)
     if options.hard_weight > 0:
         assert labels is not None
         loss = loss + options.hard_weight * cross_entropy(s, labels, options.label_smoothing)

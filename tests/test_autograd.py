@@ -22,6 +22,8 @@ from oracle import (
     run,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
@@ -135,6 +137,54 @@ def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.
         upstream = torch.randn(4)
         found = run(loss_of, student, teacher, labels, upstream=upstream, **keywords)
         assert_near({"": found}, student, teacher, labels, upstream=upstream, **keywords)
+
+
+@every_dtype
+@pytest.mark.parametrize("upstream", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("way", ["eager", "inplace", "compiled", "batched", "reference", "create_graph"])
+def test_what_is_out_stays_zero_whatever_comes_from_above(
+    way: str, reduction: str, upstream: float, dtype: torch.dtype
+) -> None:
+    """A mean over each sequence is 0/0 in one that is all padding. Rows by label and by weight, and the classes that
+    the teacher does not have; the rows that are in show what came."""
+    torch.compiler.reset()
+    student, teacher = make_logits("random", 6, 9, dtype)
+    teacher = teacher[:, :7].contiguous()
+    labels, weight = torch.arange(6), torch.ones(6)
+    labels[0], weight[1] = -100, 0
+    leaf = student.clone().requires_grad_()
+    keywords = {"vocab": "truncate", "weight": weight, "reduction": reduction, "inplace": way == "inplace"}
+
+    def f(s: Tensor) -> Tensor:
+        loss_fn = reference.distillation_loss if way == "reference" else loss_of
+        return loss_fn(s * 1, teacher, labels, **keywords)
+
+    loss = (torch.compile(f, backend="aot_eager", fullgraph=True) if way == "compiled" else f)(leaf)
+    above = torch.full_like(loss, upstream)
+    if way == "batched":
+        gradient = torch.autograd.grad(loss, leaf, above.unsqueeze(0), is_grads_batched=True)[0][0]
+    else:
+        (gradient,) = torch.autograd.grad(loss, leaf, above, create_graph=way == "create_graph")
+    assert (gradient[:2] == 0).all()
+    assert (gradient[:, 7:] == 0).all()
+    assert not gradient[2:, :7].isfinite().any()
+
+
+@every_divergence
+def test_a_teacher_that_the_loss_does_not_look_at_has_gradient_zero(divergence: str) -> None:
+    """soft_weight=0 leaves the cross entropy alone."""
+    student, teacher, labels = make_case({})
+    student, teacher = student.requires_grad_(), teacher.requires_grad_()
+    for hard_weight in (0.0, 1.0):
+        loss = loss_of(student, teacher, labels, soft_weight=0.0, hard_weight=hard_weight, **keywords_of(divergence))
+        for keywords in ({}, {"create_graph": True}):
+            for wanted in ((student, teacher), (teacher,)):
+                *_, of_teacher = torch.autograd.grad(loss, wanted, retain_graph=True, **keywords)
+                assert (of_teacher == 0).all()
+        (of_teacher,) = torch.autograd.grad(loss, teacher, torch.ones(3, dtype=loss.dtype), is_grads_batched=True)
+        assert of_teacher.shape == (3, *teacher.shape)
+        assert (of_teacher == 0).all()
 
 
 @every_dtype
@@ -310,8 +360,11 @@ def test_opcheck(sample: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch")
 @every_dtype
 def test_opcheck_of_the_backward_operator(dtype: torch.dtype) -> None:
+    labels, weight = torch.randint(5, (3, 2)), torch.rand(3, 2, dtype=torch.float64)
     for factor in (torch.tensor(3.0), torch.rand(3, 2)):
-        torch.library.opcheck(torch.ops.reptile_ext.scale_gradient_, (torch.randn(3, 5, 2, dtype=dtype), factor, 1))
+        for rows in ((None, None), (labels, weight)):
+            arguments = (torch.randn(3, 5, 2, dtype=dtype), factor, *rows, 1, 4, 1)
+            torch.library.opcheck(torch.ops.reptile_ext.scale_gradient_, arguments)
 
 
 @pytest.mark.parametrize("sample", OP_SAMPLES.values(), ids=OP_SAMPLES.keys())
@@ -342,11 +395,11 @@ def test_the_operators_themselves_refuse_what_would_be_unsafe() -> None:
         op(student, teacher, labels + 100, *rest[1:], True)
     with pytest.raises(RuntimeError, match="labels must have one element a row"):
         op(student, teacher, labels[:2], *rest[1:], True)
-    with pytest.raises(RuntimeError, match="labels must be contiguous int64"):
+    with pytest.raises(RuntimeError, match="labels must be int64"):
         op(student, teacher, labels.int(), *rest[1:], True)
     with pytest.raises(RuntimeError, match="teacher must have the shape of student"):
         op(student, teacher[:2], labels, *rest[1:], True)
-    with pytest.raises(RuntimeError, match="weight must be contiguous float64"):
+    with pytest.raises(RuntimeError, match="weight must be float64"):
         op(student, teacher, labels, torch.rand(3), *rest[2:], True)
     with pytest.raises(RuntimeError, match="student must be float32"):
         op(student.int(), teacher, labels, *rest[1:], True)
@@ -354,6 +407,15 @@ def test_the_operators_themselves_refuse_what_would_be_unsafe() -> None:
         op(student, teacher, *rest[:-1], 2, True)
     with pytest.raises(RuntimeError, match="divergence is unknown"):
         op(student, teacher, *rest[:4], 99, *rest[5:], True)
+    scale, factor, gradient = ops.scale_gradient_, torch.tensor(torch.nan), torch.randn(3, 5)
+    with pytest.raises(RuntimeError, match="factor must have one element a row"):
+        scale(gradient, torch.rand(2), None, None, -100, 5, 1)
+    with pytest.raises(RuntimeError, match="labels must have one element a row"):
+        scale(gradient, factor, torch.zeros(2, dtype=torch.int64), None, -100, 5, 1)
+    with pytest.raises(RuntimeError, match="weight must be contiguous"):
+        scale(gradient, factor, None, torch.rand(6, dtype=torch.float64)[::2], -100, 5, 1)
+    for vocab_size in (-3, 7):  # cut off at what there is
+        scale(gradient, torch.tensor(2.0), None, None, -100, vocab_size, 1)
 
 
 # ------------------------------------------------------------------------------------- torch.compile, torch.export
@@ -464,6 +526,30 @@ class Model(torch.nn.Module):
         return self.criterion(self.head(hidden), teacher_logits, labels)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_no_traced_program_allocates_float32_of_the_logits_size(dtype: torch.dtype) -> None:
+    """Factors of rows are float32, and a product with them would promote the gradient."""
+    sizes: list[tuple[torch.dtype, int]] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            sizes.extend((x.dtype, x.numel()) for x in tree_leaves(result) if isinstance(x, Tensor))
+            return result
+
+    class Module(torch.nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return loss_of(student, teacher, reduction="none")
+
+    student, teacher = make_logits("random", 64, 1000, dtype)
+    exported = torch.export.export(Module(), (student, teacher)).module()
+    loss = exported(student.requires_grad_(), teacher)
+    with Log():
+        loss.backward(torch.rand(64))
+    assert (dtype, student.numel()) in sizes
+    assert (torch.float32, student.numel()) not in sizes
+
+
 def test_exported_equals_eager() -> None:
     model = Model().eval()
     rows = torch.export.Dim("rows", min=2)
@@ -545,6 +631,43 @@ def test_torch_func(keywords: dict, divergence: str) -> None:
     value, derivative = torch.func.jvp(f, (student,), (tangent,))
     torch.testing.assert_close(value, right[0].sum())
     torch.testing.assert_close(derivative, (right[1] * tangent).sum())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+@every_divergence
+def test_torch_func_compiled(divergence: str) -> None:
+    """Transforms inside a compiled program, and a compiled program inside transforms and dual numbers: where the
+    operator has no rule for them, plain PyTorch must take its place. A derivative of 0 would be silent."""
+    torch.compiler.reset()
+    student, teacher, labels = make_case({}, torch.float64)
+    tangent, keywords = torch.randn_like(student), keywords_of(divergence)
+
+    def f(s: Tensor) -> Tensor:
+        return loss_of(s, teacher, labels, temperature=2.0, **keywords)
+
+    def jvp(s: Tensor) -> Tensor:
+        return torch.func.jvp(f, (s,), (tangent,))[1]
+
+    batched = torch.func.vmap(torch.func.grad(f))
+    for transformed, argument in (
+        (jvp, student),
+        (torch.func.grad(f), student),
+        (torch.func.jacfwd(f), student),
+        (torch.func.jacrev(f), student),
+        (torch.func.hessian(f), student),
+        (batched, torch.stack([student, 2 * student])),
+    ):
+        compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(argument), transformed(argument))
+    compiled = torch.compile(f, backend="aot_eager")
+    compiled(student)  # in the cache, for a program without transforms
+    torch.testing.assert_close(torch.func.jvp(compiled, (student,), (tangent,))[1], jvp(student))
+    torch.testing.assert_close(torch.func.grad(compiled)(student), torch.func.grad(f)(student))
+    right = jvp(student)
+    with torch.autograd.forward_ad.dual_level():
+        dual = compiled(torch.autograd.forward_ad.make_dual(student, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, right)
 
 
 @every_divergence

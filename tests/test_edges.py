@@ -175,3 +175,18 @@ def test_no_memory_for_the_gradient() -> None:
     huge = torch.zeros(1).expand(1 << 46, 2)
     with pytest.raises(RuntimeError, match=r"not enough memory for the gradient of student_logits, \d+ bytes"):
         ops.distillation_loss(huge, huge, *[None] * 4, 0, 0.0, *[1.0] * 4, 0.0, 0.0, -100, 1, 1.0, -1, True)
+
+
+def test_full_smoothing_does_not_look_at_a_masked_label() -> None:
+    """label_smoothing=1: nothing of the label's own term is left, not even of an infinite one."""
+    student, teacher = torch.randn(3, 6), torch.randn(3, 6)
+    student[1, 2] = -torch.inf
+    labels = torch.tensor([2, 2, 2])
+    for loss_fn in (distillation_loss, reference.distillation_loss):
+        leaf = student.clone().requires_grad_()
+        loss = loss_fn(leaf, teacher, labels, soft_weight=0.0, hard_weight=1.0, label_smoothing=1.0, reduction="none")
+        of_classes = student[1][student[1] > -torch.inf]
+        torch.testing.assert_close(loss[1], -of_classes.log_softmax(0).mean())
+        loss.sum().backward()
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[1, 2] == 0

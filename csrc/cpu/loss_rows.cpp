@@ -433,7 +433,8 @@ void cross_entropy(const Call<typename V::Scalar>& call, const LossProblem& p, c
     const double a_label = (s_label - top[r]) * kLog2E;
     double loss = log_z - kLn2 * a_label;
     if (call.smooth) {
-      loss = (1 - p.label_smoothing) * loss + p.label_smoothing * (log_z - kLn2 * a[r] / count[r]);
+      const double uniformly = log_z - kLn2 * a[r] / count[r];  // the label may be masked: infinity, of which 0 parts
+      loss = p.label_smoothing < 1 ? (1 - p.label_smoothing) * loss + p.label_smoothing * uniformly : uniformly;
       uniform[r] = scale[r] * p.label_smoothing / count[r];
     }
     hard.loss[r] = p.hard_weight * loss;

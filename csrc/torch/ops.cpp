@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -173,6 +174,28 @@ void set_rows(LossProblem& p, const View& student, const View& teacher, const Vi
   }
 }
 
+// A tensor with one element for each of n rows, one after the other.
+void check_vector(const View& view, int64_t n, const char* name) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < view.ndim; ++d) numel *= view.sizes[d];
+  if (numel != n) fail(std::string(name) + " must have one element a row");
+  if (!view.is_contiguous()) fail(std::string(name) + " must be contiguous");
+}
+
+const int64_t* label_data(const Tensor& labels, int64_t n) {
+  const View view(labels);
+  check_vector(view, n, "labels");
+  if (view.dtype != aoti_torch_dtype_int64()) fail("labels must be int64");
+  return static_cast<const int64_t*>(view.data);
+}
+
+const double* weight_data(const Tensor& weight, int64_t n) {
+  const View view(weight);
+  check_vector(view, n, "weight");
+  if (view.dtype != aoti_torch_dtype_float64()) fail("weight must be float64");
+  return static_cast<const double*>(view.data);
+}
+
 // Weights of the rows, 0 for those that are out; empty if all are in with weight 1. Checks the labels, before
 // anything is written.
 std::vector<double> row_weights(const Arguments& a, const LossProblem& p, double* total) {
@@ -181,9 +204,7 @@ std::vector<double> row_weights(const Arguments& a, const LossProblem& p, double
   if (!a.labels && !a.weight) return {};
   std::vector<double> weights(size_t(n), 1.0);
   if (a.weight) {
-    const View view(*a.weight);
-    if (view.dtype != aoti_torch_dtype_float64() || !view.is_contiguous()) fail("weight must be contiguous float64");
-    std::copy_n(static_cast<const double*>(view.data), n, weights.begin());
+    std::copy_n(weight_data(*a.weight, n), n, weights.begin());
     for (double w : weights) {
       if (!(w >= 0 && w < std::numeric_limits<double>::infinity())) {
         fail("weight must be finite and not negative; got " + std::to_string(w));
@@ -260,21 +281,11 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   p.soft_scale = a.soft_scale;
   p.hard_weight = a.hard_weight;
   p.label_smoothing = a.label_smoothing;
-  const auto check_rows = [&](const Tensor& tensor, const char* name) {
-    const View view(tensor);
-    int64_t numel = 1;
-    for (int64_t d = 0; d < view.ndim; ++d) numel *= view.sizes[d];
-    if (numel != p.num_rows) fail(std::string(name) + " must have one element a row");
-  };
   if (a.labels) {
-    check_rows(*a.labels, "labels");
-    const View view(*a.labels);
-    if (view.dtype != aoti_torch_dtype_int64() || !view.is_contiguous()) fail("labels must be contiguous int64");
-    p.labels = static_cast<const int64_t*>(view.data);
+    p.labels = label_data(*a.labels, p.num_rows);
   } else if (a.hard_weight > 0 || needs_labels(p.divergence)) {
     fail("labels are needed for hard_weight > 0 and for dkd");
   }
-  if (a.weight) check_rows(*a.weight, "weight");
 
   double total = 0;
   const std::vector<double> weights = row_weights(a, p, &total);
@@ -297,9 +308,9 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
 
   if (a.upstream) {
     const View view(*a.upstream);
-    if (view.dtype != aoti_torch_dtype_float64() || !view.is_contiguous()) fail("upstream must be contiguous float64");
+    if (view.dtype != aoti_torch_dtype_float64()) fail("upstream must be float64");
     p.upstream_is_uniform = view.ndim == 0;
-    if (!p.upstream_is_uniform) check_rows(*a.upstream, "upstream");
+    check_vector(view, p.upstream_is_uniform ? 1 : p.num_rows, "upstream");
     p.upstream = static_cast<const double*>(view.data);
   }
 
@@ -411,32 +422,43 @@ Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
   return run(REPTILE_EXT_ARGUMENTS, view, &view);
 }
 
-// gradient · factor, where the gradient lies: one factor for all, or one a row. Nothing to do where it is 1.
-void scale_gradient_(const Tensor& gradient, const Tensor& factor, int64_t dim) {
+// gradient · factor, where the gradient lies: one factor for all, or one a row. Nothing to do where it is 1. What is
+// out, rows by `labels` and `weight` and classes from `vocab_size` on, is 0 and stays 0, even times an infinity or NaN.
+void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
+                     const std::optional<Tensor>& weight, int64_t ignore_index, int64_t vocab_size, int64_t dim) {
   const View view(gradient), factor_view(factor);
   if (dim < 0) dim += view.ndim;
   if (dim < 0 || dim >= view.ndim) fail("dim does not fit gradient");
   LossProblem p;
-  p.vocab_size = p.gradient_size = view.sizes[dim];
+  p.vocab_size = p.gradient_size = std::min(view.sizes[dim], std::max<int64_t>(vocab_size, 0));
   set_rows(p, view, view, &view, dim);
   p.gradient.data = view.data;
   p.gradient.dtype = dtype_of(view, "gradient");
-  p.gradient.class_stride = p.gradient_size == 1 ? 1 : view.strides[dim];
-  const bool is_uniform = factor_view.ndim == 0;
-  const int64_t count = is_uniform ? 1 : p.num_rows;
-  int64_t numel = 1;
-  for (int64_t d = 0; d < factor_view.ndim; ++d) numel *= factor_view.sizes[d];
-  if (numel != count) fail("factor must have one element, or one a row");
-  if (!factor_view.is_contiguous()) fail("factor must be contiguous");
-  std::vector<double> factors(static_cast<size_t>(count));
+  p.gradient.class_stride = view.sizes[dim] == 1 ? 1 : view.strides[dim];
+  bool is_uniform = factor_view.ndim == 0;
+  std::vector<double> factors(is_uniform ? 1 : static_cast<size_t>(p.num_rows));
+  check_vector(factor_view, is_uniform ? 1 : p.num_rows, "factor");
   if (factor_view.dtype == aoti_torch_dtype_float64()) {
-    std::copy_n(static_cast<const double*>(factor_view.data), count, factors.begin());
+    std::copy_n(static_cast<const double*>(factor_view.data), factors.size(), factors.begin());
   } else if (factor_view.dtype == aoti_torch_dtype_float32()) {
-    std::copy_n(static_cast<const float*>(factor_view.data), count, factors.begin());
+    std::copy_n(static_cast<const float*>(factor_view.data), factors.size(), factors.begin());
   } else {
     fail("factor must be float32 or float64");
   }
   if (std::all_of(factors.begin(), factors.end(), [](double f) { return f == 1; })) return;
+  const bool finite = std::all_of(factors.begin(), factors.end(), [](double f) { return std::isfinite(f); });
+  if (!finite && (labels || weight)) {
+    if (is_uniform) factors.resize(static_cast<size_t>(p.num_rows), factors[0]);
+    is_uniform = false;
+    if (labels) {
+      const int64_t* data = label_data(*labels, p.num_rows);
+      for (int64_t r = 0; r < p.num_rows; ++r) factors[r] = data[r] == ignore_index ? 0 : factors[r];
+    }
+    if (weight) {
+      const double* data = weight_data(*weight, p.num_rows);
+      for (int64_t r = 0; r < p.num_rows; ++r) factors[r] = data[r] == 0 ? 0 : factors[r];
+    }
+  }
   const Kernels& kernels = *current_instruction_set().kernels;
   parallel_rows(p.num_rows, rows_per_task(std::max<int64_t>(1, p.gradient_size)),
                 [&](int64_t begin, int64_t end) { kernels.scale_rows(p, factors.data(), is_uniform, begin, end); });
@@ -455,7 +477,9 @@ STABLE_TORCH_LIBRARY(reptile_ext, m) {
   m.def("distillation_loss(Tensor student, " REPTILE_EXT_SCHEMA_TAIL
         ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("distillation_loss_(Tensor(a!) student, " REPTILE_EXT_SCHEMA_TAIL ") -> Tensor");
-  m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor, int dim) -> ()");
+  m.def(
+      "scale_gradient_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, int "
+      "vocab_size, int dim) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
