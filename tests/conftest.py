@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
-from oracle import INSTRUCTION_SETS
+from oracle import BFLOAT16_SET, INSTRUCTION_SETS
 
 from reptile_ext import ops
 
@@ -21,6 +21,17 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # The same examples in every run: a failure in CI is a failure at home. Time is never a verdict.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=100)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Once with an instruction set that differs from another only in a dtype is enough for the other dtypes."""
+
+    def repeats(item: pytest.Item) -> bool:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return BFLOAT16_SET in values and any(isinstance(v, torch.dtype) and v != torch.bfloat16 for v in values)
+
+    config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
+    items[:] = [item for item in items if not repeats(item)]
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
