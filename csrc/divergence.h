@@ -45,6 +45,21 @@
 namespace reptile_ext {
 namespace {
 
+// The C library's, by names that mean the same in device code. <cmath> would bring its templates in (simd.h).
+#if defined(__CUDACC__)
+#define REPTILE_EXT_FN __device__ inline
+using ::exp;
+using ::log;
+using ::log1p;
+using ::sqrt;
+#else
+#define REPTILE_EXT_FN inline
+inline double exp(double x) { return __builtin_exp(x); }
+inline double log(double x) { return __builtin_log(x); }
+inline double log1p(double x) { return __builtin_log1p(x); }
+inline double sqrt(double x) { return __builtin_sqrt(x); }
+#endif
+
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2E = 1.44269504088896340735992468100;
 constexpr double kInf = __builtin_inf();
@@ -60,8 +75,8 @@ struct Row {
   // infinite too; it is taken as 0, and to that end the driver sets kept[kUnbounded] of the row to 0.
   bool is_unbounded = false;
 
-  double z_s() const { return sums[0]; }
-  double z_t() const { return sums[1]; }
+  REPTILE_EXT_FN double z_s() const { return sums[0]; }
+  REPTILE_EXT_FN double z_t() const { return sums[1]; }
 };
 
 struct Defaults {
@@ -74,7 +89,7 @@ struct Defaults {
 };
 
 template <class V>
-inline void add_exponentials(V a, V b, V* sums, V& e_s, V& e_t) {
+REPTILE_EXT_FN void add_exponentials(V a, V b, V* sums, V& e_s, V& e_t) {
   e_s = exp2(a);
   e_t = exp2(b);
   sums[0] = sums[0] + e_s;
@@ -84,13 +99,13 @@ inline void add_exponentials(V a, V b, V* sums, V& e_s, V& e_t) {
 template <class V>
 struct Difference {
   static constexpr int kKept = 2, kCoefficients = 2;
-  static V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] - kept[1] * k[1]; }
+  static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] - kept[1] * k[1]; }
 };
 
 template <class V>
 struct Centred {
   static constexpr int kKept = 2, kCoefficients = 2;
-  static V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] * (kept[1] - k[1]); }
+  static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] * (kept[1] - k[1]); }
 };
 
 // ------------------------------------------------------------------------------------------- Kullback and Leibler's
@@ -103,14 +118,14 @@ template <class V>
 struct ForwardKl : Defaults {
   using Gradient = Difference<V>;
   static constexpr int kSums = 3, kKept = 2;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(a, b, sums, kept[0], kept[1]);
     sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = scale / row.z_s();
     k[1] = scale / row.z_t();
-    return kLn2 * row.sums[2] / row.z_t() + (__builtin_log(row.z_s()) - __builtin_log(row.z_t()));
+    return kLn2 * row.sums[2] / row.z_t() + (log(row.z_s()) - log(row.z_t()));
   }
 };
 
@@ -122,18 +137,18 @@ template <class V>
 struct ReverseKl : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     V e_t;
     add_exponentials(a, b, sums, kept[0], e_t);
     kept[1] = where_positive(kept[0], a - b);
     sums[2] = fma(kept[0], kept[1], sums[2]);
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     const double centre = row.sums[2] / row.z_s();
     row.is_unbounded = centre == kInf;
     k[0] = scale * kLn2 / row.z_s();
     k[1] = row.is_unbounded ? 0 : centre;
-    return kLn2 * centre + (__builtin_log(row.z_t()) - __builtin_log(row.z_s()));
+    return kLn2 * centre + (log(row.z_t()) - log(row.z_s()));
   }
 };
 
@@ -142,15 +157,15 @@ template <class V>
 struct SymmetricKl : Defaults {
   using Gradient = SymmetricKl;
   static constexpr int kSums = 4, kKept = 3, kCoefficients = 4, kUnbounded = 2;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(a, b, sums, kept[0], kept[1]);
     sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
     kept[2] = where_positive(kept[0], a - b);
     sums[3] = fma(kept[0], kept[2], sums[3]);
   }
-  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
     const double centre = row.sums[3] / row.z_s();
-    const double difference = __builtin_log(row.z_s()) - __builtin_log(row.z_t());
+    const double difference = log(row.z_s()) - log(row.z_t());
     row.is_unbounded = centre == kInf;
     k[0] = scale * row.omega / row.z_s();
     k[1] = scale * row.omega / row.z_t();
@@ -158,7 +173,7 @@ struct SymmetricKl : Defaults {
     k[3] = row.is_unbounded ? 0 : centre;
     return row.omega * (kLn2 * row.sums[2] / row.z_t() + difference) + row.beta * (kLn2 * centre - difference);
   }
-  static V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
+  static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
     return (kept[0] * k[0] - kept[1] * k[1]) + kept[0] * k[2] * (kept[2] - k[3]);
   }
 };
@@ -171,14 +186,14 @@ template <class V>
 struct SoftCrossEntropy : Defaults {
   using Gradient = Difference<V>;
   static constexpr int kSums = 3, kKept = 2;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(a, b, sums, kept[0], kept[1]);
     sums[2] = add_product_where_positive(sums[2], kept[1], a);
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = scale / row.z_s();
     k[1] = scale / row.z_t();
-    return __builtin_log(row.z_s()) - kLn2 * row.sums[2] / row.z_t();
+    return log(row.z_s()) - kLn2 * row.sums[2] / row.z_t();
   }
 };
 
@@ -189,18 +204,18 @@ template <class V>
 struct MirroredSoftCrossEntropy : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     V e_t;
     add_exponentials(a, b, sums, kept[0], e_t);
     kept[1] = where_positive(kept[0], b);
     sums[2] = fma(kept[0], kept[1], sums[2]);
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     const double centre = row.sums[2] / row.z_s();
     row.is_unbounded = centre == -kInf;
     k[0] = -scale * kLn2 / row.z_s();
     k[1] = row.is_unbounded ? 0 : centre;
-    return __builtin_log(row.z_t()) - kLn2 * centre;
+    return log(row.z_t()) - kLn2 * centre;
   }
 };
 
@@ -219,11 +234,15 @@ struct MixtureDefaults : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 2, kKept = 2, kMixtureSums = 2;
   static constexpr bool kMixtureKeeps = true;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) { add_exponentials(a, b, sums, kept[0], kept[1]); }
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(a, b, sums, kept[0], kept[1]);
+  }
   // 1 / m; where m is too small to divide by, p and q have next to no mass.
-  static V over(V m) { return reciprocal(max(smallest_normal(m), m)); }
+  static REPTILE_EXT_FN V over(V m) { return reciprocal(max(smallest_normal(m), m)); }
   // The first sum; log_of_ratio may have swallowed a NaN that the second has, through z.
-  static double unless_broken(const Row& row) { return row.mixture[1] == row.mixture[1] ? row.mixture[0] : kNaN; }
+  static REPTILE_EXT_FN double unless_broken(const Row& row) {
+    return row.mixture[1] == row.mixture[1] ? row.mixture[0] : kNaN;
+  }
 };
 
 // Generalised Jensen-Shannon, β Σ p (y − log m) + (1−β) Σ q (x − log m), 0 < β < 1.
@@ -232,7 +251,7 @@ struct MixtureDefaults : Defaults {
 //     gradient  (1−β) q (log(q/m) − K_q)
 template <class V>
 struct Jsd : MixtureDefaults<V> {
-  static void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
     const V over_m = Jsd::over(fma(beta, p, omega * q));
     const V z = (p - q) * over_m;
     const V log_p = log_of_ratio(p * over_m, omega * z);
@@ -241,7 +260,7 @@ struct Jsd : MixtureDefaults<V> {
     sums[1] = fma(q, log_q, sums[1]);
     kept[1] = log_q;
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = scale * row.omega / row.z_s();
     k[1] = row.mixture[1];
     return row.beta * row.mixture[0] + row.omega * row.mixture[1];
@@ -253,14 +272,14 @@ struct Jsd : MixtureDefaults<V> {
 //     gradient  −(1−β) (p q / m − q Σ p q / m) = −(1−β)² q (z − Σ q z)
 template <class V>
 struct SkewKl : MixtureDefaults<V> {
-  static void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
     const V over_m = SkewKl::over(fma(beta, p, omega * q));
     const V z = (p - q) * over_m;
     sums[0] = fma(p, log_of_ratio(p * over_m, omega * z), sums[0]);
     sums[1] = fma(q, z, sums[1]);
     kept[1] = z;
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = -scale * row.omega * row.omega / row.z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
@@ -272,7 +291,7 @@ struct SkewKl : MixtureDefaults<V> {
 //     gradient  q (u − Σ q u):   ∂f/∂x = q (log(q/m) + 1 − β q/m), and q/m = 1 − (1−β) z
 template <class V>
 struct SkewReverseKl : MixtureDefaults<V> {
-  static void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
     const V over_m = SkewReverseKl::over(fma(beta, q, omega * p));
     const V z = (p - q) * over_m;
     const V log_q = log_of_ratio(q * over_m, V(0) - omega * z);
@@ -280,7 +299,7 @@ struct SkewReverseKl : MixtureDefaults<V> {
     sums[0] = fma(q, log_q, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);
   }
-  static double finish(Row& row, double scale, double (&k)[2]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
     k[0] = scale / row.z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
@@ -297,19 +316,19 @@ struct Tvd : MixtureDefaults<V> {
   using Gradient = Tvd;
   static constexpr bool kMixtureKeeps = false;
   static constexpr int kCoefficients = 3;
-  static void mix(V q, V p, V /*beta*/, V /*omega*/, V (&sums)[2], V (& /*kept*/)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V /*beta*/, V /*omega*/, V (&sums)[2], V (& /*kept*/)[2]) {
     const V d = q - p;
     sums[0] = sums[0] + max(d, V(0) - d);
     sums[1] = sums[1] + with_sign_of(d, q);
   }
-  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
     k[0] = row.z_s() / row.z_t();  // as in the mixture pass: the sign must come out the same
     k[1] = scale / 2 / row.z_s();
     k[2] = row.mixture[1];
     const double value = row.mixture[0] / 2;
     return value > 1 ? 1 : value;
   }
-  static V gradient(const V (&kept)[2], const V (&k)[kCoefficients]) {
+  static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[kCoefficients]) {
     return (with_sign_of(kept[0] - kept[1] * k[0], kept[0]) - kept[0] * k[2]) * k[1];
   }
 };
@@ -322,21 +341,21 @@ struct Hellinger : Defaults {
   using Gradient = Hellinger;
   static constexpr int kSums = 3, kKept = 2, kCoefficients = 2;
   static constexpr bool kKeepsExp = false;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     kept[0] = exp2(a * V(0.5f));
     kept[1] = exp2(b * V(0.5f));
     sums[0] = fma(kept[0], kept[0], sums[0]);
     sums[1] = fma(kept[1], kept[1], sums[1]);
     sums[2] = fma(kept[0], kept[1], sums[2]);
   }
-  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
-    const double root = __builtin_sqrt(row.z_s() * row.z_t());  // exactly Z where both are Z
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+    const double root = sqrt(row.z_s() * row.z_t());  // exactly Z where both are Z
     const double overlap = row.sums[2] / root;
     k[0] = scale / 2 * overlap / row.z_s();
     k[1] = scale / 2 / root;
     return 1 - overlap;
   }
-  static V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
+  static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
     return kept[0] * (kept[0] * k[0] - kept[1] * k[1]);
   }
 };
@@ -350,7 +369,7 @@ struct Mse : Defaults {
   using Gradient = Mse;
   static constexpr int kSums = 5, kKept = 1, kCoefficients = 1;
   static constexpr bool kRawLogits = true, kKeepsExp = false;
-  static void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
     kept[0] = where_not_masked(a, where_not_masked(b, a - b));
     sums[0] = fma(kept[0], kept[0], sums[0]);
     sums[1] = sums[1] + where_not_masked(a, V(1));
@@ -358,30 +377,28 @@ struct Mse : Defaults {
     sums[3] = sums[3] + where_not_masked(a, where_not_masked(b, V(1)));
     sums[4] = sums[4] + (where_not_masked(a, a - a) + where_not_masked(b, b - b));
   }
-  static double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
     const double n_s = row.sums[1], n_t = row.sums[2], n = row.sums[3];
     k[0] = n > 0 ? 2 * scale / n : 0;
     if (n_s == 0 || n_t == 0 || row.sums[4] != 0) return kNaN;
     return n == n_s && n == n_t ? row.sums[0] / n : kInf;
   }
-  static V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) { return kept[0] * k[0]; }
+  static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) { return kept[0] * k[0]; }
 };
 
 // ------------------------------------------------------------------------------------- decoupled KD (Zhao et al. 2022)
 
-inline double softplus(double v) { return (v > 0 ? v : 0) + __builtin_log1p(__builtin_exp(v > 0 ? -v : v)); }
-inline double sigmoid(double v) { return 1 / (1 + __builtin_exp(-v)); }
+REPTILE_EXT_FN double softplus(double v) { return (v > 0 ? v : 0) + log1p(exp(v > 0 ? -v : v)); }
+REPTILE_EXT_FN double sigmoid(double v) { return 1 / (1 + exp(-v)); }
 
 // Two-class KL of probabilities σ(v), σ(w): σ(v) log(σ(v)/σ(w)) + σ(−v) log(σ(−v)/σ(−w)).
-inline double binary_kl(double v, double w) {
+REPTILE_EXT_FN double binary_kl(double v, double w) {
   const double hit = sigmoid(v), miss = sigmoid(-v);
   return (hit == 0 ? 0 : hit * (softplus(-w) - softplus(-v))) + (miss == 0 ? 0 : miss * (softplus(w) - softplus(v)));
 }
 
 // The log-odds of the label's class against all others, whose sum of exponentials is z; NaN for a logit of +inf.
-inline double log_odds(double exponent, double z) {
-  return exponent < kInf ? kLn2 * exponent - __builtin_log(z) : kNaN;
-}
+REPTILE_EXT_FN double log_odds(double exponent, double z) { return exponent < kInf ? kLn2 * exponent - log(z) : kNaN; }
 
 // TCKD + β NCKD: KL of "the label or another class", and KL among the other classes, of distributions p̂, q̂.
 //     sums      N_s, N_t, Σ e_t (b − a), all without the label's class
@@ -393,9 +410,9 @@ struct Dkd : ForwardKl<V> {
   static constexpr bool kExcludesLabel = true, kKeepsExp = false;
   struct Gradient {
     static constexpr int kKept = 2, kCoefficients = 3;
-    static V gradient(const V (&kept)[2], const V (&k)[3]) { return kept[0] * k[0] - kept[1] * k[1]; }
+    static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[3]) { return kept[0] * k[0] - kept[1] * k[1]; }
   };
-  static double finish(Row& row, double scale, double (&k)[3]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[3]) {
     const double n_s = row.z_s(), n_t = row.z_t();
     const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
     const bool likely = odds_s > 0 && odds_t > 0;  // then the difference of what is left is the more exact
@@ -406,7 +423,7 @@ struct Dkd : ForwardKl<V> {
     k[2] = scale * delta;
     double others = 0;
     if (n_t != 0 && row.beta > 0) {
-      others = n_s == 0 ? kInf : kLn2 * row.sums[2] / n_t + (__builtin_log(n_s) - __builtin_log(n_t));
+      others = n_s == 0 ? kInf : kLn2 * row.sums[2] / n_t + (log(n_s) - log(n_t));
       if (others < 0) others = 0;
     }
     return binary_kl(odds_t, odds_s) + row.beta * others;
@@ -423,9 +440,11 @@ struct MirroredDkd : ReverseKl<V> {
   static constexpr bool kExcludesLabel = true, kKeepsExp = false;
   struct Gradient {
     static constexpr int kKept = 2, kCoefficients = 4;
-    static V gradient(const V (&kept)[2], const V (&k)[4]) { return kept[0] * (k[0] * (kept[1] - k[1]) - k[2]); }
+    static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[4]) {
+      return kept[0] * (k[0] * (kept[1] - k[1]) - k[2]);
+    }
   };
-  static double finish(Row& row, double scale, double (&k)[4]) {
+  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[4]) {
     const double n_s = row.z_s(), n_t = row.z_t();
     const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
     const double hit = sigmoid(odds_s), miss = sigmoid(-odds_s);
@@ -439,7 +458,7 @@ struct MirroredDkd : ReverseKl<V> {
     k[3] = scale * gamma;
     double others = 0;
     if (n_s != 0 && row.beta > 0) {
-      others = n_t == 0 ? kInf : kLn2 * centre + (__builtin_log(n_t) - __builtin_log(n_s));
+      others = n_t == 0 ? kInf : kLn2 * centre + (log(n_t) - log(n_s));
       if (others < 0) others = 0;
     }
     return binary_kl(odds_s, odds_t) + row.beta * others;

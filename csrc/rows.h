@@ -32,12 +32,14 @@ enum class Divergence : int {
   kMirroredDkd,
 };
 constexpr int kNumDivergences = 13;
-constexpr bool needs_labels(Divergence kind) { return kind == Divergence::kDkd || kind == Divergence::kMirroredDkd; }
+static constexpr bool needs_labels(Divergence kind) {
+  return kind == Divergence::kDkd || kind == Divergence::kMirroredDkd;
+}
 enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+static constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // One [..., V] operand: where its first element is and how far apart its rows and classes are.
 struct Operand {

@@ -240,15 +240,16 @@ def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object],
         from reptile_ext import ops
 
         show("instruction set", ops.instruction_set() + (f" (REPTILE_EXT_CPU={chosen})" if chosen else ""))
-        student = torch.linspace(-2, 2, 48).reshape(3, 16).requires_grad_()
-        teacher = student.detach().flip(-1).contiguous()
-        loss = reptile_ext.distillation_loss(student, teacher)
-        loss.backward()
-        wanted = reptile_ext.reference.distillation_loss(student.detach(), teacher)
-        if not torch.allclose(loss.detach(), wanted, rtol=1e-5):
-            problems.append(
-                f"the kernel computes {loss.item()} where plain PyTorch gets {wanted.item()}: please report it"
-            )
+        show("CUDA kernels", "loaded" if ops.cuda_missing is None else f"none: {ops.cuda_missing}")
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            student = torch.linspace(-2, 2, 48, device=device).reshape(3, 16).requires_grad_()
+            teacher = student.detach().flip(-1).contiguous()
+            loss = reptile_ext.distillation_loss(student, teacher)
+            loss.backward()
+            wanted = reptile_ext.reference.distillation_loss(student.detach(), teacher)
+            if not torch.allclose(loss.detach(), wanted, rtol=1e-5):
+                found = f"{loss.item()} where plain PyTorch gets {wanted.item()}"
+                problems.append(f"the kernel on {device} computes {found}: please report it")
     except Exception as error:
         hint = f" (REPTILE_EXT_CPU={chosen} is set: try without)" if chosen else ""
         problems.append(f"the kernels do not run: {error}{hint}")

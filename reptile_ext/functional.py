@@ -227,7 +227,7 @@ def distillation_loss(
     )
     dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
     if (
-        student_logits.device.type not in ("cpu", "meta")
+        not _has_kernels(student_logits.device.type)
         # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -299,12 +299,16 @@ def _check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
+def _has_kernels(device: str) -> bool:
+    return device in ("cpu", "meta") or (device == "cuda" and ops.cuda_missing is None)
+
+
 def _warn_once(device: str) -> None:
-    if device in ("cpu", "meta") or device in _warned_devices:
+    if _has_kernels(device) or device in _warned_devices:
         return
     _warned_devices.add(device)
+    why = ops.cuda_missing if device == "cuda" else f"reptile_ext has no kernels for device type {device!r}"
     warnings.warn(
-        f"reptile_ext has no kernels for device type {device!r}; distillation_loss runs in plain PyTorch there "
-        "(right, but slower and with more memory)",
+        f"{why}; distillation_loss runs in plain PyTorch there (right, but slower and with more memory)",
         stacklevel=3,
     )

@@ -50,7 +50,28 @@ def _load() -> ctypes.CDLL:
     )
 
 
+def _load_cuda() -> str | None:
+    """Load the CUDA operators where torch has CUDA; null, or in words why CUDA tensors go without kernels."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    import reptile_ext
+
+    for folder in reptile_ext.__path__:
+        library = Path(folder) / "_cuda.so"
+        if library.exists():
+            try:
+                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+                return None
+            except (OSError, RuntimeError) as error:
+                return f"reptile_ext's CUDA kernels do not fit this machine or torch {torch.__version__} ({error})"
+    return (
+        "reptile_ext was built where there was no CUDA compiler: put nvcc on the PATH (the CUDA toolkit's, or "
+        "`pip install nvidia-cuda-nvcc`), and in a clone of the project `pip install --force-reinstall --no-deps .`"
+    )
+
+
 _library = _load()
+cuda_missing = _load_cuda()
 _library.reptile_ext_instruction_set.restype = ctypes.c_char_p
 _library.reptile_ext_instruction_set.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 

@@ -28,7 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def repeats(item: pytest.Item) -> bool:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        return BFLOAT16_SET in values and any(isinstance(v, torch.dtype) and v != torch.bfloat16 for v in values)
+        is_set = any(isinstance(v, str) and v == BFLOAT16_SET for v in values)
+        return is_set and any(isinstance(v, torch.dtype) and v != torch.bfloat16 for v in values)
 
     config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
     items[:] = [item for item in items if not repeats(item)]

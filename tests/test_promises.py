@@ -61,7 +61,7 @@ def rows_of(backend: Any, student: Tensor, teacher: Tensor, labels: Tensor | Non
 
 @every_dtype
 @pytest.mark.parametrize("divergence", ZERO_AT_EQUALITY)
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.3, 7.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_equal_logits_give_exactly_zero(backend: Any, temperature: float, dtype: torch.dtype, divergence: str) -> None:
     """In the value, in the student's gradient and in that of a teacher who learns."""
     for kind in ("random", "flat", "peaked", "late_peak", "rising"):

@@ -31,12 +31,15 @@
 extern "C" {
 struct AtenTensorOpaque;
 struct TorchLibraryOpaque;
+struct DeviceGuardOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
 using TorchLibraryHandle = TorchLibraryOpaque*;
+using DeviceGuardHandle = DeviceGuardOpaque*;
 using StableIValue = uint64_t;
 using AOTITorchError = int32_t;
 
 int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_bfloat16();
@@ -48,6 +51,7 @@ AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret_device_index);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
                                         int32_t dtype, int32_t device_type, int32_t device_index,
@@ -62,6 +66,9 @@ AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
 AOTITorchError torch_call_dispatcher(const char* opName, const char* overloadName, StableIValue* stack,
                                      uint64_t extension_build_version);
+AOTITorchError aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* ret_guard);
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard);
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* ctx);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
 AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);

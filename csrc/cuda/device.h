@@ -1,0 +1,200 @@
+// What the CUDA kernels are written in: threads, barriers, shuffles, shared memory of a cluster, loads and stores, and
+// float and double as the value types of divergence.h.
+//
+// Compiled by nvcc this is the device. Compiled as C++ the same names come from tests/cuda/host.h, where the threads
+// are fibers of one processor, every access to memory is checked, and a barrier that some thread does not reach is an
+// error: so the kernels run in every test run, GPU or none.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define REPTILE_EXT_DEVICE __device__ __forceinline__
+#define REPTILE_EXT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define REPTILE_EXT_ARGUMENT const __grid_constant__
+#define REPTILE_EXT_UNROLL _Pragma("unroll")
+
+namespace reptile_ext {
+namespace {
+
+REPTILE_EXT_DEVICE int thread_rank() { return int(threadIdx.x); }
+REPTILE_EXT_DEVICE int block_threads() { return int(blockDim.x); }
+REPTILE_EXT_DEVICE int64_t block_rank() { return blockIdx.x; }
+REPTILE_EXT_DEVICE int64_t num_blocks() { return gridDim.x; }
+REPTILE_EXT_DEVICE void sync_block() { __syncthreads(); }
+
+// The value of the lane whose number differs in `mask`. All lanes of a warp take part.
+template <class V>
+REPTILE_EXT_DEVICE V shuffle_xor(V x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <class V>
+REPTILE_EXT_DEVICE V shuffle_from(V x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
+// Blocks of one cluster. Before sm_90 there are none, and the plan never asks for one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+REPTILE_EXT_DEVICE int cluster_rank() { return int(cooperative_groups::this_cluster().block_rank()); }
+REPTILE_EXT_DEVICE void sync_cluster() { cooperative_groups::this_cluster().sync(); }
+template <class T>
+REPTILE_EXT_DEVICE T* of_peer(T* shared, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else
+REPTILE_EXT_DEVICE int cluster_rank() { return 0; }
+REPTILE_EXT_DEVICE void sync_cluster() {}
+template <class T>
+REPTILE_EXT_DEVICE T* of_peer(T* shared, int) {
+  return shared;
+}
+#endif
+
+// The block's shared memory.
+template <class T>
+REPTILE_EXT_DEVICE T& shared_memory() {
+  __shared__ alignas(T) unsigned char bytes[sizeof(T)];
+  return *reinterpret_cast<T*>(bytes);
+}
+template <class T>
+REPTILE_EXT_DEVICE T load_shared(const T* p) {
+  return *p;
+}
+template <class T>
+REPTILE_EXT_DEVICE void store_shared(T* p, T x) {
+  *p = x;
+}
+
+// Device memory. Logits and gradients are touched once and not kept in the caches for others (.cs).
+struct alignas(16) Bits128 {
+  uint32_t word[4];
+};
+REPTILE_EXT_DEVICE Bits128 load_128(const void* p) {
+  const uint4 x = __ldcs(static_cast<const uint4*>(p));
+  return {{x.x, x.y, x.z, x.w}};
+}
+REPTILE_EXT_DEVICE void store_128(void* p, const Bits128& x) {
+  __stcs(static_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
+}
+template <class T>
+REPTILE_EXT_DEVICE T load(const T* p) {
+  return *p;
+}
+template <class T>
+REPTILE_EXT_DEVICE void store(T* p, T x) {
+  *p = x;
+}
+
+REPTILE_EXT_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+REPTILE_EXT_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+REPTILE_EXT_DEVICE float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+REPTILE_EXT_DEVICE uint16_t half_of(float x) { return __half_as_ushort(__float2half_rn(x)); }
+REPTILE_EXT_DEVICE uint16_t bfloat16_of(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// Results below the smallest normal number are 0, as divergence.h has it on the CPU. 2 ulp, and exact at integers.
+REPTILE_EXT_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+REPTILE_EXT_DEVICE double exp2(double x) { return ::exp2(x); }
+REPTILE_EXT_DEVICE float log2_approximately(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+REPTILE_EXT_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+REPTILE_EXT_DEVICE double reciprocal(double x) { return 1 / x; }
+REPTILE_EXT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+REPTILE_EXT_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+REPTILE_EXT_DEVICE double log_of(double x) { return ::log(x); }
+REPTILE_EXT_DEVICE double log1p_of(double x) { return ::log1p(x); }
+
+// Starts a kernel; null, or what CUDA says is wrong.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, void* stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid));
+  config.blockDim = dim3(unsigned(block));
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace reptile_ext
+
+#else
+#include "host.h"
+#endif
+
+namespace reptile_ext {
+namespace {
+
+// ------------------------------------------------------------------------ float and double as V of divergence.h
+
+template <class V>
+REPTILE_EXT_DEVICE V negative_infinity() {
+  return V(-__builtin_inff());
+}
+
+// As the vector instructions have it: a NaN in b is kept.
+REPTILE_EXT_DEVICE float max(float a, float b) { return a > b ? a : b; }
+REPTILE_EXT_DEVICE double max(double a, double b) { return a > b ? a : b; }
+REPTILE_EXT_DEVICE float smallest_normal(float) { return 0x1p-126f; }
+REPTILE_EXT_DEVICE double smallest_normal(double) { return 0x1p-1022; }
+
+template <class V>
+REPTILE_EXT_DEVICE V where_positive(V e, V d) {
+  return e <= V(0) ? V(0) : d;
+}
+template <class V>
+REPTILE_EXT_DEVICE V add_product_where_positive(V sum, V e, V d) {
+  return fma(e, where_positive(e, d), sum);
+}
+template <class V>
+REPTILE_EXT_DEVICE V where_not_masked(V z, V d) {
+  return z == negative_infinity<V>() ? V(0) : d;
+}
+template <class V>
+REPTILE_EXT_DEVICE V with_sign_of(V d, V x) {
+  return d == V(0) ? V(0) : d < V(0) ? V(0) - x : x;
+}
+
+// log w. Where w − 1 is small, from it: 2 artanh(d / (2 + d)), whose series has the precision of d.
+REPTILE_EXT_DEVICE float log_of_ratio(float w, float w_minus_1) {
+  const float t = w_minus_1 * reciprocal(w_minus_1 + 2.0f);
+  const float t2 = t * t;
+  float p = 2.0f / 9;
+  p = fma(p, t2, 2.0f / 7);
+  p = fma(p, t2, 2.0f / 5);
+  p = fma(p, t2, 2.0f / 3);
+  const float near = fma(t * t2, p, t + t);
+  const float far = log2_approximately(max(smallest_normal(w), w)) * 0.693147181f;
+  return w_minus_1 < 0.25f && w_minus_1 > -0.25f ? near : far;
+}
+REPTILE_EXT_DEVICE double log_of_ratio(double w, double w_minus_1) {
+  const bool near = w_minus_1 < 0.25 && w_minus_1 > -0.25;
+  return near ? log1p_of(w_minus_1) : log_of(max(smallest_normal(w), w));
+}
+
+}  // namespace
+}  // namespace reptile_ext

@@ -1,0 +1,154 @@
+// The other kernels, small ones, and what chooses among the large.
+
+#include "loss_rows.h"
+
+namespace reptile_ext {
+
+const char* launch_registers_16(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_registers_32(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_memory_float(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_memory_double(const DeviceLoss& loss, const Plan& plan, void* stream);
+
+namespace {
+
+bool is_double(const LossProblem& p) {
+  return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
+}
+
+// The sum over all threads of a block, in a fixed order.
+REPTILE_EXT_DEVICE double sum_of_block(Exchange<double>* exchange, double x) {
+  Team<double> team{exchange, block_threads(), thread_rank(), 1, 0};
+  double sum[1] = {x};
+  team.all_reduce(sum, [](double a, double b) { return a + b; });
+  return sum[0];
+}
+
+REPTILE_EXT_KERNEL(kMaxBlockThreads)
+divisor_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const double* denominator, double* out) {
+  Exchange<double>& exchange = shared_memory<Exchange<double>>();
+  const LossProblem& p = device.problem;
+  double total = 0;
+  for (int64_t n = thread_rank(); n < p.num_rows; n += block_threads()) {
+    if (p.labels && load(p.labels + n) == device.ignore_index) continue;
+    total += p.weights ? load(p.weights + n) : 1.0;
+  }
+  total = sum_of_block(&exchange, total);
+  if (thread_rank() == 0) store(out, total == 0 ? 1.0 : denominator ? load(denominator) : total);
+}
+
+REPTILE_EXT_DEVICE void store_loss(void* out, bool is_double, int64_t at, double x) {
+  if (is_double) {
+    store(static_cast<double*>(out) + at, x);
+  } else {
+    store(static_cast<float*>(out) + at, float(x));
+  }
+}
+
+REPTILE_EXT_KERNEL(kMaxBlockThreads)
+losses_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, bool each, bool is_double, void* out) {
+  Exchange<double>& exchange = shared_memory<Exchange<double>>();
+  const LossProblem& p = device.problem;
+  const double factor = device.divisor ? p.gradient_scale / load(device.divisor) : p.gradient_scale;
+  double sum = 0;
+  for (int64_t n = block_rank() * block_threads() + thread_rank(); n < p.num_rows;
+       n += num_blocks() * block_threads()) {
+    const double loss = load(p.row_losses + n);
+    sum += loss;
+    if (each) store_loss(out, is_double, n, loss * factor);
+  }
+  if (each) return;
+  sum = sum_of_block(&exchange, sum);
+  if (thread_rank() == 0) store_loss(out, is_double, 0, sum * factor);
+}
+
+template <class V>
+REPTILE_EXT_KERNEL(kMaxBlockThreads)
+scale_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan, const void* factors, bool factors_are_double,
+             bool is_uniform) {
+  const LossProblem& p = device.problem;
+  const auto factor_of = [&](int64_t n) {
+    return factors_are_double ? load(static_cast<const double*>(factors) + n)
+                              : double(load(static_cast<const float*>(factors) + n));
+  };
+  if (is_uniform && factor_of(0) == 1) return;
+  Team<V> team{nullptr, plan.team_threads, thread_rank() % plan.team_threads, 1, 0};
+  const int64_t rows_per_block = plan.rows_per_block();
+  for (int64_t base = block_rank() * rows_per_block; base < p.num_rows; base += num_blocks() * rows_per_block) {
+    const int64_t n = base + thread_rank() / plan.team_threads;
+    if (n >= p.num_rows) continue;
+    if (p.labels && load(p.labels + n) == device.ignore_index) continue;
+    if (p.weights && load(p.weights + n) == 0) continue;
+    const double factor = factor_of(is_uniform ? 0 : n);
+    if (factor == 1) continue;
+    const Place place(p, n);
+    MemoryRow<V>(p, place).each(team, [&](int64_t chunk, const V(&g)[kChunk], const V(&)[kChunk]) {
+      V scaled[kChunk];
+      for (int i = 0; i < kChunk; ++i) scaled[i] = g[i] * V(factor);
+      store_gradient(p.gradient, place, chunk, scaled);
+    });
+  }
+}
+
+}  // namespace
+
+#if defined(__CUDACC__)
+const char* properties_of(int device, DeviceProperties& found) {
+  int major = 0;
+  cudaFuncAttributes code = {};
+  cudaError_t error = cudaDeviceGetAttribute(&found.num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, divisor_kernel);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  // Code compiled for an older device and translated for this one knows no clusters.
+  found.has_clusters = major >= 9 && code.ptxVersion >= 90;
+  return nullptr;
+}
+#endif
+
+const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* out, void* stream) {
+  return launch(&divisor_kernel, 1, kMaxBlockThreads, 1, stream, loss, denominator, out);
+}
+
+const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, void* out, void* stream) {
+  const int64_t blocks = each ? (loss.problem.num_rows + kMaxBlockThreads - 1) / kMaxBlockThreads : 1;
+  if (blocks == 0) return nullptr;
+  constexpr int64_t kMostBlocks = 1024;
+  return launch(&losses_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kMaxBlockThreads, 1, stream, loss, each,
+                is_double, out);
+}
+
+const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream) {
+  LossProblem& p = loss.problem;
+  if (p.num_rows == 0) return nullptr;
+  if (!(p.soft_scale > 0)) {  // the teacher is not looked at; the student in its place is at a distance of 0
+    p.teacher = p.student;
+    p.teacher_temperature = p.student_temperature;
+    p.divergence = Divergence::kForwardKl;
+  }
+  if (is_double(p)) return launch_memory_double(loss, plan, stream);
+  if (plan.source == Plan::Source::kMemory) return launch_memory_float(loss, plan, stream);
+  return size_of(p.student.dtype) == 2 ? launch_registers_16(loss, plan, stream)
+                                       : launch_registers_32(loss, plan, stream);
+}
+
+const char* launch_scale(const DeviceLoss& loss, const void* factors, bool factors_are_double, bool is_uniform,
+                         const DeviceProperties& properties, void* stream) {
+  DeviceLoss device = loss;
+  LossProblem& p = device.problem;
+  if (p.num_rows == 0 || p.vocab_size == 0) return nullptr;
+  p.student = p.teacher = p.gradient;
+  const Plan plan = plan_of(p, properties);
+  const int64_t most = int64_t(properties.num_multiprocessors) * (2 * kMaxBlockThreads / 256);
+  Plan simple;  // one block a row or more rows a block, and no clusters: nobody waits for anybody
+  simple.team_threads = plan.team_threads < 256 ? plan.team_threads : 256;
+  const int64_t needed = (p.num_rows + simple.rows_per_block() - 1) / simple.rows_per_block();
+  simple.grid_blocks = needed < most ? needed : most;
+  if (p.gradient.dtype == DType::kFloat64) {
+    return launch(&scale_kernel<double>, simple.grid_blocks, simple.block_threads, 1, stream, device, simple, factors,
+                  factors_are_double, is_uniform);
+  }
+  return launch(&scale_kernel<float>, simple.grid_blocks, simple.block_threads, 1, stream, device, simple, factors,
+                factors_are_double, is_uniform);
+}
+
+}  // namespace reptile_ext

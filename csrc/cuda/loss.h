@@ -1,0 +1,62 @@
+// What the CUDA part is asked to do, and the plan it makes; no CUDA in here.
+#pragma once
+
+#include "../rows.h"
+
+namespace reptile_ext {
+
+// A LossProblem whose pointers are the device's, and what the host cannot know without waiting for the device.
+struct DeviceLoss {
+  LossProblem problem;  // row_losses: [num_rows]
+  int64_t ignore_index = -100;
+  // One number that gradient_scale is divided by, or null; a kernel of ours (divisor) writes it.
+  const double* divisor = nullptr;
+};
+
+// How a problem is divided among threads. A team of threads shares a row: part of a warp (many rows a block), a block,
+// or the blocks of a cluster.
+struct Plan {
+  enum class Source : int {
+    kRegisters,  // a row is read once, and lives in the team's registers
+    kMemory,     // a row is read again in every pass; most of it from the L2
+  };
+  Source source = Source::kMemory;
+  int team_threads = 1;  // in one block
+  int cluster_blocks = 1;
+  int block_threads = 256;
+  int64_t grid_blocks = 1;
+
+  constexpr int rows_per_block() const { return block_threads / team_threads; }
+};
+
+struct DeviceProperties {
+  int num_multiprocessors = 1;
+  bool has_clusters = false;  // sm_90 and later, and the library holds code for it
+};
+
+constexpr int kChunk = 8;                    // classes that a thread takes at a time: one or two loads of 16 bytes
+constexpr int kMaxBlockThreads = 512;        // of 128 registers
+constexpr int kMaxDoubleBlockThreads = 256;  // of 255 registers: float64 is for checks, not for speed
+constexpr int kMaxClusterBlocks = 8;         // more are not portable
+// Chunks of student and teacher that a thread holds in 32 registers.
+constexpr int chunks_in_registers(DType dtype) { return size_of(dtype) == 2 ? 4 : dtype == DType::kFloat32 ? 2 : 0; }
+
+// Each returns null, or what CUDA says went wrong. They launch and return; nothing waits for the device.
+//
+// `total` of problem.weights and ignored labels, in a fixed order: what a mean is divided by, or `denominator` if there
+// is one; 1 if no row is in. `out` is one number.
+const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* out, void* stream);
+// From row_losses to the loss, float32 or float64: their sum or, `each`, all of them, times gradient_scale / divisor.
+const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, void* out, void* stream);
+const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream);
+// gradient row n times factors[n], or times factors[0]; nothing where that is 1. What is out stays 0.
+const char* launch_scale(const DeviceLoss& loss, const void* factors, bool is_double, bool is_uniform,
+                         const DeviceProperties& device, void* stream);
+
+// What `plan_of` needs to know of a device.
+const char* properties_of(int device, DeviceProperties& found);
+
+Plan plan_of(const LossProblem& problem, const DeviceProperties& device);
+const char* name_of(const Plan& plan);
+
+}  // namespace reptile_ext

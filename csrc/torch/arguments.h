@@ -1,0 +1,296 @@
+// What the operators of every device share: a tensor's description, the arguments, their checks, and the LossProblem
+// that they make. Python checks and words the arguments (reptile_ext/arguments.py); what is checked here again is what
+// memory safety hangs on, because anybody may call torch.ops.reptile_ext.* directly.
+#pragma once
+
+#include "stable_abi.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../rows.h"
+
+namespace reptile_ext {
+namespace {
+
+using torch::stable::Tensor;
+
+// A message that begins with labels, weight, denominator or inplace becomes a ValueError in Python (functional.py).
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error(message); }
+
+// A tensor's description, looked up once.
+struct View {
+  int64_t ndim;
+  int64_t *sizes, *strides;
+  int32_t dtype;
+  void* data;
+
+  explicit View(const Tensor& tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &ndim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
+  }
+  bool is_empty() const {
+    return std::any_of(sizes, sizes + ndim, [](int64_t size) { return size == 0; });
+  }
+  bool is_contiguous() const {
+    if (is_empty()) return true;
+    int64_t expected = 1;
+    for (int64_t d = ndim - 1; d >= 0; --d) {
+      if (sizes[d] != 1 && strides[d] != expected) return false;
+      expected *= sizes[d];
+    }
+    return true;
+  }
+};
+
+DType dtype_of(const View& view, const char* name) {
+  if (view.dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (view.dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (view.dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
+  if (view.dtype == aoti_torch_dtype_float64()) return DType::kFloat64;
+  fail(std::string(name) + " must be float32, bfloat16, float16 or float64");
+}
+
+struct Arguments {
+  const Tensor& student;
+  const Tensor& teacher;
+  const std::optional<Tensor>& labels;
+  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& denominator;
+  const std::optional<Tensor>& upstream;
+  int64_t divergence;
+  double beta, omega, student_temperature, teacher_temperature, soft_scale, hard_weight, label_smoothing;
+  int64_t ignore_index, reduction;
+  double scale;
+  int64_t dim;
+};
+
+// The leading shape of the operands, class dimension left out and neighbours merged where every operand allows it.
+void set_rows(LossProblem& p, const View& student, const View& teacher, const View* gradient, int64_t dim) {
+  p.num_rows = 1;
+  for (int64_t d = 0; d < student.ndim; ++d) {
+    if (d != dim) p.num_rows *= student.sizes[d];
+  }
+  if (p.num_rows == 0) return;
+  const auto mergeable = [&](const Operand& operand, int64_t stride, int64_t size) {
+    return operand.row_strides[p.num_row_dims - 1] == stride * size;
+  };
+  for (int64_t d = 0; d < student.ndim; ++d) {
+    if (d == dim) continue;
+    const int64_t size = student.sizes[d];
+    if (size == 1) continue;
+    const int64_t g_stride = gradient ? gradient->strides[d] : student.strides[d];
+    if (p.num_row_dims > 0 && mergeable(p.student, student.strides[d], size) &&
+        mergeable(p.teacher, teacher.strides[d], size) && mergeable(p.gradient, g_stride, size)) {
+      p.row_sizes[p.num_row_dims - 1] *= size;
+    } else {
+      if (p.num_row_dims == kMaxRowDims) fail("student has too many dimensions");
+      p.row_sizes[p.num_row_dims++] = size;
+    }
+    p.student.row_strides[p.num_row_dims - 1] = student.strides[d];
+    p.teacher.row_strides[p.num_row_dims - 1] = teacher.strides[d];
+    p.gradient.row_strides[p.num_row_dims - 1] = g_stride;
+  }
+}
+
+// A tensor with one element for each of n rows, one after the other.
+void check_vector(const View& view, int64_t n, const char* name) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < view.ndim; ++d) numel *= view.sizes[d];
+  if (numel != n) fail(std::string(name) + " must have one element a row");
+  if (!view.is_contiguous()) fail(std::string(name) + " must be contiguous");
+}
+
+const int64_t* label_data(const Tensor& labels, int64_t n) {
+  const View view(labels);
+  check_vector(view, n, "labels");
+  if (view.dtype != aoti_torch_dtype_int64()) fail("labels must be int64");
+  return static_cast<const int64_t*>(view.data);
+}
+
+const double* weight_data(const Tensor& weight, int64_t n) {
+  const View view(weight);
+  check_vector(view, n, "weight");
+  if (view.dtype != aoti_torch_dtype_float64()) fail("weight must be float64");
+  return static_cast<const double*>(view.data);
+}
+
+struct Device {
+  int32_t type, index;
+};
+
+Tensor new_tensor(Device device, int64_t ndim, const int64_t* sizes, int32_t dtype) {
+  std::vector<int64_t> strides(static_cast<size_t>(ndim), 1);
+  for (int64_t d = ndim - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(ndim, sizes, strides.data(), dtype, device.type, device.index, &handle));
+  return Tensor(handle);
+}
+
+size_t bytes_of(const View& view, const char* name) {
+  size_t bytes = size_of(dtype_of(view, name));
+  for (int64_t d = 0; d < view.ndim; ++d) bytes *= size_t(view.sizes[d]);
+  return bytes;
+}
+
+Tensor new_gradient(const Tensor& student) {
+  try {
+    return torch::stable::empty_like(student);
+  } catch (const std::exception&) {
+    fail("not enough memory for the gradient of student_logits, " + std::to_string(bytes_of(View(student), "student")) +
+         " bytes; inplace=True needs none");
+  }
+}
+
+// All but the weights and what the sum is divided by. The values of labels may be on a device that the host cannot look
+// at. `leading` becomes the shape without the class dimension.
+LossProblem problem_of(const Arguments& a, const View& student, const View* gradient, std::vector<int64_t>& leading) {
+  const View teacher(a.teacher);
+  const int64_t ndim = student.ndim, dim = a.dim < 0 ? a.dim + ndim : a.dim;
+  if (ndim < 1 || teacher.ndim != ndim || dim < 0 || dim >= ndim) fail("teacher or dim does not fit student");
+  LossProblem p;
+  for (int64_t d = 0; d < ndim; ++d) {
+    if (d == dim) continue;
+    if (teacher.sizes[d] != student.sizes[d]) fail("teacher must have the shape of student outside dim");
+    leading.push_back(student.sizes[d]);
+  }
+  if (student.sizes[dim] < 1 || teacher.sizes[dim] < 1) fail("student and teacher need at least one class");
+  p.vocab_size = std::min(student.sizes[dim], teacher.sizes[dim]);
+  p.gradient_size = student.sizes[dim];
+  set_rows(p, student, teacher, gradient, dim);
+  const auto fill = [dim](Operand& operand, const View& view, const char* name) {
+    operand.data = view.data;
+    operand.dtype = dtype_of(view, name);
+    operand.class_stride = view.strides[dim];
+  };
+  fill(p.student, student, "student");
+  fill(p.teacher, teacher, "teacher");
+  if (gradient) fill(p.gradient, *gradient, "gradient");
+  // A row of one class may carry any stride; the class stride is then of no consequence.
+  if (student.sizes[dim] == 1) p.student.class_stride = p.gradient.class_stride = 1;
+  if (teacher.sizes[dim] == 1) p.teacher.class_stride = 1;
+
+  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
+  p.divergence = Divergence(a.divergence);
+  p.beta = a.beta;
+  p.omega = a.omega;
+  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
+  p.student_temperature = a.student_temperature;
+  p.teacher_temperature = a.teacher_temperature;
+  p.soft_scale = a.soft_scale;
+  p.hard_weight = a.hard_weight;
+  p.label_smoothing = a.label_smoothing;
+  if (!a.labels && (a.hard_weight > 0 || needs_labels(p.divergence))) {
+    fail("labels are needed for hard_weight > 0 and for dkd");
+  }
+  if (a.labels) p.labels = label_data(*a.labels, p.num_rows);
+  if (a.upstream) {
+    const View view(*a.upstream);
+    if (view.dtype != aoti_torch_dtype_float64()) fail("upstream must be float64");
+    p.upstream_is_uniform = view.ndim == 0;
+    check_vector(view, p.upstream_is_uniform ? 1 : p.num_rows, "upstream");
+    p.upstream = static_cast<const double*>(view.data);
+  }
+  return p;
+}
+
+// A gradient that is to be multiplied by `factor`, of its first `vocab_size` classes.
+LossProblem scale_problem(const View& gradient, const View& factor, int64_t vocab_size, int64_t dim) {
+  if (dim < 0) dim += gradient.ndim;
+  if (dim < 0 || dim >= gradient.ndim) fail("dim does not fit gradient");
+  LossProblem p;
+  p.vocab_size = p.gradient_size = std::min(gradient.sizes[dim], std::max<int64_t>(vocab_size, 0));
+  set_rows(p, gradient, gradient, &gradient, dim);
+  p.gradient.data = gradient.data;
+  p.gradient.dtype = dtype_of(gradient, "gradient");
+  p.gradient.class_stride = gradient.sizes[dim] == 1 ? 1 : gradient.strides[dim];
+  check_vector(factor, factor.ndim == 0 ? 1 : p.num_rows, "factor");
+  if (factor.dtype != aoti_torch_dtype_float64() && factor.dtype != aoti_torch_dtype_float32()) {
+    fail("factor must be float32 or float64");
+  }
+  return p;
+}
+
+bool is_double(const LossProblem& p) {
+  return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
+}
+
+const double* denominator_data(const Tensor& denominator) {
+  const View view(denominator);
+  if (view.dtype != aoti_torch_dtype_float64() || view.ndim != 0) fail("denominator must be a 0-d float64 tensor");
+  return static_cast<const double*>(view.data);
+}
+
+// Whether two elements of a tensor may share memory: with dimensions in the order of their strides, each has to step
+// over all that the smaller ones span.
+bool may_overlap_itself(const View& view) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < view.ndim; ++d) {
+    if (view.sizes[d] > 1) dims.emplace_back(view.strides[d], view.sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return true;
+    span += stride * (size - 1);
+  }
+  return false;
+}
+
+// First and one past the last byte of a tensor's elements.
+std::pair<const char*, const char*> byte_range(const View& view, const char* name) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < view.ndim; ++d) last += (view.sizes[d] - 1) * view.strides[d];
+  const char* begin = static_cast<const char*>(view.data);
+  return {begin, begin + (last + 1) * int64_t(size_of(dtype_of(view, name)))};
+}
+
+void check_inplace(const View& view, const View& other) {
+  if (view.is_empty()) return;
+  if (may_overlap_itself(view)) {
+    fail("inplace=True needs student_logits whose elements do not share memory; got an expanded or overlapping view");
+  }
+  // Student and teacher may be the very same tensor, but not two views of one memory: a row's gradient would
+  // overwrite what another row still has to read.
+  const bool same = view.data == other.data && view.dtype == other.dtype && view.ndim == other.ndim &&
+                    std::equal(view.strides, view.strides + view.ndim, other.strides);
+  const auto [s_begin, s_end] = byte_range(view, "student");
+  const auto [t_begin, t_end] = byte_range(other, "teacher");
+  if (!same && s_begin < t_end && t_begin < s_end) {
+    fail("inplace=True needs teacher_logits in memory of its own; got a view of the memory of student_logits");
+  }
+}
+
+}  // namespace
+}  // namespace reptile_ext
+
+#define REPTILE_EXT_PARAMETERS                                                                                         \
+  const Tensor &student, const Tensor &teacher, const std::optional<Tensor>&labels,                                    \
+      const std::optional<Tensor>&weight, const std::optional<Tensor>&denominator,                                     \
+      const std::optional<Tensor>&upstream, int64_t divergence, double beta, double omega, double student_temperature, \
+      double teacher_temperature, double soft_scale, double hard_weight, double label_smoothing, int64_t ignore_index, \
+      int64_t reduction, double scale, int64_t dim
+#define REPTILE_EXT_ARGUMENTS                                                                              \
+  Arguments {                                                                                              \
+    student, teacher, labels, weight, denominator, upstream, divergence, beta, omega, student_temperature, \
+        teacher_temperature, soft_scale, hard_weight, label_smoothing, ignore_index, reduction, scale, dim \
+  }
+
+#define REPTILE_EXT_SCHEMA_TAIL                                                                                    \
+  "Tensor teacher, Tensor? labels, Tensor? weight, Tensor? denominator, Tensor? upstream, int kind, float beta, "  \
+  "float omega, float student_temperature, float teacher_temperature, float soft_scale, float hard_weight, float " \
+  "label_smoothing, int ignore_index, int reduction, float scale, int dim"
+#define REPTILE_EXT_DEFINE(m)                                                                                      \
+  m.def("distillation_loss(Tensor student, " REPTILE_EXT_SCHEMA_TAIL                                               \
+        ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");                                               \
+  m.def("distillation_loss_(Tensor(a!) student, " REPTILE_EXT_SCHEMA_TAIL ") -> Tensor");                          \
+  m.def(                                                                                                           \
+      "scale_gradient_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, int " \
+      "vocab_size, int dim) -> ()")

@@ -1,0 +1,188 @@
+// The operators on CUDA: allocation, device and stream, launches. The work is done by csrc/cuda.
+//
+// Nothing here waits for the device, so a call can be captured in a CUDA graph: values of labels, weights and
+// denominator are looked at by kernels alone. A label out of range makes its row NaN instead of an error.
+//
+// A library of its own (_cuda), loaded only where torch has CUDA. The test-suite compiles this file with
+// REPTILE_EXT_ON_HOST and the kernels for tests/cuda/host.h: the same operators, of tensors on the CPU, in a namespace
+// of their own.
+
+#include "arguments.h"
+
+#include <optional>
+
+#include "../cuda/loss.h"
+
+#if defined(REPTILE_EXT_ON_HOST)
+#include "operators_on_host.h"
+#endif
+
+namespace reptile_ext {
+namespace {
+
+void check_launch(const char* error) {
+  if (error) fail(std::string("CUDA: ") + error);
+}
+
+#if !defined(REPTILE_EXT_ON_HOST)
+
+// The tensors' device for as long as this lives, and torch's current stream on it.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : device{aoti_torch_device_type_cuda(), 0} {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device.index, &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+  }
+  ~OnDevice() { aoti_torch_delete_device_guard(guard_); }
+  OnDevice(const OnDevice&) = delete;
+
+  DeviceProperties properties() const {
+    thread_local std::vector<std::optional<DeviceProperties>> known;
+    const size_t index = size_t(device.index);
+    if (index >= known.size()) known.resize(index + 1);
+    if (!known[index]) {
+      DeviceProperties found;
+      check_launch(properties_of(device.index, found));
+      known[index] = found;
+    }
+    return *known[index];
+  }
+
+  void names(const void*, size_t) const {}
+
+  Device device;
+  void* stream = nullptr;
+
+ private:
+  DeviceGuardHandle guard_ = nullptr;
+};
+
+#endif
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(View(tensor).data);
+}
+
+// Of a tensor, every byte from the first to the last element.
+void name_view(const OnDevice& place, const View& view, const char* name) {
+  if (view.is_empty()) return;
+  const auto [begin, end] = byte_range(view, name);
+  place.names(begin, size_t(end - begin));
+}
+
+Tensor run(const Arguments& a, const View& student, const View* gradient) {
+  const OnDevice place(a.student);
+  std::vector<int64_t> leading;
+  DeviceLoss loss;
+  LossProblem& p = loss.problem;
+  p = problem_of(a, student, gradient, leading);
+  const size_t rows = size_t(p.num_rows);
+  name_view(place, student, "student");
+  name_view(place, View(a.teacher), "teacher");
+  if (gradient) name_view(place, *gradient, "gradient");
+  place.names(p.labels, rows * 8);
+  place.names(p.upstream, (p.upstream_is_uniform ? 1 : rows) * 8);
+  loss.ignore_index = a.ignore_index;
+  if (a.weight) {
+    p.weights = weight_data(*a.weight, p.num_rows);
+    place.names(p.weights, rows * 8);
+  }
+
+  const int64_t sizes[1] = {p.num_rows + 1};
+  const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
+  p.row_losses = data_of<double>(scratch);
+  place.names(p.row_losses, (rows + 1) * 8);
+  const bool none = a.reduction == int64_t(Reduction::kNone), mean = a.reduction == int64_t(Reduction::kMean);
+  p.gradient_scale = a.scale;
+  if (a.denominator || (mean && (p.labels || p.weights))) {
+    const double* denominator = a.denominator ? denominator_data(*a.denominator) : nullptr;
+    place.names(denominator, 8);
+    check_launch(launch_divisor(loss, denominator, p.row_losses + p.num_rows, place.stream));
+    loss.divisor = p.row_losses + p.num_rows;
+  } else if (mean && p.num_rows > 0) {
+    p.gradient_scale /= double(p.num_rows);
+  }
+
+  const Plan plan = plan_of(p, place.properties());
+  check_launch(launch_loss(loss, plan, place.stream));
+  const int32_t dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  Tensor result = new_tensor(place.device, none ? int64_t(leading.size()) : 0, leading.data(), dtype);
+  place.names(View(result).data, (none ? rows : 1) * (is_double(p) ? 8 : 4));
+  check_launch(launch_losses(loss, none, is_double(p), View(result).data, place.stream));
+  return result;
+}
+
+std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_gradient) {
+  const Arguments arguments = REPTILE_EXT_ARGUMENTS;
+  const View view(student);
+  if (!needs_gradient) {
+    const OnDevice place(student);
+    const int64_t nothing[1] = {0};
+    return {run(arguments, view, nullptr), new_tensor(place.device, 1, nothing, view.dtype)};
+  }
+  Tensor gradient = new_gradient(student);
+  const View gradient_view(gradient);
+  Tensor loss = run(arguments, view, &gradient_view);
+  return {std::move(loss), std::move(gradient)};
+}
+
+Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
+  const View view(student);
+  check_inplace(view, View(teacher));
+  return run(REPTILE_EXT_ARGUMENTS, view, &view);
+}
+
+void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
+                     const std::optional<Tensor>& weight, int64_t ignore_index, int64_t vocab_size, int64_t dim) {
+  const OnDevice place(gradient);
+  const View view(gradient), factor_view(factor);
+  DeviceLoss loss;
+  LossProblem& p = loss.problem;
+  p = scale_problem(view, factor_view, vocab_size, dim);
+  loss.ignore_index = ignore_index;
+  if (labels) p.labels = label_data(*labels, p.num_rows);
+  if (weight) p.weights = weight_data(*weight, p.num_rows);
+  const size_t rows = size_t(p.num_rows);
+  const bool is_double = factor_view.dtype == aoti_torch_dtype_float64(), is_uniform = factor_view.ndim == 0;
+  name_view(place, view, "gradient");
+  place.names(p.labels, rows * 8);
+  place.names(p.weights, rows * 8);
+  place.names(factor_view.data, (is_uniform ? 1 : rows) * (is_double ? 8 : 4));
+  check_launch(launch_scale(loss, factor_view.data, is_double, is_uniform, place.properties(), place.stream));
+}
+
+}  // namespace
+}  // namespace reptile_ext
+
+#if !defined(REPTILE_EXT_ON_HOST)
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CUDA, m) {
+  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
+  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
+  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
+}
+#else
+STABLE_TORCH_LIBRARY(reptile_ext_on_host, m) { REPTILE_EXT_DEFINE(m); }
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext_on_host, CPU, m) {
+  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
+  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
+  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
+}
+#endif
+
+// For tests and `reptile doctor`, through ctypes: the plan that contiguous logits of a shape get. `numbers` becomes
+// threads of a team in a block, blocks of a cluster, threads of a block, blocks.
+extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_plan(
+    int64_t num_rows, int64_t vocab_size, int dtype, int num_multiprocessors, int has_clusters, int64_t* numbers) {
+  reptile_ext::LossProblem p;
+  p.num_rows = num_rows;
+  p.vocab_size = p.gradient_size = vocab_size;
+  p.student.dtype = p.teacher.dtype = p.gradient.dtype = reptile_ext::DType(dtype);
+  const reptile_ext::Plan plan = reptile_ext::plan_of(p, {num_multiprocessors, has_clusters != 0});
+  numbers[0] = plan.team_threads;
+  numbers[1] = plan.cluster_blocks;
+  numbers[2] = plan.block_threads;
+  numbers[3] = plan.grid_blocks;
+  return reptile_ext::name_of(plan);
+}

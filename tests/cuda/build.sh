@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The CUDA kernels and their operators for the host of host.h:  build.sh TORCH_FOLDER OUTPUT_FOLDER
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+csrc=$here/../../csrc
+torch=$1 out=$2
+flags="-std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -I$here"
+flags+=" -DREPTILE_EXT_ON_HOST -mfma -mf16c"
+[ "$(uname -m)" = x86_64 ] || flags=${flags/-mfma -mf16c/}
+compile() { ${CXX:-g++} $flags "${@:3}" -x c++ -c "$csrc/$1" -o "$out/$2.o"; }
+rows() { compile cuda/loss_rows.cu "$1" -DREPTILE_EXT_LAUNCHER="launch_$1" -DREPTILE_EXT_VALUE="$2" -DREPTILE_EXT_WORDS="$3"; }
+export -f compile rows
+export flags csrc out
+# As many at once as there are processors.
+printf '%s\n' "rows registers_16 float 1" "rows registers_32 float 2" "rows memory_float float 0" \
+  "rows memory_double double 0" "compile cuda/launch.cu launch" "compile cuda/plan.cpp plan" \
+  "compile torch/ops_cuda.cpp ops" | xargs -P "$(nproc)" -I{} bash -ec '{}'
+${CXX:-g++} -shared -o "$out/on_host.so" "$out"/*.o -L"$torch/lib" -ltorch_cpu -Wl,-rpath,"$torch/lib"

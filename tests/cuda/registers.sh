@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# What ptxas says of every kernel on sm_80 and sm_90: registers, and bytes of registers that spill to memory. Fails if a
+# kernel of loss and gradient spills more than a few.
+#     tests/cuda/registers.sh [ARCHITECTURE ...]
+set -euo pipefail
+csrc=$(cd "$(dirname "$0")/../../csrc" && pwd)
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+flags="-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xptxas -v -c $csrc/cuda/loss_rows.cu"
+export flags out
+one() { # architecture, name, value type, words
+  nvcc $flags -arch="$1" -DREPTILE_EXT_LAUNCHER="launch_$2" -DREPTILE_EXT_VALUE="$3" -DREPTILE_EXT_WORDS="$4" \
+    -o "$out/$1$2.o" 2>"$out/$1 $2.log" || { cat "$out/$1 $2.log"; exit 1; }
+}
+export -f one
+for architecture in ${*:-sm_80 sm_90}; do
+  printf "%s\n" "$architecture registers_16 float 1" "$architecture registers_32 float 2" \
+    "$architecture memory_float float 0" "$architecture memory_double double 0"
+done | xargs -P "$(nproc)" -I{} bash -ec 'one {}'
+python3 - "$out" <<'P'
+import pathlib, re, sys
+
+ALLOWED = 64  # bytes a thread, of 128 registers: what lives across a logarithm in double precision
+pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+bad = count = 0
+for log in sorted(pathlib.Path(sys.argv[1]).glob("*.log")):
+    for name, stores, loads, registers in re.findall(pattern, log.read_text(), re.S):
+        divergence = re.search(r"loss_kernelI\w*?\d+([A-Z][A-Za-z]+)I[fd]", name)
+        count += 1
+        bad += int(stores) > ALLOWED
+        print(f"{log.stem:24}{divergence[1] if divergence else name:28}{registers:>4} registers {stores:>5} bytes spilled")
+print(f"{count} kernels, {bad} of which spill more than {ALLOWED} bytes")
+sys.exit(bad > 0 or count == 0)
+P

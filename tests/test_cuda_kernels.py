@@ -1,0 +1,436 @@
+"""The CUDA kernels and their operators, run on the CPU (tests/cuda/host.h): every way to divide a row among threads,
+against the oracle. The launcher reports every access out of bounds and every barrier that is not reached by all."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import (
+    DTYPES,
+    ZERO_AT_EQUALITY,
+    check,
+    every_divergence,
+    keywords_of,
+    make_labels,
+    make_logits,
+    name_of,
+    run,
+)
+from torch import Tensor
+
+import reptile_ext
+from reptile_ext import ops, reference
+
+HERE = Path(__file__).parent / "cuda"
+NAN, INF = float("nan"), float("inf")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="fibers and the loader as on Linux"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """Built once, by whichever of the processes of pytest-xdist comes first."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+    out = folder / "cuda_on_host"
+    out.mkdir(exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "on_host.so").exists():
+            command = [str(HERE / "build.sh"), str(Path(torch.__file__).parent), str(out)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr
+            assert "warning" not in result.stderr, result.stderr
+    torch.ops.load_library(str(out / "on_host.so"))
+    found = ctypes.CDLL(str(out / "on_host.so"))
+    found.reptile_ext_cuda_plan.restype = ctypes.c_char_p
+    return found
+
+
+Configure = Callable[..., None]
+
+
+@pytest.fixture
+def configure(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
+    """`reptile_ext.distillation_loss` on the CUDA kernels, for a device that the test describes."""
+    for name in ("distillation_loss", "distillation_loss_", "scale_gradient_"):
+        monkeypatch.setattr(ops, name, getattr(torch.ops.reptile_ext_on_host, name).default)
+
+    def set_device(multiprocessors: int = 3, clusters: bool = True, backwards: bool = False) -> None:
+        library.reptile_ext_host(multiprocessors, int(clusters), int(backwards))
+
+    set_device()
+    yield set_device
+    set_device()
+
+
+# Rows, classes, clusters: each way to divide a row, with odd sizes, so that rows begin anywhere between 16 bytes.
+SHAPES = {
+    "a row a thread": (70, 10, True),
+    "one class": (5, 1, True),
+    "part of a warp": (40, 333, True),
+    "a block": (4, 3001, True),
+    "a cluster": (3, 9001, True),
+    "from memory": (2, 17_003, False),
+}
+every_shape = pytest.mark.parametrize(("rows", "vocab_size", "clusters"), SHAPES.values(), ids=SHAPES.keys())
+EVERYTHING: dict[str, Any] = {
+    "temperature": (2.0, 3.0),
+    "hard_weight": 0.5,
+    "soft_weight": 0.7,
+    "label_smoothing": 0.1,
+    "reduction": "none",
+}
+
+
+def plan(library: ctypes.CDLL, rows: int, vocab_size: int, dtype: torch.dtype, clusters: bool) -> tuple[Any, ...]:
+    numbers = (ctypes.c_int64 * 4)()
+    code = (torch.float32, torch.bfloat16, torch.float16, torch.float64).index(dtype)
+    name = library.reptile_ext_cuda_plan(
+        ctypes.c_int64(rows), ctypes.c_int64(vocab_size), code, 132, int(clusters), numbers
+    )
+    return (name.decode(), *numbers)
+
+
+def test_the_plans_of_known_shapes(library: ctypes.CDLL) -> None:
+    """Name, threads of a team in a block, blocks of a cluster, threads of a block, blocks; of 132 multiprocessors."""
+    bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
+    for (rows, vocab_size, dtype, clusters), expected in {
+        (64, 10, f32, True): ("a row part of a warp, in registers", 2, 1, 256, 1),
+        (64, 10, bf16, True): ("a row a thread, in registers", 1, 1, 256, 1),
+        (8192, 1000, bf16, True): ("a row part of a warp, in registers", 32, 1, 256, 264),
+        (8192, 8000, bf16, True): ("a row a block, in registers", 256, 1, 256, 264),
+        (8192, 32_000, bf16, True): ("a row a cluster, in registers", 256, 4, 256, 264),
+        (8192, 58_000, bf16, True): ("a row a cluster, in registers", 256, 8, 256, 264),
+        (8192, 128_256, bf16, True): ("a row a cluster, in registers", 512, 8, 512, 128),
+        (8192, 128_256, f32, True): ("a row a block, from memory", 512, 1, 512, 132),
+        (8192, 151_936, bf16, True): ("a row a block, from memory", 512, 1, 512, 132),
+        (8192, 32_000, bf16, False): ("a row a block, from memory", 512, 1, 512, 132),
+        (8192, 32_000, f64, True): ("a row a block, from memory", 256, 1, 256, 264),
+    }.items():
+        assert plan(library, rows, vocab_size, dtype, clusters) == expected, (rows, vocab_size, dtype, clusters)
+    names = {
+        plan(library, rows, vocab_size, dtype, clusters)[0]
+        for rows, vocab_size, clusters in SHAPES.values()
+        for dtype in DTYPES
+    }
+    assert len(names) == 7, names  # all there are: the tests below run each
+
+
+@every_shape
+@every_dtype
+@every_divergence
+def test_loss_and_gradient(
+    configure: Configure, rows: int, vocab_size: int, clusters: bool, dtype: torch.dtype, divergence: str
+) -> None:
+    configure(clusters=clusters)
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    labels = make_labels(rows, vocab_size)
+    check(student, teacher, labels, temperature=2.0, **keywords_of(divergence))
+    check(student, teacher, labels, weight=torch.rand(rows), **EVERYTHING, **keywords_of(divergence))
+
+
+@every_shape
+@pytest.mark.parametrize("kind", ["flat", "peaked", "near_equal", "late_peak", "rising"])
+def test_kinds_of_logits(configure: Configure, rows: int, vocab_size: int, clusters: bool, kind: str) -> None:
+    configure(clusters=clusters)
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = make_logits(kind, rows, vocab_size, dtype)
+        for divergence in ("forward_kl", "jsd"):
+            check(student, teacher, make_labels(rows, vocab_size), temperature=2.0, divergence=divergence)
+
+
+def test_the_largest_cluster(configure: Configure) -> None:
+    for vocab_size in (65_537, 100_000):
+        student, teacher = make_logits("random", 1, vocab_size, torch.bfloat16)
+        check(student, teacher, make_labels(1, vocab_size), hard_weight=0.5)
+
+
+@every_shape
+@every_divergence
+def test_the_order_of_threads_does_not_matter(
+    configure: Configure, rows: int, vocab_size: int, clusters: bool, divergence: str
+) -> None:
+    """A barrier that is missing would show here. And the same bits in every run."""
+    student, teacher = make_logits("random", rows, vocab_size, torch.bfloat16)
+    labels = make_labels(rows, vocab_size)
+    found = []
+    for backwards, multiprocessors in ((False, 3), (True, 3), (True, 1)):
+        configure(multiprocessors, clusters, backwards)
+        f = reptile_ext.distillation_loss
+        found.append(run(f, student, teacher, labels, **EVERYTHING, **keywords_of(divergence)))
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+def layouts(rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    yield "transposed", student.t().contiguous().t(), teacher.t().contiguous().t(), 1
+    yield "classes in front", student.t().contiguous(), teacher.t().contiguous(), 0
+    yield "one of each", student, teacher.t().contiguous().t(), 1
+    wide = torch.empty(rows, 2 * vocab_size + 3, dtype=dtype)
+    wide[:, 3::2] = student
+    yield "every other class", wide[:, 3::2], teacher, 1
+    longer = torch.empty(rows, vocab_size + 5, dtype=dtype)
+    longer[:, 2 : vocab_size + 2] = student
+    yield "another distance from 16 bytes", longer[:, 2 : vocab_size + 2], teacher, 1
+    flat = torch.empty(rows * vocab_size + 1, dtype=dtype)
+    flat[1:] = student.flatten()
+    yield "off by one", flat[1:].view(rows, vocab_size), teacher, 1
+    yield "the same teacher for all", student, teacher[:1].expand(rows, -1), 1
+    three = student.view(2, rows // 2, vocab_size).transpose(0, 1)
+    yield "three dimensions", three, teacher.view(2, rows // 2, vocab_size).transpose(0, 1).contiguous(), 2
+
+
+@every_dtype
+@pytest.mark.parametrize("vocab_size", [7, 40, 800])
+def test_layouts(configure: Configure, vocab_size: int, dtype: torch.dtype) -> None:
+    for name, student, teacher, dim in layouts(6, vocab_size, dtype):
+        labels = make_labels([n for d, n in enumerate(student.shape) if d != dim], vocab_size)
+        for divergence in ("forward_kl", "jsd", "dkd"):
+            try:
+                check(student, teacher, labels, dim=dim, hard_weight=0.5, divergence=divergence)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {divergence}") from error
+
+
+def test_images(configure: Configure) -> None:
+    """Classes far apart and rows neighbours: a row a thread."""
+    student, teacher = (z.movedim(-1, 1).contiguous() for z in make_logits("random", (2, 9, 5), 21))
+    check(student, teacher, make_labels((2, 9, 5), 21), dim=1, hard_weight=0.5, temperature=2.0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse", "dkd"])
+def test_mixed_dtypes_and_vocabularies_that_differ(configure: Configure, divergence: str) -> None:
+    for student_dtype in DTYPES:
+        for teacher_dtype in DTYPES:
+            student, _ = make_logits("random", 4, 300, student_dtype)
+            _, teacher = make_logits("random", 4, 277, teacher_dtype)
+            labels = make_labels(4, 277)
+            check(student, teacher, labels, hard_weight=0.5, vocab="truncate", divergence=divergence)
+            check(teacher, student, labels, hard_weight=0.5, vocab="truncate", divergence=divergence)
+
+
+@every_dtype
+@every_shape
+def test_inplace(configure: Configure, rows: int, vocab_size: int, clusters: bool, dtype: torch.dtype) -> None:
+    configure(clusters=clusters)
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    keywords = {**EVERYTHING, "weight": torch.rand(rows)}
+    labels = make_labels(rows, vocab_size)
+    right = run(reptile_ext.distillation_loss, student, teacher, labels, **keywords)
+
+    def inplace(s: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        return reptile_ext.distillation_loss(s * 1, *others, inplace=True, **keywords)
+
+    found = run(inplace, student, teacher, labels, **keywords)
+    assert torch.equal(found[0], right[0])
+    assert torch.equal(found[1], right[1])
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_reductions_and_what_is_out(
+    configure: Configure, rows: int, vocab_size: int, clusters: bool, dtype: torch.dtype
+) -> None:
+    """NaN in rows that are out, by label or by weight, reaches nobody."""
+    configure(clusters=clusters)
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    labels, weight = make_labels(rows, vocab_size).clamp_min(0), torch.rand(rows) + 0.5
+    labels[0] = -100
+    if rows > 2:
+        weight[rows // 2] = 0
+    for reduction in ("mean", "sum", "none"):
+        keywords: dict[str, Any] = {"reduction": reduction, "weight": weight, "hard_weight": 0.5}
+        check(student, teacher, labels, **keywords)
+        broken = student.clone()
+        broken[0] = NAN
+        broken[rows // 2 if rows > 2 else 0] = INF
+        f = reptile_ext.distillation_loss
+        right, found = (run(f, s, teacher, labels, **keywords) for s in (student, broken))
+        assert torch.equal(found[0], right[0])
+        assert torch.equal(found[1], right[1])
+    check(student, teacher, labels, hard_weight=0.5, denominator=torch.tensor(7.0, dtype=torch.float64))
+    nobody = torch.full((rows,), -100)
+    for keywords in ({}, {"denominator": 3.0}, {"denominator": torch.tensor(0.0)}):
+        loss, gradient = run(reptile_ext.distillation_loss, student, teacher, nobody, hard_weight=0.5, **keywords)
+        assert loss == 0
+        assert (gradient == 0).all()
+
+
+@every_shape
+@every_dtype
+@pytest.mark.parametrize("divergence", ZERO_AT_EQUALITY)
+def test_equal_logits_give_exactly_zero(
+    configure: Configure, rows: int, vocab_size: int, clusters: bool, dtype: torch.dtype, divergence: str
+) -> None:
+    configure(clusters=clusters)
+    student, _ = make_logits("random", rows, vocab_size, dtype)
+    f = reptile_ext.distillation_loss
+    labels = make_labels(rows, vocab_size)
+    for temperature in (1.0, 3.0):
+        keywords = {"temperature": temperature, **keywords_of(divergence)}
+        loss, gradient = run(f, student, student.clone(), labels, **keywords)
+        assert loss == 0
+        assert (gradient == 0).all()
+
+
+@every_shape
+@every_divergence
+def test_broken_rows_stay_alone(
+    configure: Configure, rows: int, vocab_size: int, clusters: bool, divergence: str
+) -> None:
+    configure(clusters=clusters)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    keywords = {"reduction": "none", "temperature": 2.0, **keywords_of(divergence)}
+    f = reptile_ext.distillation_loss
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = make_logits("random", rows, vocab_size, dtype)
+        whole = run(f, student, teacher, labels, **keywords)
+        for what in (NAN, INF, -INF):
+            broken = student.clone()
+            broken[1, slice(None) if what == -INF else vocab_size // 2] = what
+            loss, gradient = run(f, broken, teacher, labels, **keywords)
+            assert loss[1].isnan()
+            assert gradient[1].isnan().all()
+            others = torch.arange(rows) != 1
+            assert torch.equal(loss[others], whole[0][others])
+            assert torch.equal(gradient[others], whole[1][others])
+
+
+@every_divergence
+def test_masked_classes(configure: Configure, divergence: str) -> None:
+    """In both: as if they were not there. On one side alone: infinite where the divergence is, and nothing is NaN."""
+    labels, keywords = torch.zeros(5, dtype=torch.int64), {"reduction": "none", **keywords_of(divergence)}
+    for vocab_size in (9, 700):
+        student, teacher = make_logits("random", 5, vocab_size)
+        masked = torch.arange(vocab_size) % 3 == 2
+        for z in (student, teacher):
+            z[:, masked] = -INF
+        f = reptile_ext.distillation_loss
+        loss, gradient = run(f, student, teacher, labels, **keywords)
+        right = run(reference.distillation_loss, student[:, ~masked], teacher[:, ~masked], labels, **keywords)
+        torch.testing.assert_close(loss, right[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient[:, ~masked], right[1], rtol=1e-4, atol=1e-6)
+        assert (gradient[:, masked] == 0).all()
+        for side in range(2):
+            one_sided = [student.clone(), teacher.clone()]
+            one_sided[side][:, 1] = -INF
+            loss, gradient = run(f, *one_sided, labels, **keywords)
+            right = run(reference.distillation_loss, *one_sided, labels, **keywords)
+            torch.testing.assert_close(loss, right[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient, right[1], rtol=1e-4, atol=1e-6)
+            assert gradient.isfinite().all()
+
+
+def test_a_wrong_label_breaks_its_row_alone(configure: Configure) -> None:
+    """Where the CPU raises an error, which would take a look at the device's memory."""
+    for vocab_size in (10, 700, 3000):
+        student, teacher = make_logits("random", 4, vocab_size)
+        for wrong in (vocab_size, -1, 2**40):
+            labels = torch.tensor([1, wrong, 2, 0])
+            for keywords in ({}, {"hard_weight": 0.5}, {"divergence": "dkd"}):
+                f = reptile_ext.distillation_loss
+                loss, gradient = run(f, student, teacher, labels, reduction="none", **keywords)
+                assert loss.isnan().tolist() == [False, True, False, False]
+                assert gradient.isnan().all(-1).tolist() == [False, True, False, False]
+                assert gradient[[0, 2, 3]].isfinite().all()
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_what_comes_from_above(configure: Configure, reduction: str, dtype: torch.dtype) -> None:
+    """A factor, one a row, infinities; rows that are out and classes that are cut off stay 0."""
+    for vocab_size in (9, 700):
+        student, teacher = make_logits("random", 6, vocab_size, dtype)
+        teacher = teacher[:, : vocab_size - 2].contiguous()
+        labels, weight = torch.arange(6), torch.ones(6)
+        labels[0], weight[1] = -100, 0
+        keywords = {"vocab": "truncate", "weight": weight, "reduction": reduction}
+        upstream = torch.rand(6) if reduction == "none" else torch.tensor(1 / 3)
+        check(student, teacher, labels, upstream=upstream.double(), **keywords)
+        for factor in (NAN, INF, 1.0):
+            leaf = student.clone().requires_grad_()
+            loss = reptile_ext.distillation_loss(leaf * 1, teacher, labels, **keywords)
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, factor))
+            assert (gradient[:2] == 0).all()
+            assert (gradient[:, vocab_size - 2 :] == 0).all()
+            assert gradient[2:, : vocab_size - 2].isfinite().all() == (factor == 1)
+
+
+@every_divergence
+def test_a_teacher_who_learns(configure: Configure, divergence: str) -> None:
+    student, teacher = make_logits("random", 5, 90)
+    labels, keywords = make_labels(5, 90), {"temperature": (2.0, 0.5), **keywords_of(divergence)}
+    found = []
+    for f in (reptile_ext.distillation_loss, reference.distillation_loss):
+        s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+        f(s, t, labels, hard_weight=0.5, **keywords).backward()
+        found.append((s.grad, t.grad))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_soft_weight_zero_does_not_look_at_the_teacher(configure: Configure) -> None:
+    student, teacher = make_logits("random", 5, 90)
+    labels = make_labels(5, 90)
+    check(student, teacher, labels, soft_weight=0.0, hard_weight=1.0)
+    teacher[:] = NAN
+    loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, soft_weight=0.0, hard_weight=1.0)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_empty(configure: Configure) -> None:
+    for shape in ((0, 5), (3, 0, 5)):
+        for reduction in ("none", "mean", "sum"):
+            loss, gradient = run(
+                reptile_ext.distillation_loss, torch.zeros(shape), torch.zeros(shape), reduction=reduction
+            )
+            assert loss.shape == (shape[:-1] if reduction == "none" else ())
+            assert gradient.shape == shape
+            assert (loss == 0).all()
+
+
+BROKEN = {
+    "beyond_device_memory": "access to device memory that is not the call's, 4 bytes",
+    "misaligned": "misaligned access of 16 bytes",
+    "beyond_shared_memory": "access beyond shared memory",
+    "unwritten_shared_memory": "shared memory is read before it is written",
+    "barrier_of_some": "a barrier or shuffle that is not reached by all threads",
+    "shuffle_of_some": "a barrier or shuffle that is not reached by all threads",
+    "no_such_peer": "a peer outside of the cluster",
+    "right": "",
+}
+
+
+@pytest.fixture(scope="session")
+def broken_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    out = tmp_path_factory.mktemp("broken") / "broken.so"
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{HERE}", str(HERE / "broken.cpp"), "-o", str(out)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(out))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_host_notices(broken_kernels: ctypes.CDLL, name: str) -> None:
+    """So the tests above can fail: kernels with one mistake each."""
+    kernel = getattr(broken_kernels, name)
+    kernel.restype = ctypes.c_char_p
+    found = (kernel() or b"").decode()
+    assert found.startswith(BROKEN[name])
+    assert (found == "") == (name == "right")
