@@ -728,3 +728,15 @@ def test_no_warning_on_a_device_with_kernels() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(loss_of, student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [("cuda", r"torch .* is built without CUDA"), ("xpu", "reptile_ext has no kernels for device type 'xpu'")],
+)
+@pytest.mark.skipif(ops.cuda_missing is None, reason="CUDA tensors have kernels here")
+def test_one_warning_on_a_device_without_kernels(device: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reptile_ext.functional, "_warned_devices", set())
+    with pytest.warns(UserWarning, match=f"{why}; distillation_loss runs in plain PyTorch there"):
+        reptile_ext.functional._warn_once(device)
+    reptile_ext.functional._warn_once(device)  # warnings are errors in this suite

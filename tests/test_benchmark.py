@@ -249,3 +249,20 @@ def test_small_shapes_accounts_for_all_of_a_call(
     printed = capsys.readouterr().out
     assert "forward_kl float32 [4, 10], microseconds" in printed
     assert "ours, 100.0 microseconds, 1.00 of eager's:" in printed
+
+
+def test_the_gpus_benchmark_runs(tmp_path: Path) -> None:
+    """Without a GPU, its figures mean nothing; that it has not rotted does."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--rows", "4", "--vocab", "100", "--repeats", "2"]
+    command += ["--no-compile", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    losses: dict[tuple[str, ...], list[float]] = {}
+    for result in found["results"]:
+        if result["contender"] not in ("copy", "eager"):
+            losses.setdefault((result["dtype"], result["divergence"]), []).append(result["loss"])
+    assert len(losses) == 4
+    for of_case in losses.values():
+        assert of_case == pytest.approx([of_case[0]] * len(of_case), rel=1e-5)
+    assert "share of copy bandwidth" in (tmp_path / "gpu.md").read_text()

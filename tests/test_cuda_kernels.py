@@ -1,5 +1,6 @@
-"""The CUDA kernels and their operators, run on the CPU (tests/cuda/host.h): every way to divide a row among threads,
-against the oracle. The launcher reports every access out of bounds and every barrier that is not reached by all."""
+"""The CUDA kernels and their operators against the oracle, every way to divide a row among threads: run on the CPU
+(tests/cuda/host.h), where every access out of bounds and every barrier that is not reached by all is reported, and on a
+GPU where there is one."""
 
 from __future__ import annotations
 
@@ -64,10 +65,46 @@ def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 Configure = Callable[..., None]
 
 
-@pytest.fixture
-def configure(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
-    """`reptile_ext.distillation_loss` on the CUDA kernels, for a device that the test describes."""
-    for name in ("distillation_loss", "distillation_loss_", "scale_gradient_"):
+def on_gpu(x: Any) -> Any:
+    """A tensor's whole storage on the GPU, and the same view of it: strides and distances from 16 bytes stay."""
+    if not isinstance(x, Tensor) or not x.numel():
+        return x.cuda() if isinstance(x, Tensor) else x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def by_gpu(name: str) -> Callable[..., Any]:
+    """An operator that takes tensors on the CPU, runs on the GPU and brings everything back."""
+    operator = getattr(torch.ops.reptile_ext, name).default
+
+    def run_there(*arguments: Any) -> Any:
+        moved = [on_gpu(x) for x in arguments]
+        results = operator(*moved)
+        if name.endswith("_"):
+            arguments[0].copy_(moved[0])
+        if isinstance(results, tuple):
+            return tuple(x.cpu() for x in results)
+        return results.cpu() if isinstance(results, Tensor) else results
+
+    return run_there
+
+
+OPERATORS = ("distillation_loss", "distillation_loss_", "scale_gradient_")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or ops.cuda_missing is not None, reason="needs a GPU and the CUDA kernels"
+)
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=needs_gpu)])
+def configure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
+    """`reptile_ext.distillation_loss` on the CUDA kernels: on a device that the test describes, or as it is."""
+    if request.param == "gpu":
+        for name in OPERATORS:
+            monkeypatch.setattr(ops, name, by_gpu(name))
+        yield lambda *_, **__: None
+        return
+    library = request.getfixturevalue("library")
+    for name in OPERATORS:
         monkeypatch.setattr(ops, name, getattr(torch.ops.reptile_ext_on_host, name).default)
 
     def set_device(multiprocessors: int = 3, clusters: bool = True, backwards: bool = False) -> None:

@@ -83,6 +83,13 @@ REPTILE_EXT_DEVICE Bits128 load_128(const void* p) {
 REPTILE_EXT_DEVICE void store_128(void* p, const Bits128& x) {
   __stcs(static_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
+// Asks for memory to be in the L2 when it is wanted, in one instruction however much it is; sm_90 and later. Both
+// numbers are multiples of 16.
+REPTILE_EXT_DEVICE void prefetch_to_l2(const void* p, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes) : "memory");
+#endif
+}
 template <class T>
 REPTILE_EXT_DEVICE T load(const T* p) {
   return *p;

@@ -75,9 +75,7 @@ scale_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan, const void
   const int64_t rows_per_block = plan.rows_per_block();
   for (int64_t base = block_rank() * rows_per_block; base < p.num_rows; base += num_blocks() * rows_per_block) {
     const int64_t n = base + thread_rank() / plan.team_threads;
-    if (n >= p.num_rows) continue;
-    if (p.labels && load(p.labels + n) == device.ignore_index) continue;
-    if (p.weights && load(p.weights + n) == 0) continue;
+    if (n >= p.num_rows || !is_row_in(device, n)) continue;
     const double factor = factor_of(is_uniform ? 0 : n);
     if (factor == 1) continue;
     const Place place(p, n);

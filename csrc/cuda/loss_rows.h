@@ -573,6 +573,36 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
   if (exists) clear(p, place, team, is_in ? place.vocab_size : 0);
 }
 
+REPTILE_EXT_DEVICE bool is_row_in(const DeviceLoss& device, int64_t n) {
+  const LossProblem& p = device.problem;
+  if (p.weights && load(p.weights + n) == 0) return false;
+  return !p.labels || load(p.labels + n) != device.ignore_index;
+}
+REPTILE_EXT_DEVICE bool has_wrong_label(const LossProblem& p, int64_t n) {
+  if (!p.labels) return false;
+  const int64_t label = load(p.labels + n);
+  return label < 0 || label >= p.vocab_size;
+}
+
+// Has the next row of a team in the L2 by the time it is wanted: its whole chunks, each block a share of them. Rows of
+// less than a block are read by many teams at once, which need none.
+template <class V>
+REPTILE_EXT_DEVICE void prefetch_row(const DeviceLoss& device, const Team<V>& team, int64_t row) {
+  const LossProblem& p = device.problem;
+  if (team.rank != 0 || row >= p.num_rows || !is_row_in(device, row)) return;
+  const Place place(p, row);
+  if (!place.aligned) return;
+  const int64_t first = place.shift > 0 ? 1 : 0;
+  const int64_t end = (place.vocab_size + place.shift) / kChunk;  // whole chunks
+  const int64_t share = (end - first + team.blocks - 1) / team.blocks;
+  const int64_t from = first + share * team.block;
+  const int64_t count = end - from < share ? end - from : share;
+  if (count <= 0) return;
+  const uint32_t bytes = uint32_t(count * kChunk * int64_t(size_of(p.student.dtype)));
+  prefetch_to_l2(address<V>(p.student, place.student + place.first_class(from)), bytes);
+  prefetch_to_l2(address<V>(p.teacher, place.teacher + place.first_class(from)), bytes);
+}
+
 // kWords: 16 bytes of a chunk, where registers hold the row; 0: from memory.
 template <class V, int kWords>
 struct RowOf {
@@ -609,13 +639,8 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   for (int64_t base = block_rank() / plan.cluster_blocks * rows_per_block; base < p.num_rows; base += stride) {
     const int64_t n = base + thread_rank() / plan.team_threads;
     const bool exists = n < p.num_rows;
-    bool is_in = exists, is_broken = false;
-    if (exists && p.weights) is_in = load(p.weights + n) != 0;
-    if (is_in && p.labels) {
-      const int64_t label = load(p.labels + n);
-      is_in = label != device.ignore_index;
-      is_broken = is_in && (label < 0 || label >= p.vocab_size);
-    }
+    const bool is_in = exists && is_row_in(device, n);
+    const bool is_broken = is_in && has_wrong_label(p, n);
     const Place place(p, exists ? n : 0);
     if (plan.team_threads > kWarp && !is_in) {  // the whole team agrees, and no other waits for it
       if (team.global_rank() == 0) store(p.row_losses + n, 0.0);
@@ -623,6 +648,7 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
       continue;
     }
     typename RowOf<V, kWords>::Type source(p, place);
+    if (kWords > 0 && plan.team_threads > kWarp) prefetch_row(device, team, n + stride);
     loss_of_row<D, V>(device, call, team, source, place, n, exists, is_in, is_broken);
   }
   if (plan.cluster_blocks > 1) sync_cluster();  // nobody leaves while a peer may still write to its memory

@@ -98,11 +98,11 @@ inline void wait(Barrier& barrier) {
   swapcontext(&f.context, &f.cluster->scheduler);
 }
 
-inline void check_device(const void* p, size_t bytes) {
+inline void check_device(const void* p, size_t bytes, size_t alignment) {
   const uintptr_t begin = uintptr_t(p), end = begin + bytes;
   for (const auto& [from, to] : ranges) {
     if (begin >= from && end <= to) {
-      if (begin % bytes != 0) stop("misaligned access of " + std::to_string(bytes) + " bytes");
+      if (begin % alignment != 0) stop("misaligned access of " + std::to_string(bytes) + " bytes");
       return;
     }
   }
@@ -237,23 +237,27 @@ struct Bits128 {
   uint32_t word[4];
 };
 inline Bits128 load_128(const void* p) {
-  host::check_device(p, 16);
+  host::check_device(p, 16, 16);
   Bits128 x;
   std::memcpy(&x, p, 16);
   return x;
 }
 inline void store_128(void* p, const Bits128& x) {
-  host::check_device(p, 16);
+  host::check_device(p, 16, 16);
   std::memcpy(p, &x, 16);
+}
+inline void prefetch_to_l2(const void* p, uint32_t bytes) {
+  if (uintptr_t(p) % 16 || bytes % 16) host::stop("misaligned prefetch");
+  host::check_device(p, bytes, 1);
 }
 template <class T>
 T load(const T* p) {
-  host::check_device(p, sizeof(T));
+  host::check_device(p, sizeof(T), sizeof(T));
   return *p;
 }
 template <class T>
 void store(T* p, T x) {
-  host::check_device(p, sizeof(T));
+  host::check_device(p, sizeof(T), sizeof(T));
   *p = x;
 }
 

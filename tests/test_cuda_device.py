@@ -1,0 +1,132 @@
+"""What only a GPU can show of the CUDA operators: nothing waits for the device, streams, graphs, devices, memory. Their
+values are test_cuda_kernels.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import every_divergence, keywords_of, make_labels, make_logits, run
+from torch import Tensor
+
+import reptile_ext
+from reptile_ext import ops
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or ops.cuda_missing is not None, reason="needs a GPU and the CUDA kernels"
+)
+loss_of = reptile_ext.distillation_loss
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    """Within, whatever makes the host wait for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def problem(rows: int, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    return student.cuda(), teacher.cuda(), make_labels(rows, vocab_size).cuda()
+
+
+def test_the_sync_guard_guards(no_sync: None) -> None:
+    with pytest.raises(RuntimeError):
+        torch.ones(1, device="cuda").item()
+
+
+@every_divergence
+@pytest.mark.parametrize("vocab_size", [10, 1000, 32_000, 151_936])
+def test_bug_13_nothing_waits_for_the_device(vocab_size: int, divergence: str, request: pytest.FixtureRequest) -> None:
+    """Forward and backward, every way a loss is divided, with a factor from above that is not 1."""
+    student, teacher, labels = problem(8, vocab_size)
+    weight, denominator = torch.rand(8, device="cuda"), torch.tensor(3.0, device="cuda")
+    leaf = student.requires_grad_()
+    request.getfixturevalue("no_sync")
+    for keywords in ({}, {"weight": weight}, {"denominator": denominator}, {"reduction": "none"}, {"inplace": True}):
+        loss = loss_of(leaf * 1, teacher, labels, hard_weight=0.5, **keywords, **keywords_of(divergence))
+        (loss.sum() / 3).backward()
+
+
+@pytest.mark.parametrize("vocab_size", [10, 1000, 32_000, 151_936])
+def test_a_cuda_graph_repeats_it(vocab_size: int) -> None:
+    student, teacher, labels = problem(16, vocab_size)
+    static = student.clone().requires_grad_()
+
+    def step() -> Tensor:
+        static.grad = None
+        loss = loss_of(static, teacher, labels, hard_weight=0.5, temperature=2.0)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    with torch.no_grad():
+        static.copy_(student.flip(0))
+    graph.replay()
+    right = run(loss_of, student.flip(0), teacher, labels, hard_weight=0.5, temperature=2.0)
+    assert torch.equal(loss, right[0])
+    assert torch.equal(static.grad, right[1])
+
+
+def test_it_runs_on_the_current_stream() -> None:
+    """What is written to the logits on a side stream just before is what the loss sees."""
+    student, teacher, labels = problem(64, 32_000)
+    right = loss_of(student, teacher, labels)
+    late = torch.zeros_like(student)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(student)
+        found = loss_of(late, teacher, labels)
+    stream.synchronize()
+    assert torch.equal(found, right)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_device_counts_not_the_current_one() -> None:
+    student, teacher, labels = (x.to("cuda:1") for x in problem(8, 1000))
+    with torch.cuda.device(0):
+        found = run(loss_of, student, teacher, labels)
+    assert found[0].device == student.device
+    assert torch.equal(found[0].cpu(), run(loss_of, *problem(8, 1000))[0].cpu())
+
+
+def test_the_same_bits_in_every_run() -> None:
+    for vocab_size in (10, 1000, 32_000, 128_256):
+        student, teacher, labels = problem(64, vocab_size)
+        first, second = (run(loss_of, student, teacher, labels, hard_weight=0.5) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_of_the_logits_size_is_allocated(inplace: bool) -> None:
+    student, teacher, labels = problem(256, 32_000)
+    leaf = student.requires_grad_()
+    z = leaf * 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = loss_of(z, teacher, labels, hard_weight=0.5, inplace=inplace)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= (0 if inplace else student.nbytes) + (1 << 20)
+    loss.backward()
+
+
+def test_every_integer_dtype_and_the_module() -> None:
+    student, teacher, labels = problem(8, 100)
+    module: Any = reptile_ext.DistillationLoss(hard_weight=0.5)
+    right = module(student, teacher, labels)
+    for dtype in (torch.int32, torch.int16, torch.int8):
+        assert torch.equal(module(student, teacher, labels.to(dtype)), right)
