@@ -30,7 +30,7 @@ fi
 
 # The instruction sets and their flags are read from CMakeLists.txt: `flags` are those of all objects. Less optimised,
 # for the sake of the build's time.
-flags=$(sed -n 's/^add_compile_options(\(.*\))$/\1/p' CMakeLists.txt)
+flags=$(sed -n 's/^set(REPTILE_EXT_CXX_FLAGS \(.*\))$/\1/p' CMakeLists.txt)
 avx512=$(sed -n 's/^ *set(avx512 \(.*\))$/\1/p' CMakeLists.txt)
 indent= x86=
 [ "$(uname -m)" != x86_64 ] || indent=' *' x86=-DREPTILE_EXT_X86

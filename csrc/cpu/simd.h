@@ -483,6 +483,16 @@ typedef int32_t FloatBits __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(16)));
 typedef int64_t DoubleBits __attribute__((vector_size(16)));
 
+// The bits of a NaN may overflow; of what comes out nothing is expected.
+inline FloatBits add_bits(FloatBits a, int32_t b) {
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  return FloatBits(Unsigned(a) + uint32_t(b));
+}
+inline DoubleBits add_bits(DoubleBits a, int64_t b) {
+  typedef uint64_t Unsigned __attribute__((vector_size(16)));
+  return DoubleBits(Unsigned(a) + uint64_t(b));
+}
+
 template <class T, class Int, class Reg, class Bits>
 struct Vector {
   using Scalar = T;
@@ -524,7 +534,7 @@ struct Vector {
     constexpr Int kSplit = kDouble ? Int(kSplitD) : Int(kSplitF), kOne = kDouble ? Int(kOneD) : Int(kOneF);
     Bits bits;
     std::memcpy(&bits, &w.v, 16);
-    bits += kOne - kSplit;
+    bits = add_bits(bits, kOne - kSplit);
     const Bits fraction = (bits & ((Int(1) << kShift) - 1)) + kSplit;
     std::memcpy(&f.v, &fraction, 16);
     k.v = __builtin_convertvector((bits >> kShift) - (kDouble ? 1023 : 127), Reg);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What ptxas says of every kernel on sm_80 and sm_90: registers, and bytes of registers that spill to memory. Fails if a
-# kernel of loss and gradient spills more than a few.
+# kernel of loss and gradient in float32 spills more than a few.
 #     tests/cuda/registers.sh [ARCHITECTURE ...]
 set -euo pipefail
 csrc=$(cd "$(dirname "$0")/../../csrc" && pwd)
@@ -27,8 +27,8 @@ for log in sorted(pathlib.Path(sys.argv[1]).glob("*.log")):
     for name, stores, loads, registers in re.findall(pattern, log.read_text(), re.S):
         divergence = re.search(r"loss_kernelI\w*?\d+([A-Z][A-Za-z]+)I[fd]", name)
         count += 1
-        bad += int(stores) > ALLOWED
+        bad += int(stores) > ALLOWED and "double" not in log.stem  # float64 is for checks, not for speed
         print(f"{log.stem:24}{divergence[1] if divergence else name:28}{registers:>4} registers {stores:>5} bytes spilled")
-print(f"{count} kernels, {bad} of which spill more than {ALLOWED} bytes")
+print(f"{count} kernels, {bad} of float32 arithmetic spill more than {ALLOWED} bytes")
 sys.exit(bad > 0 or count == 0)
 P
