@@ -240,7 +240,8 @@ def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object],
         from reptile_ext import ops
 
         show("instruction set", ops.instruction_set() + (f" (REPTILE_EXT_CPU={chosen})" if chosen else ""))
-        show("CUDA kernels", "loaded" if ops.cuda_missing is None else f"none: {ops.cuda_missing}")
+        missing = ops.cuda_missing or (ops.cuda_problem(0) if torch.cuda.is_available() else None)
+        show("CUDA kernels", f"none: {missing}" if missing else "loaded")
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             student = torch.linspace(-2, 2, 48, device=device).reshape(3, 16).requires_grad_()
             teacher = student.detach().flip(-1).contiguous()

@@ -16,7 +16,7 @@ __all__ = ["distillation_loss"]
 
 _SUM = REDUCTIONS.index("sum")
 
-_warned_devices: set[str] = set()
+_warned_devices: set[torch.device] = set()
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -118,11 +118,14 @@ def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
     return ops.scale_gradient(gradient, grad_output, ctx.rows, ctx.options.ignore_index, ctx.vocab_size, ctx.dim)
 
 
-def _raise_value_error(error: RuntimeError) -> None:
-    """The operators raise RuntimeError for values that only they look at; to the caller those are ValueErrors."""
+def _raise_better(error: RuntimeError, device: torch.device) -> None:
+    """The operators can raise RuntimeErrors only. To the caller, values that only they look at are ValueErrors, and
+    memory that a smaller batch would not have needed is what training loops know it as."""
     message = str(error)
     if message.startswith(("labels ", "weight ", "denominator ", "inplace=")):
         raise ValueError(message) from None
+    if message.startswith("not enough memory for the gradient") and device.type == "cuda":
+        raise torch.OutOfMemoryError(f"CUDA out of memory: {message}") from None
 
 
 def distillation_loss(
@@ -227,12 +230,12 @@ def distillation_loss(
     )
     dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
     if (
-        not _has_kernels(student_logits.device.type)
+        not _has_kernels(student_logits.device)
         # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
-        _warn_once(student_logits.device.type)
+        _warn_once(student_logits.device)
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
     if options.inplace:
         _check_inplace(student_logits, teacher_logits)
@@ -240,7 +243,11 @@ def distillation_loss(
     scale = 1.0
     if denominator is not None:
         if isinstance(denominator, Tensor):
-            denominator = denominator.detach().to(student_logits.device, torch.float64)
+            denominator = denominator.detach()
+            if denominator.device.type == "cpu" and student_logits.device.type != "cpu":
+                # A copy from the host would wait for the device; a number is part of the launch.
+                denominator = torch.full((), float(denominator), dtype=torch.float64, device=student_logits.device)
+            denominator = denominator.to(student_logits.device, torch.float64)
         else:
             scale = 1.0 / float(denominator)
             denominator = None
@@ -277,7 +284,7 @@ def _apply(
         now = needs_student and student.dtype != torch.float16
         return ops.distillation_loss(student, teacher, *rows, None, *numbers, now)[0]
     except RuntimeError as error:
-        _raise_value_error(error)
+        _raise_better(error, student.device)
         raise
 
 
@@ -299,15 +306,22 @@ def _check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def _has_kernels(device: str) -> bool:
-    return device in ("cpu", "meta") or (device == "cuda" and ops.cuda_missing is None)
+def _has_kernels(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return device.type in ("cpu", "meta")
+    if ops.cuda_missing is not None or torch.compiler.is_compiling():  # which cannot look at a device
+        return ops.cuda_missing is None
+    return ops.cuda_problem(device.index) is None
 
 
-def _warn_once(device: str) -> None:
+def _warn_once(device: torch.device) -> None:
     if _has_kernels(device) or device in _warned_devices:
         return
     _warned_devices.add(device)
-    why = ops.cuda_missing if device == "cuda" else f"reptile_ext has no kernels for device type {device!r}"
+    if device.type == "cuda":
+        why = ops.cuda_missing or ops.cuda_problem(device.index)
+    else:
+        why = f"reptile_ext has no kernels for device type {device.type!r}"
     warnings.warn(
         f"{why}; distillation_loss runs in plain PyTorch there (right, but slower and with more memory)",
         stacklevel=3,

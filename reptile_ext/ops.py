@@ -8,6 +8,7 @@ memory on to autograd instead of copying it.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def _load() -> ctypes.CDLL:
     )
 
 
-def _load_cuda() -> str | None:
-    """Load the CUDA operators where torch has CUDA; null, or in words why CUDA tensors go without kernels."""
+def _load_cuda() -> ctypes.CDLL | str:
+    """Load the CUDA operators where torch has CUDA, or say why CUDA tensors go without kernels."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     import reptile_ext
@@ -61,7 +62,7 @@ def _load_cuda() -> str | None:
         if library.exists():
             try:
                 torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-                return None
+                return ctypes.CDLL(str(library))
             except (OSError, RuntimeError) as error:
                 return f"reptile_ext's CUDA kernels do not fit this machine or torch {torch.__version__} ({error})"
     return (
@@ -71,7 +72,24 @@ def _load_cuda() -> str | None:
 
 
 _library = _load()
-cuda_missing = _load_cuda()
+_cuda = _load_cuda()
+# Why no CUDA tensor has kernels; None: the library is loaded.
+cuda_missing: str | None = _cuda if isinstance(_cuda, str) else None
+if not isinstance(_cuda, str):
+    _cuda.reptile_ext_cuda_problem.restype = ctypes.c_char_p
+    _cuda.reptile_ext_cuda_problem.argtypes = [ctypes.c_int]
+
+
+@functools.cache
+def cuda_problem(device: int) -> str | None:
+    """Why tensors on a CUDA device go without kernels: no library, or the device or its driver is too old for it."""
+    if isinstance(_cuda, str):
+        return _cuda
+    with torch.cuda.device(device):
+        problem = _cuda.reptile_ext_cuda_problem(device)
+    return None if problem is None else f"reptile_ext's CUDA kernels do not run on cuda:{device} ({problem.decode()})"
+
+
 _library.reptile_ext_instruction_set.restype = ctypes.c_char_p
 _library.reptile_ext_instruction_set.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 

@@ -3,6 +3,7 @@ values are test_cuda_kernels.py's."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +25,13 @@ loss_of = reptile_ext.distillation_loss
 def no_sync() -> Iterator[None]:
     """Within, whatever makes the host wait for the device is an error."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def problem(rows: int, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,10 +49,13 @@ def test_the_sync_guard_guards(no_sync: None) -> None:
 def test_bug_13_nothing_waits_for_the_device(vocab_size: int, divergence: str, request: pytest.FixtureRequest) -> None:
     """Forward and backward, every way a loss is divided, with a factor from above that is not 1."""
     student, teacher, labels = problem(8, vocab_size)
-    weight, denominator = torch.rand(8, device="cuda"), torch.tensor(3.0, device="cuda")
+    weight, denominator, on_host = torch.rand(8, device="cuda"), torch.tensor(3.0, device="cuda"), torch.tensor(3.0)
     leaf = student.requires_grad_()
     request.getfixturevalue("no_sync")
-    for keywords in ({}, {"weight": weight}, {"denominator": denominator}, {"reduction": "none"}, {"inplace": True}):
+    for keywords in (
+        *({}, {"weight": weight}, {"denominator": denominator}, {"denominator": on_host}),
+        *({"reduction": "none"}, {"inplace": True}),
+    ):
         loss = loss_of(leaf * 1, teacher, labels, hard_weight=0.5, **keywords, **keywords_of(divergence))
         (loss.sum() / 3).backward()
 
@@ -64,6 +72,7 @@ def test_a_cuda_graph_repeats_it(vocab_size: int) -> None:
         return loss
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -110,6 +119,23 @@ def test_the_same_bits_in_every_run() -> None:
         assert torch.equal(first[1], second[1])
 
 
+def test_the_operators_refuse_tensors_of_another_device() -> None:
+    student, teacher, labels = problem(4, 10)
+    rest = reptile_ext.arguments.make_options(
+        "forward_kl", None, 1.0, "t2", 1.0, 0.5, 0.0, -100, "mean", "error", -1, False
+    ).operator_arguments(1.0, 1)
+    for name, (t, n) in {"teacher": (teacher.cpu(), labels), "labels": (teacher, labels.cpu())}.items():
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of student"):
+            ops.distillation_loss(student, t, n, None, None, None, *rest, True)
+
+
+def test_out_of_memory_is_what_training_loops_expect() -> None:
+    free = torch.cuda.mem_get_info()[0]
+    student = torch.empty(1, int(0.6 * free) // 2, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(torch.OutOfMemoryError, match="inplace=True needs none"):
+        loss_of(student, student.detach())
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_nothing_of_the_logits_size_is_allocated(inplace: bool) -> None:
     student, teacher, labels = problem(256, 32_000)
@@ -120,7 +146,7 @@ def test_nothing_of_the_logits_size_is_allocated(inplace: bool) -> None:
     torch.cuda.reset_peak_memory_stats()
     loss = loss_of(z, teacher, labels, hard_weight=0.5, inplace=inplace)
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= (0 if inplace else student.nbytes) + (1 << 20)
+    assert extra <= (0 if inplace else student.nbytes) + (2 << 20)  # what the allocator rounds up
     loss.backward()
 
 

@@ -80,6 +80,10 @@ REPTILE_EXT_DEVICE Bits128 load_128(const void* p) {
   const uint4 x = __ldcs(static_cast<const uint4*>(p));
   return {{x.x, x.y, x.z, x.w}};
 }
+REPTILE_EXT_DEVICE Bits128 load_128_again(const void* p) {
+  const uint4 x = *static_cast<const uint4*>(p);
+  return {{x.x, x.y, x.z, x.w}};
+}
 REPTILE_EXT_DEVICE void store_128(void* p, const Bits128& x) {
   __stcs(static_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
@@ -125,6 +129,9 @@ REPTILE_EXT_DEVICE float reciprocal(float x) {
 REPTILE_EXT_DEVICE double reciprocal(double x) { return 1 / x; }
 REPTILE_EXT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 REPTILE_EXT_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+// The larger one; of a NaN and a number, either.
+REPTILE_EXT_DEVICE float any_max(float a, float b) { return fmaxf(a, b); }
+REPTILE_EXT_DEVICE double any_max(double a, double b) { return fmax(a, b); }
 REPTILE_EXT_DEVICE double log_of(double x) { return ::log(x); }
 REPTILE_EXT_DEVICE double log1p_of(double x) { return ::log1p(x); }
 

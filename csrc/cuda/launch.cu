@@ -4,10 +4,11 @@
 
 namespace reptile_ext {
 
-const char* launch_registers_16(const DeviceLoss& loss, const Plan& plan, void* stream);
-const char* launch_registers_32(const DeviceLoss& loss, const Plan& plan, void* stream);
-const char* launch_memory_float(const DeviceLoss& loss, const Plan& plan, void* stream);
-const char* launch_memory_double(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_float32(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_bfloat16(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_float16(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_any_float(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_any_double(const DeviceLoss& loss, const Plan& plan, void* stream);
 
 namespace {
 
@@ -82,7 +83,7 @@ scale_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan, const void
     MemoryRow<V>(p, place).each(team, [&](int64_t chunk, const V(&g)[kChunk], const V(&)[kChunk]) {
       V scaled[kChunk];
       for (int i = 0; i < kChunk; ++i) scaled[i] = g[i] * V(factor);
-      store_gradient(p.gradient, place, chunk, scaled);
+      store_gradient<Storage::kAny>(p.gradient, place, chunk, scaled);
     });
   }
 }
@@ -123,10 +124,10 @@ const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream) {
     p.teacher_temperature = p.student_temperature;
     p.divergence = Divergence::kForwardKl;
   }
-  if (is_double(p)) return launch_memory_double(loss, plan, stream);
-  if (plan.source == Plan::Source::kMemory) return launch_memory_float(loss, plan, stream);
-  return size_of(p.student.dtype) == 2 ? launch_registers_16(loss, plan, stream)
-                                       : launch_registers_32(loss, plan, stream);
+  if (is_double(p)) return launch_any_double(loss, plan, stream);
+  if (plan.source == Plan::Source::kMemory) return launch_any_float(loss, plan, stream);
+  if (p.student.dtype == DType::kFloat32) return launch_float32(loss, plan, stream);
+  return p.student.dtype == DType::kBFloat16 ? launch_bfloat16(loss, plan, stream) : launch_float16(loss, plan, stream);
 }
 
 const char* launch_scale(const DeviceLoss& loss, const void* factors, bool factors_are_double, bool is_uniform,

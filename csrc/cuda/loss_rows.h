@@ -29,14 +29,13 @@ constexpr int kMaxWarps = kMaxBlockThreads / kWarp;
 constexpr int kMaxExchanged = 8;
 constexpr int kBlockChunks = 16;  // chunks of a thread between roundings into the row's sums
 
-// What the threads of a team larger than a warp tell one another. Twice, used in turn: who is still reading one is not
-// overtaken by who writes the other, because between two uses of the same lies a barrier.
+// What the threads of a team larger than a warp tell one another. Everything is there twice and used in turn: between
+// two uses of the same lies a use of the other, with its barrier, so who still reads is not overtaken by who writes.
+// That holds for each kind by itself: a barrier of the block does not hold up the cluster's other blocks.
 template <class V>
 struct Exchange {
-  struct {
-    V of_warp[kMaxWarps * kMaxExchanged];
-    V of_block[kMaxClusterBlocks * kMaxExchanged];
-  } turn[2];
+  V of_warp[2][kMaxWarps * kMaxExchanged];
+  V of_block[2][kMaxClusterBlocks * kMaxExchanged];
 };
 
 template <class V>
@@ -45,7 +44,7 @@ struct Team {
   int threads;  // in this block
   int rank;     // in this block
   int blocks, block;
-  int turn = 0;
+  int block_turn = 0, cluster_turn = 0;
 
   REPTILE_EXT_DEVICE int size() const { return threads * blocks; }
   REPTILE_EXT_DEVICE int global_rank() const { return block * threads + rank; }
@@ -56,27 +55,29 @@ struct Team {
     static_assert(kCount <= kMaxExchanged);
     in_warp(x, threads < kWarp ? threads : kWarp, join);
     if (threads <= kWarp && blocks == 1) return;
-    auto& now = exchange->turn[turn];
-    turn ^= 1;
     const int num_warps = threads / kWarp;
     if (num_warps > 1) {
+      V* const of_warp = exchange->of_warp[block_turn];
+      block_turn ^= 1;
       if (rank % kWarp == 0) {
-        for (int i = 0; i < kCount; ++i) store_shared(&now.of_warp[(rank / kWarp) * kMaxExchanged + i], x[i]);
+        for (int i = 0; i < kCount; ++i) store_shared(&of_warp[(rank / kWarp) * kMaxExchanged + i], x[i]);
       }
       sync_block();
       for (int i = 0; i < kCount; ++i) {
-        x[i] = load_shared(&now.of_warp[(rank % num_warps) * kMaxExchanged + i]);
+        x[i] = load_shared(&of_warp[(rank % num_warps) * kMaxExchanged + i]);
       }
       in_warp(x, num_warps, join);
     }
     if (blocks > 1) {
+      V* const of_block = exchange->of_block[cluster_turn];
+      cluster_turn ^= 1;
       if (rank < blocks) {
-        for (int i = 0; i < kCount; ++i) store_shared(of_peer(&now.of_block[block * kMaxExchanged + i], rank), x[i]);
+        for (int i = 0; i < kCount; ++i) store_shared(of_peer(&of_block[block * kMaxExchanged + i], rank), x[i]);
       }
       sync_cluster();
       for (int i = 0; i < kCount; ++i) {
-        V joined = load_shared(&now.of_block[i]);
-        for (int b = 1; b < blocks; ++b) joined = join(joined, load_shared(&now.of_block[b * kMaxExchanged + i]));
+        V joined = load_shared(&of_block[i]);
+        for (int b = 1; b < blocks; ++b) joined = join(joined, load_shared(&of_block[b * kMaxExchanged + i]));
         x[i] = joined;
       }
     }
@@ -91,13 +92,13 @@ struct Team {
       for (int i = 0; i < kCount; ++i) x[i] = shuffle_from(x[i], first);
       return;
     }
-    auto& now = exchange->turn[turn];
-    turn ^= 1;
+    V* const of_warp = exchange->of_warp[block_turn];
+    block_turn ^= 1;
     if (rank == 0) {
-      for (int i = 0; i < kCount; ++i) store_shared(&now.of_warp[i], x[i]);
+      for (int i = 0; i < kCount; ++i) store_shared(&of_warp[i], x[i]);
     }
     sync_block();
-    for (int i = 0; i < kCount; ++i) x[i] = load_shared(&now.of_warp[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = load_shared(&of_warp[i]);
   }
 
  private:
@@ -139,13 +140,23 @@ REPTILE_EXT_DEVICE void store_class(const Operand& operand, int64_t at, V x) {
   }
 }
 
+// How a kernel's rows lie in memory, where that is known when it is compiled; kAny: it is not, and they are read again
+// in every pass.
+enum class Storage { kAny, kFloat32, kBFloat16, kFloat16 };
+constexpr DType dtype_of(Storage storage) {
+  return storage == Storage::kBFloat16  ? DType::kBFloat16
+         : storage == Storage::kFloat16 ? DType::kFloat16
+                                        : DType::kFloat32;
+}
+
 // A chunk as it lies in memory, 16 bytes after 16 bytes.
 template <int kWords>
 struct Raw {
   Bits128 word[kWords];
 
-  REPTILE_EXT_DEVICE void load(const char* p) {
-    for (int w = 0; w < kWords; ++w) word[w] = load_128(p + 16 * w);
+  // `again`: it will be read once more, and should stay in the L2.
+  REPTILE_EXT_DEVICE void load(const char* p, bool again) {
+    for (int w = 0; w < kWords; ++w) word[w] = again ? load_128_again(p + 16 * w) : load_128(p + 16 * w);
   }
 };
 
@@ -195,8 +206,11 @@ struct Place {
 
   REPTILE_EXT_DEVICE Place(const LossProblem& p, int64_t row) : student(0), teacher(0), gradient(0) {
     for (int d = p.num_row_dims - 1; d >= 0; --d) {
-      const int64_t index = d > 0 ? row % p.row_sizes[d] : row;
-      row /= p.row_sizes[d];
+      int64_t index = row;
+      if (d > 0) {  // the outermost needs no division
+        row = index / p.row_sizes[d];
+        index -= row * p.row_sizes[d];
+      }
       student += index * p.student.row_strides[d];
       teacher += index * p.teacher.row_strides[d];
       gradient += index * p.gradient.row_strides[d];
@@ -237,14 +251,14 @@ REPTILE_EXT_DEVICE const char* address(const Operand& operand, int64_t element) 
   return static_cast<const char*>(operand.data) + element * int64_t(size_of(operand.dtype));
 }
 
-template <class V>
+template <Storage kStorage, class V>
 REPTILE_EXT_DEVICE void store_gradient(const Operand& gradient, const Place& place, int64_t chunk,
                                        const V (&g)[kChunk]) {
   const int64_t first_class = place.first_class(chunk);
   if constexpr (sizeof(V) == 4) {
     if (place.is_whole(chunk)) {
       char* to = const_cast<char*>(address<V>(gradient, place.gradient + first_class));
-      return store_chunk(to, gradient.dtype, g);
+      return store_chunk(to, kStorage == Storage::kAny ? gradient.dtype : dtype_of(kStorage), g);
     }
   }
   for (int i = 0; i < kChunk; ++i) {
@@ -287,11 +301,11 @@ struct MemoryRow {
     const char* from = address<V>(operand, row + place.first_class(chunk));
     if (whole && size_of(operand.dtype) == 2) {
       Raw<1> raw;
-      raw.load(from);
+      raw.load(from, true);
       widen(raw, operand.dtype, x);
     } else if (whole) {
       Raw<2> raw;
-      raw.load(from);
+      raw.load(from, true);
       widen(raw, operand.dtype, x);
     } else {
       load_elements(operand, row, place, chunk, x);
@@ -300,10 +314,10 @@ struct MemoryRow {
 };
 
 // A row that is read once.
-template <int kWords>
+template <Storage kStorage>
 struct RegisterRow {
-  static constexpr int kChunks =
-      kWords == 1 ? chunks_in_registers(DType::kBFloat16) : chunks_in_registers(DType::kFloat32);
+  static constexpr DType kDType = dtype_of(kStorage);
+  static constexpr int kWords = int(size_of(kDType)) / 2, kChunks = chunks_in_registers(kDType);
   const LossProblem& p;
   const Place& place;
   Raw<kWords> student[kChunks], teacher[kChunks];
@@ -315,8 +329,8 @@ struct RegisterRow {
     for (int i = 0; i < kChunks; ++i) {
       const int64_t c = team.global_rank() + int64_t(i) * team.size();
       if (place.is_whole(c)) {
-        student[i].load(address<float>(p.student, place.student + place.first_class(c)));
-        teacher[i].load(address<float>(p.teacher, place.teacher + place.first_class(c)));
+        student[i].load(address<float>(p.student, place.student + place.first_class(c)), false);
+        teacher[i].load(address<float>(p.teacher, place.teacher + place.first_class(c)), false);
       } else {
         gather(p.student, place.student, c, student[i]);
         gather(p.teacher, place.teacher, c, teacher[i]);
@@ -329,8 +343,8 @@ struct RegisterRow {
     REPTILE_EXT_UNROLL
     for (int i = 0; i < kChunks; ++i) {
       float s[kChunk], t[kChunk];
-      widen(student[i], p.student.dtype, s);
-      widen(teacher[i], p.student.dtype, t);
+      widen(student[i], kDType, s);
+      widen(teacher[i], kDType, t);
       visit(team.global_rank() + int64_t(i) * team.size(), s, t);
     }
   }
@@ -339,7 +353,7 @@ struct RegisterRow {
   // A chunk at an end of the row, or beyond it.
   REPTILE_EXT_DEVICE void gather(const Operand& operand, int64_t row, int64_t chunk, Raw<kWords>& raw) const {
     constexpr int kBytes = 2 * kWords;
-    const uint32_t masked = kBytes == 4 ? 0xff800000u : operand.dtype == DType::kBFloat16 ? 0xff80u : 0xfc00u;
+    const uint32_t masked = kBytes == 4 ? 0xff800000u : kDType == DType::kBFloat16 ? 0xff80u : 0xfc00u;
     REPTILE_EXT_UNROLL
     for (int i = 0; i < kChunk; ++i) {
       const int64_t v = place.first_class(chunk) + i;
@@ -381,15 +395,46 @@ REPTILE_EXT_DEVICE void first(const Numbers<V>& call, const RowNumbers<D, V>& ro
   D::first((s - row.m_s) * call.k_s, (t - row.m_t) * call.k_t, sums, kept);
 }
 
+REPTILE_EXT_DEVICE bool is_row_in(const DeviceLoss& device, int64_t n) {
+  const LossProblem& p = device.problem;
+  if (p.weights && load(p.weights + n) == 0) return false;
+  return !p.labels || load(p.labels + n) != device.ignore_index;
+}
+REPTILE_EXT_DEVICE bool has_wrong_label(const LossProblem& p, int64_t n) {
+  if (!p.labels) return false;
+  const int64_t label = load(p.labels + n);
+  return label < 0 || label >= p.vocab_size;
+}
+
+// Has the next row of a team in the L2 by the time it is wanted: its whole chunks, each block a share of them. By the
+// team's last thread, whose warp has the least to do. Rows of less than a block need none: many are read at once.
+template <class V>
+REPTILE_EXT_DEVICE void prefetch_row(const DeviceLoss& device, const Team<V>& team, int64_t row) {
+  const LossProblem& p = device.problem;
+  if (team.rank != team.threads - 1 || row >= p.num_rows || !is_row_in(device, row)) return;
+  const Place place(p, row);
+  if (!place.aligned) return;
+  const int64_t first = place.shift > 0 ? 1 : 0;
+  const int64_t end = (place.vocab_size + place.shift) / kChunk;  // whole chunks
+  const int64_t share = (end - first + team.blocks - 1) / team.blocks;
+  const int64_t from = first + share * team.block;
+  const int64_t count = end - from < share ? end - from : share;
+  if (count <= 0) return;
+  const uint32_t bytes = uint32_t(count * kChunk * int64_t(size_of(p.student.dtype)));
+  prefetch_to_l2(address<V>(p.student, place.student + place.first_class(from)), bytes);
+  prefetch_to_l2(address<V>(p.teacher, place.teacher + place.first_class(from)), bytes);
+}
+
 // Loss and gradient of one row. `is_in` false: nothing is read and the gradient is 0; `exists` false: nothing is
 // written either, the threads only keep the others company.
-template <class D, class V, class Row_>
+template <class D, class V, Storage kStorage, class Row_>
 REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& call, Team<V>& team, Row_& source,
-                                    const Place& place, int64_t n, bool exists, bool is_in, bool is_broken) {
+                                    const Place& place, int64_t n, int64_t next, bool exists, bool is_in,
+                                    bool is_broken) {
   using G = typename D::Gradient;
   const LossProblem& p = device.problem;
   const auto add = [](V a, V b) { return a + b; };
-  const auto larger = [](V a, V b) { return max(a, b); };
+  const auto larger = [](V a, V b) { return any_max(a, b); };
 
   RowNumbers<D, V> row;
   row.label = p.labels && is_in && !is_broken ? load(p.labels + n) : -1;
@@ -400,6 +445,7 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
                         ? load_class<V>(p.teacher, place.teacher + row.label * p.teacher.class_stride)
                         : V(0);
   if (is_in) source.fetch(team);
+  prefetch_row(device, team, next);
 
   // Maxima. A NaN may hide in one; it will show in the sums.
   V m[2] = {negative_infinity<V>(), negative_infinity<V>()};
@@ -407,8 +453,8 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
     source.each(team, [&](int64_t chunk, const V(&s)[kChunk], const V(&t)[kChunk]) {
       for (int i = 0; i < kChunk; ++i) {
         if (D::kExcludesLabel && place.first_class(chunk) + i == row.label) continue;
-        m[0] = max(m[0], s[i]);
-        m[1] = max(m[1], t[i]);
+        m[0] = any_max(m[0], s[i]);
+        m[1] = any_max(m[1], t[i]);
       }
     });
   }
@@ -567,53 +613,22 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
           if (v == row.label) g[i] = g[i] - hit;
         }
       }
-      store_gradient(p.gradient, place, chunk, g);
+      store_gradient<kStorage>(p.gradient, place, chunk, g);
     });
   }
   if (exists) clear(p, place, team, is_in ? place.vocab_size : 0);
 }
 
-REPTILE_EXT_DEVICE bool is_row_in(const DeviceLoss& device, int64_t n) {
-  const LossProblem& p = device.problem;
-  if (p.weights && load(p.weights + n) == 0) return false;
-  return !p.labels || load(p.labels + n) != device.ignore_index;
-}
-REPTILE_EXT_DEVICE bool has_wrong_label(const LossProblem& p, int64_t n) {
-  if (!p.labels) return false;
-  const int64_t label = load(p.labels + n);
-  return label < 0 || label >= p.vocab_size;
-}
-
-// Has the next row of a team in the L2 by the time it is wanted: its whole chunks, each block a share of them. Rows of
-// less than a block are read by many teams at once, which need none.
-template <class V>
-REPTILE_EXT_DEVICE void prefetch_row(const DeviceLoss& device, const Team<V>& team, int64_t row) {
-  const LossProblem& p = device.problem;
-  if (team.rank != 0 || row >= p.num_rows || !is_row_in(device, row)) return;
-  const Place place(p, row);
-  if (!place.aligned) return;
-  const int64_t first = place.shift > 0 ? 1 : 0;
-  const int64_t end = (place.vocab_size + place.shift) / kChunk;  // whole chunks
-  const int64_t share = (end - first + team.blocks - 1) / team.blocks;
-  const int64_t from = first + share * team.block;
-  const int64_t count = end - from < share ? end - from : share;
-  if (count <= 0) return;
-  const uint32_t bytes = uint32_t(count * kChunk * int64_t(size_of(p.student.dtype)));
-  prefetch_to_l2(address<V>(p.student, place.student + place.first_class(from)), bytes);
-  prefetch_to_l2(address<V>(p.teacher, place.teacher + place.first_class(from)), bytes);
-}
-
-// kWords: 16 bytes of a chunk, where registers hold the row; 0: from memory.
-template <class V, int kWords>
+template <class V, Storage kStorage>
 struct RowOf {
-  using Type = RegisterRow<kWords>;
+  using Type = RegisterRow<kStorage>;
 };
 template <class V>
-struct RowOf<V, 0> {
+struct RowOf<V, Storage::kAny> {
   using Type = MemoryRow<V>;
 };
 
-template <class D, class V, int kWords>
+template <class D, class V, Storage kStorage>
 REPTILE_EXT_KERNEL(sizeof(V) == 8 ? kMaxDoubleBlockThreads : kMaxBlockThreads)
 loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   Exchange<V>& exchange = shared_memory<Exchange<V>>();
@@ -633,6 +648,7 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   team.blocks = plan.cluster_blocks;
   team.block = plan.cluster_blocks > 1 ? cluster_rank() : 0;
 
+  if (plan.cluster_blocks > 1) sync_cluster();  // a peer's memory is there once it has begun
   const int64_t rows_per_block = plan.rows_per_block();
   const int64_t stride = num_blocks() / plan.cluster_blocks * rows_per_block;
   // All threads of a block go round together, those without a row too: shuffles and barriers need them.
@@ -647,9 +663,9 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
       if (p.gradient.data) clear(p, place, team, 0);
       continue;
     }
-    typename RowOf<V, kWords>::Type source(p, place);
-    if (kWords > 0 && plan.team_threads > kWarp) prefetch_row(device, team, n + stride);
-    loss_of_row<D, V>(device, call, team, source, place, n, exists, is_in, is_broken);
+    typename RowOf<V, kStorage>::Type source(p, place);
+    const int64_t next = plan.team_threads > kWarp ? n + stride : p.num_rows;
+    loss_of_row<D, V, kStorage>(device, call, team, source, place, n, next, exists, is_in, is_broken);
   }
   if (plan.cluster_blocks > 1) sync_cluster();  // nobody leaves while a peer may still write to its memory
 }

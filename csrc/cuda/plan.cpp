@@ -15,6 +15,9 @@ constexpr int kSharedBlockThreads = 256;  // of a block with many rows
 constexpr int kUsualBlockThreads = 256;   // two such blocks, 128 registers a thread, fill a multiprocessor
 constexpr int kThreadsInRegisters = 512;  // of a multiprocessor, at 128 registers a thread
 constexpr int kMemoryChunksPerThread = 4;
+// The blocks of a cluster share a group of multiprocessors (GPC). How many are usable in each differs from group to
+// group and from device to device; 16 is what Hopper's have at least.
+constexpr int kGroup = 16;
 
 }  // namespace
 
@@ -47,13 +50,23 @@ Plan plan_of(const LossProblem& p, const DeviceProperties& device) {
     const bool is_double = p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
     const int64_t most_threads = is_double ? kMaxDoubleBlockThreads : kMaxBlockThreads;
     plan.team_threads = int(threads < most_threads ? threads : most_threads);
+    // Of rows that are read again and again, few at a time, so that they are still in the L2: a cluster for each.
+    if (device.has_clusters && contiguous && threads > most_threads) {
+      const int64_t blocks = threads / most_threads;
+      plan.cluster_blocks = int(blocks < kMaxClusterBlocks ? blocks : kMaxClusterBlocks);
+    }
   }
   plan.block_threads = plan.team_threads <= 32 ? kSharedBlockThreads : plan.team_threads;
 
-  // As many blocks as are resident at once, each of which goes on to the next rows.
+  // As many teams as are resident at once, each of which goes on to the next rows: one more would begin when all others
+  // have ended.
   const int64_t needed = (p.num_rows + plan.rows_per_block() - 1) / plan.rows_per_block();
-  int64_t resident = int64_t(device.num_multiprocessors) * (kThreadsInRegisters / plan.block_threads);
-  resident = resident / plan.cluster_blocks > 0 ? resident / plan.cluster_blocks : 1;
+  const int blocks_at_once = kThreadsInRegisters / plan.block_threads;
+  int64_t resident = int64_t(device.num_multiprocessors) * blocks_at_once;
+  if (plan.cluster_blocks > 1) {
+    resident = int64_t(device.num_multiprocessors / kGroup) * (kGroup * blocks_at_once / plan.cluster_blocks);
+  }
+  if (resident < 1) resident = 1;
   plan.grid_blocks = (needed < resident ? needed : resident) * plan.cluster_blocks;
   if (plan.grid_blocks < plan.cluster_blocks) plan.grid_blocks = plan.cluster_blocks;
   return plan;
@@ -61,7 +74,7 @@ Plan plan_of(const LossProblem& p, const DeviceProperties& device) {
 
 const char* name_of(const Plan& plan) {
   const bool registers = plan.source == Plan::Source::kRegisters;
-  if (plan.cluster_blocks > 1) return "a row a cluster, in registers";
+  if (plan.cluster_blocks > 1) return registers ? "a row a cluster, in registers" : "a row a cluster, from memory";
   if (plan.team_threads > 32) return registers ? "a row a block, in registers" : "a row a block, from memory";
   if (plan.team_threads > 1)
     return registers ? "a row part of a warp, in registers" : "a row part of a warp, from memory";

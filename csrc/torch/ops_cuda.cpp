@@ -65,6 +65,17 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(View(tensor).data);
 }
 
+// A pointer to another device's memory, or to the host's, would end the process's use of the GPU.
+void check_device(const Tensor& student, const Tensor& other, const char* name) {
+  int32_t types[2], indices[2];
+  const AtenTensorHandle handles[2] = {student.get(), other.get()};
+  for (int i = 0; i < 2; ++i) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handles[i], &types[i]));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handles[i], &indices[i]));
+  }
+  if (types[0] != types[1] || indices[0] != indices[1]) fail(std::string(name) + " must be on the device of student");
+}
+
 // Of a tensor, every byte from the first to the last element.
 void name_view(const OnDevice& place, const View& view, const char* name) {
   if (view.is_empty()) return;
@@ -73,6 +84,11 @@ void name_view(const OnDevice& place, const View& view, const char* name) {
 }
 
 Tensor run(const Arguments& a, const View& student, const View* gradient) {
+  check_device(a.student, a.teacher, "teacher");
+  if (a.labels) check_device(a.student, *a.labels, "labels");
+  if (a.weight) check_device(a.student, *a.weight, "weight");
+  if (a.denominator) check_device(a.student, *a.denominator, "denominator");
+  if (a.upstream) check_device(a.student, *a.upstream, "upstream");
   const OnDevice place(a.student);
   std::vector<int64_t> leading;
   DeviceLoss loss;
@@ -136,6 +152,9 @@ Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
 
 void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
                      const std::optional<Tensor>& weight, int64_t ignore_index, int64_t vocab_size, int64_t dim) {
+  check_device(gradient, factor, "factor");
+  if (labels) check_device(gradient, *labels, "labels");
+  if (weight) check_device(gradient, *weight, "weight");
   const OnDevice place(gradient);
   const View view(gradient), factor_view(factor);
   DeviceLoss loss;
@@ -168,6 +187,14 @@ STABLE_TORCH_LIBRARY_IMPL(reptile_ext_on_host, CPU, m) {
   m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
   m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
   m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
+}
+#endif
+
+#if !defined(REPTILE_EXT_ON_HOST)
+// Through ctypes: null, or why the kernels do not run on a device (too old, or its driver is).
+extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_problem(int device) {
+  reptile_ext::DeviceProperties unused;
+  return reptile_ext::properties_of(device, unused);
 }
 #endif
 

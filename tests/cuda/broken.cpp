@@ -26,9 +26,11 @@ void barrier_of_some() {
 void shuffle_of_some() {
   if (thread_rank() % 2) shuffle_xor(1.0f, 1);
 }
+void peer_too_early() { of_peer(&shared_memory<Shared>().x[0], 1); }
 void no_such_peer() { of_peer(&shared_memory<Shared>().x[0], 2); }
 void right() {
   Shared& shared = shared_memory<Shared>();
+  sync_cluster();
   for (int rank = 0; rank < 2; ++rank) store_shared(of_peer(&shared.x[cluster_rank()], rank), 1.0f);
   sync_cluster();
   const float sum = load_shared(&shared.x[0]) + load_shared(&shared.x[1]);
@@ -53,5 +55,6 @@ EXPORT(beyond_shared_memory)
 EXPORT(unwritten_shared_memory)
 EXPORT(barrier_of_some)
 EXPORT(shuffle_of_some)
+EXPORT(peer_too_early)
 EXPORT(no_such_peer)
 EXPORT(right)

@@ -8,11 +8,11 @@ flags="-std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-
 flags+=" -DREPTILE_EXT_ON_HOST -mfma -mf16c"
 [ "$(uname -m)" = x86_64 ] || flags=${flags/-mfma -mf16c/}
 compile() { ${CXX:-g++} $flags "${@:3}" -x c++ -c "$csrc/$1" -o "$out/$2.o"; }
-rows() { compile cuda/loss_rows.cu "$1" -DREPTILE_EXT_LAUNCHER="launch_$1" -DREPTILE_EXT_VALUE="$2" -DREPTILE_EXT_WORDS="$3"; }
+rows() { compile cuda/loss_rows.cu "$1" -DREPTILE_EXT_LAUNCHER="launch_$1" -DREPTILE_EXT_VALUE="$2" -DREPTILE_EXT_STORAGE="$3"; }
 export -f compile rows
 export flags csrc out
 # As many at once as there are processors.
-printf '%s\n' "rows registers_16 float 1" "rows registers_32 float 2" "rows memory_float float 0" \
-  "rows memory_double double 0" "compile cuda/launch.cu launch" "compile cuda/plan.cpp plan" \
+printf '%s\n' "rows float32 float kFloat32" "rows bfloat16 float kBFloat16" "rows float16 float kFloat16" \
+  "rows any_float float kAny" "rows any_double double kAny" "compile cuda/launch.cu launch" "compile cuda/plan.cpp plan" \
   "compile torch/ops_cuda.cpp ops" | xargs -P "$(nproc)" -I{} bash -ec '{}'
 ${CXX:-g++} -shared -o "$out/on_host.so" "$out"/*.o -L"$torch/lib" -ltorch_cpu -Wl,-rpath,"$torch/lib"

@@ -33,7 +33,14 @@ namespace reptile_ext {
 namespace host {
 
 inline thread_local std::vector<std::pair<uintptr_t, uintptr_t>> ranges;  // of device memory
-inline thread_local bool backwards = false;
+// Who goes on when several threads could.
+enum class Order {
+  kInTurn,     // the next, so that all advance together
+  kBackwards,  // the one before
+  kFirst,      // the first one, which goes as far ahead of the others as barriers let it
+  kLast,
+};
+inline thread_local Order order = Order::kInTurn;
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -151,22 +158,24 @@ inline void run_cluster(Cluster& cluster) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
   }
+  const bool reversed = order == Order::kBackwards || order == Order::kLast;
+  const bool in_turn = order == Order::kInTurn || order == Order::kBackwards;
+  int next = 0, idle = 0;  // how many in a row could not go on
   for (int done = 0; done < total;) {
-    bool any = false;
-    for (int i = 0; i < total; ++i) {
-      Fiber& f = cluster.fibers[size_t(backwards ? total - 1 - i : i)];
-      if (f.is_done || (f.waits_for && f.waits_for->generation == f.generation)) continue;
-      f.waits_for = nullptr;
-      current = &f;
-      swapcontext(&cluster.scheduler, &f.context);
-      any = true;
-      if (!cluster.error.empty()) return;
-      done += f.is_done;
-    }
-    if (!any) {
+    Fiber& f = cluster.fibers[size_t(reversed ? total - 1 - next : next)];
+    next = (next + 1) % total;
+    if (f.is_done || (f.waits_for && f.waits_for->generation == f.generation)) {
+      if (++idle < total) continue;
       cluster.error = "a barrier or shuffle that is not reached by all threads";
       return;
     }
+    f.waits_for = nullptr;
+    current = &f;
+    swapcontext(&cluster.scheduler, &f.context);
+    if (!cluster.error.empty()) return;
+    done += f.is_done;
+    idle = 0;
+    if (!in_turn) next = 0;
   }
 }
 
@@ -212,10 +221,7 @@ T* of_peer(T* p, int rank) {
   if (rank < 0 || size_t(rank) >= blocks.size()) host::stop("a peer outside of the cluster");
   const size_t offset = host::find_shared(p, sizeof(T)).second;
   host::Block& peer = blocks[size_t(rank)];
-  if (peer.shared.empty()) {  // it has not come to its first line yet
-    peer.shared.assign(blocks[size_t(host::current->block)].shared.size(), 0xcd);
-    peer.written.assign(peer.shared.size(), 0);
-  }
+  if (host::current->cluster->barrier.generation == 0) host::stop("a peer's memory before all blocks have begun");
   return reinterpret_cast<T*>(peer.shared.data() + offset);
 }
 template <class T>
@@ -242,6 +248,7 @@ inline Bits128 load_128(const void* p) {
   std::memcpy(&x, p, 16);
   return x;
 }
+inline Bits128 load_128_again(const void* p) { return load_128(p); }
 inline void store_128(void* p, const Bits128& x) {
   host::check_device(p, 16, 16);
   std::memcpy(p, &x, 16);
@@ -296,6 +303,8 @@ inline float reciprocal(float x) { return flushed(1 / x); }
 inline double reciprocal(double x) { return 1 / x; }
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float any_max(float a, float b) { return std::fmax(a, b); }
+inline double any_max(double a, double b) { return std::fmax(a, b); }
 inline double log_of(double x) { return std::log(x); }
 inline double log1p_of(double x) { return std::log1p(x); }
 

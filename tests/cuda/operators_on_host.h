@@ -9,7 +9,7 @@ namespace {
 struct Settings {
   int num_multiprocessors = 4;
   bool has_clusters = true;
-  bool backwards = false;
+  host::Order order = host::Order::kInTurn;
 };
 Settings settings;
 
@@ -17,7 +17,7 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor&) : device{aoti_torch_device_type_cpu(), 0} {
     host::ranges.clear();
-    host::backwards = settings.backwards;
+    host::order = settings.order;
   }
   DeviceProperties properties() const { return {settings.num_multiprocessors, settings.has_clusters}; }
   void names(const void* begin, size_t bytes) const {
@@ -32,6 +32,6 @@ class OnDevice {
 }  // namespace reptile_ext
 
 extern "C" __attribute__((visibility("default"))) void reptile_ext_host(int num_multiprocessors, int has_clusters,
-                                                                        int backwards) {
-  reptile_ext::settings = {num_multiprocessors, has_clusters != 0, backwards != 0};
+                                                                        int order) {
+  reptile_ext::settings = {num_multiprocessors, has_clusters != 0, reptile_ext::host::Order(order)};
 }

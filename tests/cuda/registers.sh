@@ -8,14 +8,14 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags="-std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xptxas -v -c $csrc/cuda/loss_rows.cu"
 export flags out
-one() { # architecture, name, value type, words
-  nvcc $flags -arch="$1" -DREPTILE_EXT_LAUNCHER="launch_$2" -DREPTILE_EXT_VALUE="$3" -DREPTILE_EXT_WORDS="$4" \
+one() { # architecture, name, value type, storage
+  nvcc $flags -arch="$1" -DREPTILE_EXT_LAUNCHER="launch_$2" -DREPTILE_EXT_VALUE="$3" -DREPTILE_EXT_STORAGE="$4" \
     -o "$out/$1$2.o" 2>"$out/$1 $2.log" || { cat "$out/$1 $2.log"; exit 1; }
 }
 export -f one
 for architecture in ${*:-sm_80 sm_90}; do
-  printf "%s\n" "$architecture registers_16 float 1" "$architecture registers_32 float 2" \
-    "$architecture memory_float float 0" "$architecture memory_double double 0"
+  printf "$architecture %s\n" "float32 float kFloat32" "bfloat16 float kBFloat16" "float16 float kFloat16" \
+    "any_float float kAny" "any_double double kAny"
 done | xargs -P "$(nproc)" -I{} bash -ec 'one {}'
 python3 - "$out" <<'P'
 import pathlib, re, sys
