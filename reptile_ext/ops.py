@@ -66,8 +66,8 @@ def _load_cuda() -> ctypes.CDLL | str:
             except (OSError, RuntimeError) as error:
                 return f"reptile_ext's CUDA kernels do not fit this machine or torch {torch.__version__} ({error})"
     return (
-        "reptile_ext was built where there was no CUDA compiler: put nvcc on the PATH (the CUDA toolkit's, or "
-        "`pip install nvidia-cuda-nvcc`), and in a clone of the project `pip install --force-reinstall --no-deps .`"
+        "reptile_ext was built where there was no CUDA compiler: put nvcc on the PATH (docs/cuda.md has a way without "
+        "the CUDA toolkit), and in a clone of the project `pip install --force-reinstall --no-deps .`"
     )
 
 
