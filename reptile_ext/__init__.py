@@ -3,7 +3,8 @@
     loss = reptile_ext.distillation_loss(student_logits, teacher_logits, labels, temperature=2.0, hard_weight=0.5)
     loss.backward()
 
-`distillation_loss` and `DistillationLoss` are the fused losses; `reptile_ext.reference` is the same in plain PyTorch.
+`distillation_loss` and `DistillationLoss` are the fused losses of logits, `linear_distillation_loss` and
+`LinearDistillationLoss` those of hidden states and heads; `reptile_ext.reference` is the same in plain PyTorch.
 The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy alone.
 """
 
@@ -14,7 +15,8 @@ from ._version import __version__
 try:
     from . import reference
     from .functional import distillation_loss
-    from .modules import DistillationLoss
+    from .linear import linear_distillation_loss
+    from .modules import DistillationLoss, LinearDistillationLoss
 except ImportError as error:
     # The compiled operators do not load. Whoever wants one of the names above is told; `reptile doctor`, which wants
     # none, gets in and can say what to do.
@@ -26,4 +28,11 @@ except ImportError as error:
         raise ImportError(_message)
 
 
-__all__ = ["DistillationLoss", "__version__", "distillation_loss", "reference"]
+__all__ = [
+    "DistillationLoss",
+    "LinearDistillationLoss",
+    "__version__",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "reference",
+]

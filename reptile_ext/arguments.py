@@ -167,6 +167,20 @@ class Options(NamedTuple):
     dim: int
     inplace: bool
 
+    def exchanged(self) -> Options:
+        """Student and teacher with their roles exchanged, and no hard labels: the student's gradient is then that of a
+        teacher who learns."""
+        kind, beta, omega = mirror(self.kind, self.beta, self.omega)
+        return self._replace(
+            kind=kind,
+            beta=beta,
+            omega=omega,
+            student_temperature=self.teacher_temperature,
+            teacher_temperature=self.student_temperature,
+            hard_weight=0.0,
+            label_smoothing=0.0,
+        )
+
     def operator_arguments(self, scale: float, dim: int) -> tuple[Any, ...]:
         """The numbers of the operators' schema, from `kind` to `dim`."""
         return (*self[:10], scale, dim)
@@ -306,8 +320,23 @@ def check_tensors(
         raise ValueError(
             f"teacher_logits must be on the device of student_logits, {device}; got {teacher_logits.device}"
         )
+    check_rows(labels, weight, denominator, options, s_shape, dim, device)
+    return dim
+
+
+def check_rows(
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    s_shape: torch.Size,
+    dim: int,
+    device: torch.device,
+    of: str = "student_logits",
+) -> None:
+    """Check what has one element a row of logits of a shape, and what their sum is divided by."""
     if labels is not None:
-        _check_rows("labels", labels, s_shape, dim, device)
+        _check_row_shape("labels", labels, s_shape, dim, device, of)
         if labels.dtype not in INTEGERS:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in INTEGERS)
             raise TypeError(f"labels must have an integer dtype ({known}); got {labels.dtype}")
@@ -316,7 +345,7 @@ def check_tensors(
     elif options.kind in LABELLED:
         raise ValueError("labels are needed for divergence='dkd'; got None")
     if weight is not None:
-        _check_rows("weight", weight, s_shape, dim, device)
+        _check_row_shape("weight", weight, s_shape, dim, device, of)
         if weight.dtype not in FLOATING:
             raise TypeError(
                 f"weight must be float32, bfloat16, float16 or float64; got {weight.dtype}"
@@ -339,19 +368,77 @@ def check_tensors(
                 raise ValueError(f"denominator must be on {places}; got {denominator.device}")
         else:
             _number("denominator", denominator, "a positive, finite number or a 0-d tensor", _is_positive)
-    return dim
 
 
-def _check_rows(name: str, rows: Tensor, s_shape: torch.Size, dim: int, device: torch.device) -> None:
+def _check_row_shape(name: str, rows: Tensor, s_shape: torch.Size, dim: int, device: torch.device, of: str) -> None:
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(rows).__name__}")
     # Compared piecewise: building the wanted shape costs as much as the rest of the check.
     shape = rows.shape
     if len(shape) != len(s_shape) - 1 or shape[:dim] != s_shape[:dim] or shape[dim:] != s_shape[dim + 1 :]:
         wanted = [*s_shape[:dim], *s_shape[dim + 1 :]]
+        last = "class" if of == "student_logits" else "last"
         raise ValueError(
-            f"{name} must have the shape of student_logits without the class dimension, {_shape(wanted)}; "
-            f"got {_shape(shape)}"
+            f"{name} must have the shape of {of} without the {last} dimension, {_shape(wanted)}; got {_shape(shape)}"
         )
     if rows.device != device:
-        raise ValueError(f"{name} must be on the device of student_logits, {device}; got {rows.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {device}; got {rows.device}")
+
+
+def check_linear(
+    side: str,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    device: torch.device,
+) -> tuple[float | None, float]:
+    """Check one model's hidden states [..., H] and head [V, H], or its logits [..., V] where there is no head; return
+    softcap and scale as floats."""
+    for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if tensor is None and name != f"{side}_hidden":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of student_hidden, {device}; got {tensor.device}")
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of {side}_hidden, {hidden.dtype}; got {tensor.dtype}")
+    if hidden.dim() == 0:
+        raise ValueError(f"{side}_hidden must have a last dimension; got a 0-dimensional tensor")
+    if weight is None:
+        if side == "student":
+            raise TypeError("student_weight must be a torch.Tensor, the head [classes, hidden size]; got NoneType")
+        if bias is not None:
+            raise ValueError("teacher_bias has no meaning where teacher_weight=None, teacher_hidden being logits")
+    else:
+        if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"{side}_weight must be [classes, {hidden.shape[-1]}], as {side}_hidden is {_shape(hidden.shape)}; "
+                f"got {_shape(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{side}_bias must be {_shape(weight.shape[:1])}; got {_shape(bias.shape)}")
+    if (hidden if weight is None else weight).shape[-1 if weight is None else 0] == 0:
+        raise ValueError(f"{side}_weight needs at least one class; got none")
+    return check_softcap(side, softcap), check_scale(side, scale)
+
+
+def check_softcap(side: str, softcap: float | None) -> float | None:
+    return None if softcap is None else _number(f"{side}_softcap", softcap, "a positive number or None", _is_positive)
+
+
+def check_scale(side: str, scale: float) -> float:
+    return _number(f"{side}_scale", scale, "a finite number that is not 0", lambda v: v != 0 and math.isfinite(v))
+
+
+def check_memory_budget(memory_budget: int | None) -> int | None:
+    if memory_budget is None:
+        return None
+    number = _integer("memory_budget", memory_budget)
+    if number <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes; got {number}")
+    return number

@@ -118,7 +118,7 @@ def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
     return ops.scale_gradient(gradient, grad_output, ctx.rows, ctx.options.ignore_index, ctx.vocab_size, ctx.dim)
 
 
-def _raise_better(error: RuntimeError, device: torch.device) -> None:
+def raise_better(error: RuntimeError, device: torch.device) -> None:
     """The operators can raise RuntimeErrors only. To the caller, values that only they look at are ValueErrors, and
     memory that a smaller batch would not have needed is what training loops know it as."""
     message = str(error)
@@ -230,34 +230,46 @@ def distillation_loss(
     )
     dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
     if (
-        not _has_kernels(student_logits.device)
+        not has_kernels(student_logits.device)
         # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
-        _warn_once(student_logits.device)
+        warn_once(student_logits.device)
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
     if options.inplace:
         _check_inplace(student_logits, teacher_logits)
 
-    scale = 1.0
+    labels, weight, denominator, scale, options = for_operators(
+        labels, weight, denominator, options, student_logits.device
+    )
+    return _apply(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
+
+
+def for_operators(
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, Options]:
+    """The same in the dtypes that the operators take, and what a denominator that is a number makes of the scale."""
+    scale, divisor = 1.0, None
     if denominator is not None:
         if isinstance(denominator, Tensor):
-            denominator = denominator.detach()
-            if denominator.device.type == "cpu" and student_logits.device.type != "cpu":
+            divisor = denominator.detach()
+            if divisor.device.type == "cpu" and device.type != "cpu":
                 # A copy from the host would wait for the device; a number is part of the launch.
-                denominator = torch.full((), float(denominator), dtype=torch.float64, device=student_logits.device)
-            denominator = denominator.to(student_logits.device, torch.float64)
+                divisor = torch.full((), float(divisor), dtype=torch.float64, device=device)
+            divisor = divisor.to(device, torch.float64)
         else:
             scale = 1.0 / float(denominator)
-            denominator = None
         options = options._replace(reduction=_SUM)
     if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
         labels = labels.to(torch.int64).contiguous()
     if weight is not None:
         weight = weight.detach().to(torch.float64).contiguous()
-
-    return _apply(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
+    return labels, weight, divisor, scale, options
 
 
 def _apply(
@@ -284,7 +296,7 @@ def _apply(
         now = needs_student and student.dtype != torch.float16
         return ops.distillation_loss(student, teacher, *rows, None, *numbers, now)[0]
     except RuntimeError as error:
-        _raise_better(error, student.device)
+        raise_better(error, student.device)
         raise
 
 
@@ -306,7 +318,7 @@ def _check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return device.type in ("cpu", "meta")
     if ops.cuda_missing is not None or torch.compiler.is_compiling():  # which cannot look at a device
@@ -314,8 +326,8 @@ def _has_kernels(device: torch.device) -> bool:
     return ops.cuda_problem(device.index) is None
 
 
-def _warn_once(device: torch.device) -> None:
-    if _has_kernels(device) or device in _warned_devices:
+def warn_once(device: torch.device, function: str = "distillation_loss") -> None:
+    if has_kernels(device) or device in _warned_devices:
         return
     _warned_devices.add(device)
     if device.type == "cuda":
@@ -323,6 +335,6 @@ def _warn_once(device: torch.device) -> None:
     else:
         why = f"reptile_ext has no kernels for device type {device.type!r}"
     warnings.warn(
-        f"{why}; distillation_loss runs in plain PyTorch there (right, but slower and with more memory)",
+        f"{why}; {function} runs in plain PyTorch there (right, but slower and with more memory)",
         stacklevel=3,
     )

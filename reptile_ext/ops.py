@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import REDUCTIONS, Options, mirror
+from .arguments import REDUCTIONS, Options
 
 TORCH_MINIMUM = (2, 10)
 
@@ -226,16 +226,7 @@ def kernel_gradients(
     of_student = distillation_loss(student, teacher, *rows, upstream, *numbers, True)[1] if needed[0] else None
     if not needed[1]:
         return of_student, None
-    kind, beta, omega = mirror(options.kind, options.beta, options.omega)
-    exchanged = options._replace(
-        kind=kind,
-        beta=beta,
-        omega=omega,
-        student_temperature=options.teacher_temperature,
-        teacher_temperature=options.student_temperature,
-        hard_weight=0.0,
-        label_smoothing=0.0,
-    ).operator_arguments(scale, options.dim)
+    exchanged = options.exchanged().operator_arguments(scale, options.dim)
     return of_student, distillation_loss(teacher, student, *rows, upstream, *exchanged, True)[1]
 
 

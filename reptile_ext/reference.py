@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arguments import KERNELS, REDUCTIONS, Options, check_tensors, make_options, mirror
 
-__all__ = ["distillation_loss"]
+__all__ = ["distillation_loss", "linear_distillation_loss"]
 
 
 class Rows(NamedTuple):
@@ -379,6 +379,40 @@ def distillation_loss(
     )
     check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
     return with_options(student_logits, teacher_logits, labels, weight, denominator, options)
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """Logits of hidden states and a head (None: `hidden` are logits): scale · (h Wᵀ + b), softcapped to c · tanh(z/c).
+    The product is rounded to the dtype, what follows is float32 (float64)."""
+    z = hidden if weight is None else torch.nn.functional.linear(hidden, weight, bias)
+    if scale == 1.0 and softcap is None:
+        return z
+    z = scale * (z if z.dtype in (torch.float32, torch.float64) else z.float())
+    return z if softcap is None else softcap * (z / softcap).tanh()
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    memory_budget: int | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """`reptile_ext.linear_distillation_loss` in plain PyTorch, logits in full; `memory_budget` has no effect."""
+    student = linear_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+    teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+    return distillation_loss(student, teacher, labels, **keywords)
 
 
 def with_options(

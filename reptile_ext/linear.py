@@ -1,0 +1,436 @@
+"""The fused linear loss: from hidden states and head to the loss, with the logits of a few rows at a time.
+
+Logits of N rows and V classes, their gradient and what plain PyTorch keeps between are what distillation needs its
+memory for. Here rows go through in chunks: both products, the fused loss in place on the student's logits, and the
+products back to the gradients of hidden states, head and bias, all in the forward pass. Nothing of size N·V exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import ops, reference
+from .arguments import REDUCTIONS, Options, check_linear, check_memory_budget, check_rows, make_options
+from .functional import distillation_loss, for_operators, has_kernels, raise_better, warn_once
+
+__all__ = ["linear_distillation_loss"]
+
+_NONE, _MEAN, _SUM = (REDUCTIONS.index(name) for name in ("none", "mean", "sum"))
+
+SMALLEST_CHUNK = 512  # rows: below it the products of a large head are bound by reading the head
+DEFAULT_BUDGET = 128 << 20  # bytes of scratch
+
+
+class Side(NamedTuple):
+    """How the logits of [N, H] hidden states come about; of logits themselves, `weight` is None."""
+
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+    def cut(self, vocab_size: int) -> Side:
+        """The first `vocab_size` classes alone, which are then the only ones computed."""
+        if self.weight is None:
+            return self._replace(hidden=self.hidden[:, :vocab_size])
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return self._replace(weight=self.weight[:vocab_size], bias=bias)
+
+    def num_classes(self) -> int:
+        return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
+
+    def logits(self, rows: slice, out: Tensor | None) -> Tensor:
+        """Of some rows, in `out` if that is not None; with a softcap in float32 (float64)."""
+        hidden = self.hidden[rows]
+        if self.weight is None:
+            z = hidden
+            if self.scale != 1.0:
+                z = _wide(z) * self.scale
+        else:
+            assert out is not None
+            z = out[: hidden.shape[0]]
+            # The scale multiplies the sum before it is rounded; beta=0: what is in `z` is not looked at.
+            first = z if self.bias is None else self.bias
+            beta = 0.0 if self.bias is None else self.scale
+            torch.addmm(first, hidden, self.weight.t(), beta=beta, alpha=self.scale, out=z)
+        if self.softcap is None:
+            return z
+        return _wide(z).div(self.softcap).tanh_().mul_(self.softcap)
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z if z.dtype in (torch.float32, torch.float64) else z.float()
+
+
+def all_logits(side: Side) -> Tensor:
+    """Of all rows, differentiably: what the fused loss never has."""
+    return reference.linear_logits(*side)
+
+
+def chunks(num_rows: int, bytes_per_row: int, memory_budget: int | None) -> list[slice]:
+    """Rows of chunks of equal size, but for one row, that fit the budget. The default one gives way to
+    `SMALLEST_CHUNK`; a budget that was asked for does not."""
+    if memory_budget is None:
+        most = max(DEFAULT_BUDGET // bytes_per_row, SMALLEST_CHUNK)
+    else:
+        most = max(memory_budget // bytes_per_row, 1)
+    count = -(-num_rows // most)
+    return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
+
+
+class Gradients:
+    """Of one side's hidden states, head and bias: those that are needed, added up over the chunks."""
+
+    def __init__(self, side: Side, needed: tuple[bool, bool, bool]) -> None:
+        def new(like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+            assert like is not None
+            return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
+
+        # Sums over many chunks are not rounded to 16 bits in between.
+        wide = torch.float64 if side.hidden.dtype == torch.float64 else torch.float32
+        self.side = side
+        self.hidden = new(side.hidden) if needed[0] else None
+        self.weight = new(side.weight, wide) if needed[1] else None
+        self.bias = new(side.bias, wide) if needed[2] else None
+
+    def add(self, rows: slice, of_logits: Tensor, vocab_size: int) -> None:
+        """A chunk's gradient with respect to the first `vocab_size` logits, before the softcap."""
+        side = self.side
+        g = of_logits.to(side.hidden.dtype)
+        if side.weight is None:
+            if self.hidden is not None:
+                self.hidden[rows, :vocab_size] = g * side.scale if side.scale != 1.0 else g
+            return
+        if self.hidden is not None:
+            out = self.hidden[rows]
+            torch.addmm(out, g, side.weight[:vocab_size], beta=0.0, alpha=side.scale, out=out)
+        if self.weight is not None:
+            total, hidden = self.weight[:vocab_size], side.hidden[rows]
+            if total.dtype == g.dtype:
+                total.addmm_(g.t(), hidden, alpha=side.scale)
+            elif g.is_cuda:
+                total.add_(torch.mm(g.t(), hidden, out_dtype=total.dtype), alpha=side.scale)
+            else:  # each chunk's product is rounded once
+                total.add_(torch.mm(g.t(), hidden), alpha=side.scale)
+        if self.bias is not None:
+            self.bias[:vocab_size].add_(g.sum(0, dtype=self.bias.dtype), alpha=side.scale)
+
+    def finished(self) -> list[Tensor | None]:
+        dtype = self.side.hidden.dtype
+        return [None if g is None else g.to(dtype) for g in (self.hidden, self.weight, self.bias)]
+
+
+class Task(NamedTuple):
+    """What is the same for all chunks."""
+
+    options: Options  # reduction "none" or "sum"
+    scale: float
+    memory_budget: int | None
+    softcaps: tuple[float | None, float | None]
+    scales: tuple[float, float]
+
+    def sides(self, tensors: tuple[Any, ...]) -> tuple[Side, Side]:
+        student = Side(tensors[0], tensors[1], tensors[2], self.softcaps[0], self.scales[0])
+        return student, Side(tensors[3], tensors[4], tensors[5], self.softcaps[1], self.scales[1])
+
+
+def run(
+    task: Task,
+    tensors: tuple[Any, ...],
+    rows: tuple[Tensor | None, Tensor | None, Tensor | None],
+    upstream: Tensor | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, and the gradients that are needed of the six tensors, times what comes from above."""
+    student, teacher = task.sides(tensors)
+    options, (labels, weight, denominator) = task.options, rows
+    vocab_size = min(student.num_classes(), teacher.num_classes())
+    cut_student, cut_teacher = student.cut(vocab_size), teacher.cut(vocab_size)
+    num_rows, device = student.hidden.shape[0], student.hidden.device
+    gradients = (Gradients(student, needed[:3]), Gradients(teacher, needed[3:]))  # type: ignore[arg-type]
+    needs_student, needs_teacher = any(needed[:3]), any(needed[3:])
+
+    double = torch.float64 in (student.hidden.dtype, teacher.hidden.dtype)
+    result = torch.float64 if double else torch.float32
+    none = options.reduction == _NONE
+    losses = torch.zeros(num_rows if none else (), dtype=result if none else torch.float64, device=device)
+    if num_rows == 0:
+        return losses.to(result), [*gradients[0].finished(), *gradients[1].finished()]
+
+    bytes_per_row = sum(
+        vocab_size * (side.hidden.dtype.itemsize * (side.weight is not None) + 8 * (side.softcap is not None))
+        for side in (student, teacher)
+    )
+    slices = chunks(num_rows, max(bytes_per_row, 1), task.memory_budget)
+    most = max(s.stop - s.start for s in slices)
+    buffers = [None if side.weight is None else side.hidden.new_empty(most, vocab_size) for side in (student, teacher)]
+    numbers = options.operator_arguments(task.scale, 1)
+    for chunk in slices:
+        s, t = cut_student.logits(chunk, buffers[0]), cut_teacher.logits(chunk, buffers[1])
+        of_rows = tuple(x if x is None else x[chunk] for x in (labels, weight))
+        above = upstream if upstream is None or upstream.dim() == 0 else upstream[chunk]
+        if needs_teacher:
+            exchanged = options.exchanged().operator_arguments(task.scale, 1)
+            g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
+            if teacher.softcap is not None:
+                g.mul_(1 - (t / teacher.softcap).square_())
+            gradients[1].add(chunk, g, vocab_size)
+        if needs_student:
+            slope = None if student.softcap is None else 1 - (s / student.softcap).square_()
+            loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
+            gradients[0].add(chunk, s if slope is None else s.mul_(slope), vocab_size)
+        else:
+            loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
+        if none:
+            losses[chunk] = loss
+        else:
+            losses += loss
+    return losses.to(result), [*gradients[0].finished(), *gradients[1].finished()]
+
+
+class _FusedLinear(torch.autograd.Function):
+    """Gradients are computed in the forward pass and given away in the first backward pass, as by
+    `functional._FusedLoss`; in the backward pass where what comes from above has to be known first (a factor a row,
+    float16), where the teacher learns too, and in a second one."""
+
+    @staticmethod
+    def forward(ctx: Any, task: Task, labels: Any, weight: Any, denominator: Any, *tensors: Any) -> Tensor:
+        ctx.task, ctx.rows, ctx.gradients = task, (labels, weight, denominator), None
+        ctx.set_materialize_grads(False)
+        needed = ctx.needs_input_grad[4:]
+        now = (
+            any(needed[:3])
+            and not any(needed[3:])
+            and task.options.reduction != _NONE
+            and tensors[0].dtype != torch.float16
+        )
+        loss, gradients = run(task, tensors, ctx.rows, None, needed if now else (False,) * 6)
+        ctx.gradients = gradients if now else None
+        ctx.save_for_backward(*tensors)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 10
+        needed = ctx.needs_input_grad[4:]
+        gradients, ctx.gradients = ctx.gradients, None
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_output):
+            found = _reference_gradients(ctx.task, ctx.saved_tensors, ctx.rows, grad_output, needed)
+        elif gradients is not None:
+            found = [None if g is None else _scaled(ctx, g, grad_output, i) for i, g in enumerate(gradients)]
+        else:
+            upstream = grad_output.to(torch.float64).contiguous()
+            found = run(ctx.task, ctx.saved_tensors, ctx.rows, upstream, needed)[1]
+        return (None, None, None, None, *found)
+
+
+def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor, position: int) -> Tensor:
+    """gradient · grad_output, where the gradient lies. Of hidden states, rows that are out stay 0."""
+    rows = ctx.rows[:2] if position == 0 else (None, None)
+    dim = gradient.dim() - 1
+    return ops.scale_gradient(gradient, grad_output, rows, ctx.task.options.ignore_index, gradient.shape[dim], dim)
+
+
+def _reference_loss(task: Task, tensors: tuple[Any, ...], rows: tuple[Any, Any, Any], check: bool) -> Tensor:
+    student, teacher = (all_logits(side) for side in task.sides(tensors))
+    # The sizes have been compared; the class dimension is the last.
+    options = task.options._replace(truncate=True, dim=-1, inplace=False)
+    return reference.with_options(student, teacher, *rows, options, check_values=check) * task.scale
+
+
+def _reference_gradients(
+    task: Task,
+    tensors: tuple[Tensor | None, ...],
+    rows: tuple[Any, Any, Any],
+    grad_output: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """By plain PyTorch, with logits in full: derivatives of derivatives, and batches of gradients."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create_graph:
+            tensors = tuple(
+                x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)
+            )
+        loss = _reference_loss(task, tensors, rows, check=False)
+        wanted = [x for x, need in zip(tensors, needed, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph, materialize_grads=True))
+    return [next(found) if need else None for need in needed]
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    memory_budget: int | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    temperature: float | tuple[float, float] = 1.0,
+    temperature_scaling: str = "t2",
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    vocab: str = "error",
+) -> Tensor:
+    """`distillation_loss` of the logits of two heads, without the logits: rows go through in chunks, both products, the
+    fused loss and the products back to hidden states and head, all in the forward pass.
+
+    Equivalent PyTorch, which needs several tensors of [rows, V]::
+
+        def logits(hidden, weight, bias, softcap, scale):
+            z = F.linear(hidden, weight, bias) * scale
+            return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+        loss = distillation_loss(logits(student_hidden, student_weight, student_bias, student_softcap, student_scale),
+                                 logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale),
+                                 labels, ...)
+
+    Args:
+        student_hidden: [..., H_s], float32, bfloat16, float16 or float64; the leading shape is that of the rows.
+        student_weight: the head, [V_s, H_s], as in `torch.nn.Linear`; of the dtype of the hidden states, as the bias.
+        teacher_hidden: [..., H_t]; its dtype and H_t may differ from the student's.
+        teacher_weight: [V_t, H_t], or None: `teacher_hidden` are the teacher's logits, [..., V_t].
+        labels, weight: of the leading shape. On the CPU, rows that are out are left out of the products too.
+        student_bias, teacher_bias: [V].
+        student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
+            computed in float32.
+        student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
+        memory_budget: bytes for the logits of a chunk. None: 128 MB, but never chunks of less than 512 rows, below
+            which the products get slow.
+        divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
+            the heads has are not computed.
+
+    Returns:
+        A scalar, or the leading shape with reduction="none"; float32, or float64 if either side is.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
+
+    Gradients go to whichever of the six tensors requires one, the teacher's too; the others' products are not computed.
+    Those of 16-bit heads are added up in float32. With reduction="none", for float16, and where the teacher learns,
+    they are computed in the backward pass, from logits that are computed once more. Under autocast, hidden states and
+    heads are cast as `F.linear` would. Derivatives of derivatives, torch.func, and programs under
+    torch.compile go through logits in full.
+    """
+    options = make_options(
+        divergence,
+        beta,
+        temperature,
+        temperature_scaling,
+        soft_weight,
+        hard_weight,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        vocab,
+        -1,
+        False,
+    )
+    if not isinstance(student_hidden, Tensor):
+        raise TypeError(f"student_hidden must be a torch.Tensor; got {type(student_hidden).__name__}")
+    device = student_hidden.device
+    tensors: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        heads = (True,) * 3 + (teacher_weight is not None,) * 3
+        tensors = [
+            x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 and of_head else x
+            for x, of_head in zip(tensors, heads, strict=True)
+        ]
+    student = check_linear("student", tensors[0], tensors[1], tensors[2], student_softcap, student_scale, device)
+    teacher = check_linear("teacher", tensors[3], tensors[4], tensors[5], teacher_softcap, teacher_scale, device)
+    budget = check_memory_budget(memory_budget)
+    leading = student_hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != leading:
+        raise ValueError(
+            f"teacher_hidden must have the shape of student_hidden but for the last dimension, {list(leading)}; "
+            f"got {list(teacher_hidden.shape[:-1])}"
+        )
+    classes = (student_weight.shape[0], teacher_hidden.shape[-1] if teacher_weight is None else teacher_weight.shape[0])
+    if classes[0] != classes[1] and not options.truncate:
+        raise ValueError(
+            f"teacher_weight has {classes[1]} classes and student_weight has {classes[0]}; both need the same number, "
+            "or pass vocab='truncate' to compare the classes they share"
+        )
+    check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
+
+    flat = tuple(x.reshape(-1, x.shape[-1]) if i % 3 == 0 else x for i, x in enumerate(tensors))
+    rows = [x if x is None else x.reshape(-1) for x in (labels, weight)]
+    task = Task(options, 1.0, budget, (student[0], teacher[0]), (student[1], teacher[1]))
+    if torch.compiler.is_compiling():
+        logits = [all_logits(side) for side in task.sides(flat)]
+        keywords: dict[str, Any] = {
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": temperature,
+            "soft_weight": soft_weight,
+        }
+        keywords |= {"temperature_scaling": temperature_scaling, "hard_weight": hard_weight, "vocab": "truncate"}
+        keywords |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+        loss = distillation_loss(logits[0], logits[1], rows[0], weight=rows[1], denominator=denominator, **keywords)
+    elif not has_kernels(device) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        warn_once(device, "linear_distillation_loss")
+        loss = _reference_loss(task, flat, (rows[0], rows[1], denominator), check=True)
+    else:
+        loss = _apply(task, flat, rows[0], rows[1], denominator, device)
+    return loss.reshape(leading) if reduction == "none" else loss
+
+
+def _apply(
+    task: Task,
+    tensors: tuple[Any, ...],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    num_rows = tensors[0].shape[0]
+    mean = task.options.reduction == _MEAN and denominator is None
+    labels, weight, divisor, scale, options = for_operators(labels, weight, denominator, task.options, device)
+    kept: Tensor | None = None
+    if labels is not None or weight is not None:
+        is_in = torch.ones(num_rows, dtype=torch.bool, device=device)
+        if labels is not None:
+            is_in &= labels != options.ignore_index
+        if weight is not None:
+            is_in &= weight != 0
+        if mean:
+            total = is_in.sum(dtype=torch.float64) if weight is None else torch.where(is_in, weight, 0.0).sum()
+            divisor = torch.where(total == 0, 1.0, total)
+        # Finding the rows that are in would make the host wait for a GPU.
+        if device.type == "cpu" and not bool(is_in.all()):
+            kept = is_in.nonzero().squeeze(1)
+            tensors = tuple(
+                x.index_select(0, kept) if x is not None and i % 3 == 0 else x for i, x in enumerate(tensors)
+            )
+            labels, weight = (x if x is None else x.index_select(0, kept) for x in (labels, weight))
+    elif mean:
+        scale = 1.0 / max(num_rows, 1)
+    task = task._replace(options=options._replace(reduction=_SUM) if mean else options, scale=scale)
+    try:
+        loss: Tensor = _FusedLinear.apply(task, labels, weight, divisor, *tensors)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise_better(error, device)
+        raise
+    if kept is not None and task.options.reduction == _NONE:
+        loss = torch.zeros(num_rows, dtype=loss.dtype, device=device).index_copy(0, kept, loss)
+    return loss

@@ -1,0 +1,441 @@
+"""The fused linear loss equals distillation_loss on logits in full, and never has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import DTYPES, every_divergence, keywords_of, make_labels, name_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import reptile_ext
+from reptile_ext import linear, linear_distillation_loss, reference
+
+SIX = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "student_bias", "teacher_bias")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+# What a loss may be asked for, in chunks of one, some and all rows.
+KEYWORDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": (2.0, 0.5), "reduction": "sum", "memory_budget": 1},
+    {"reduction": "none", "temperature": 3.0, "memory_budget": 4000},
+    {"hard_weight": 0.7, "label_smoothing": 0.1, "reduction": "none"},
+    {"hard_weight": 0.7, "denominator": 5.0, "memory_budget": 3000},
+    {"denominator": torch.tensor(5.0), "student_scale": 0.7, "teacher_scale": -1.5, "memory_budget": 3000},
+    {"student_softcap": 2.0, "teacher_softcap": 5.0, "student_scale": 3.0, "memory_budget": 3000},
+    {"student_softcap": 2.0, "hard_weight": 0.5, "reduction": "none", "memory_budget": 3000},
+]
+every_keywords = pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
+
+
+def make_case(
+    dtype: torch.dtype = torch.float64,
+    rows: int = 23,
+    classes: int = 40,
+    sizes: tuple[int, int] = (6, 9),
+    teacher_classes: int | None = None,
+    bias: bool = True,
+) -> dict[str, Tensor]:
+    case = {}
+    for side, size, n in (("student", sizes[0], classes), ("teacher", sizes[1], teacher_classes or classes)):
+        case[f"{side}_hidden"] = torch.randn(rows, size).to(dtype)
+        case[f"{side}_weight"] = (2 * torch.randn(n, size) / size**0.5).to(dtype)
+        if bias:
+            case[f"{side}_bias"] = torch.randn(n).to(dtype)
+    return case
+
+
+def gradients(loss: Any, case: dict[str, Tensor], wanted: list[str], upstream: Tensor | None = None, **keywords: Any):
+    """Loss, and gradients of the tensors of those names."""
+    case = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in case.items()}
+    result = loss(**case, **keywords)
+    above = torch.ones_like(result) if upstream is None else upstream.to(result.dtype)
+    return result.detach(), torch.autograd.grad(result, [case[name] for name in wanted], above)
+
+
+def check(case: dict[str, Tensor], wanted: list[str], upstream: Tensor | None = None, **keywords: Any) -> None:
+    """Against the reference in float64; no worse than the reference in the case's own dtype, and a little."""
+    found = gradients(linear_distillation_loss, case, wanted, upstream, **keywords)
+    plain = gradients(reference.linear_distillation_loss, case, wanted, upstream, **keywords)
+    right = gradients(
+        reference.linear_distillation_loss, {k: x.double() for k, x in case.items()}, wanted, upstream, **keywords
+    )
+    dtype = case["student_hidden"].dtype
+    assert found[0].dtype == plain[0].dtype
+    for name, ours, theirs, exact in zip(
+        ["loss", *wanted], (found[0], *found[1]), (plain[0], *plain[1]), (right[0], *right[1]), strict=True
+    ):
+        if name != "loss":
+            assert ours.dtype == dtype
+            assert ours.shape == case[name].shape
+        scale = exact.abs().max() + 1e-6
+        # The logits are rounded to the dtype on both ways, not always at the same place.
+        epsilon = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+        allowed = 1.5 * (theirs.double() - exact).abs().max() + epsilon * scale
+        assert (ours.double() - exact).abs().max() <= allowed, name
+
+
+@every_dtype
+@every_divergence
+@every_keywords
+def test_it_is_the_loss_of_the_logits(keywords: dict[str, Any], divergence: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype)
+    wanted = ["student_hidden", "student_weight", "student_bias"]
+    labels, weight = make_labels(23, 40), torch.rand(23)
+    weight[3] = 0
+    upstream = torch.rand(23) if keywords.get("reduction") == "none" else torch.tensor(1 / 3)
+    check(case, wanted, upstream, labels=labels, weight=weight, **keywords, **keywords_of(divergence))
+    no_bias = {name: x for name, x in case.items() if "bias" not in name}
+    check(no_bias, wanted[:2], labels=labels, **keywords, **keywords_of(divergence))
+
+
+@every_divergence
+@every_keywords
+def test_gradients_equal_finite_differences(keywords: dict[str, Any], divergence: str) -> None:
+    """First and second derivatives, of all six tensors."""
+    case = make_case(rows=3, classes=4, sizes=(2, 2))
+    keywords = {"labels": torch.tensor([1, -100, 3]), **keywords, **keywords_of(divergence)}
+    inputs = tuple(case[name].requires_grad_() for name in SIX)
+
+    def f(*tensors: Tensor) -> Tensor:
+        return linear_distillation_loss(**dict(zip(SIX, tensors, strict=True)), **keywords)
+
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("wanted", [[name] for name in SIX] + [list(SIX)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_whoever_learns(wanted: list[str], reduction: str) -> None:
+    """Each of the six alone, and all: hidden states with a frozen head (LoRA), a head with frozen hidden states, a
+    teacher."""
+    keywords = {"labels": make_labels(23, 40), "hard_weight": 0.5, "reduction": reduction, "memory_budget": 3000}
+    for divergence in ("forward_kl", "jsd"):
+        check(make_case(), wanted, **keywords, divergence=divergence)
+
+
+class Products(TorchDispatchMode):
+    """Matrix products, and the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        sizes = [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("wanted", "products"),
+    [(["student_hidden", "student_weight"], 4), (["student_hidden"], 3), (["student_weight"], 3), ([], 2)],
+    ids=str,
+)
+def test_bug_15_what_is_frozen_costs_no_product(wanted: list[str], products: int) -> None:
+    case = {name: x.requires_grad_(name in wanted) for name, x in make_case(torch.float32, bias=False).items()}
+    with Products() as mode:
+        linear_distillation_loss(**case)
+    assert mode.count == products
+
+
+def test_no_tensor_of_all_logits_exists() -> None:
+    case = make_case(torch.float32, rows=600, classes=3000, sizes=(8, 8))
+    keywords = {"labels": make_labels(600, 3000), "hard_weight": 0.5, "memory_budget": 1 << 20}
+    wanted = ["student_hidden", "student_weight", "student_bias"]
+    with Products() as mode:
+        gradients(linear_distillation_loss, case, wanted, **keywords)
+    assert mode.largest <= 1 << 19  # a side's half of the budget; the head itself has 96 kB
+    with Products() as mode:
+        gradients(reference.linear_distillation_loss, case, wanted, **{**keywords, "memory_budget": None})
+    assert mode.largest >= 600 * 3000 * 4  # so the test can fail
+    with Products() as mode, torch.no_grad():
+        for rows in (60, 600):
+            part = {k: x[:rows] if "hidden" in k else x for k, x in case.items()}
+            linear_distillation_loss(**part, memory_budget=1 << 18)
+    assert mode.largest <= 1 << 17
+
+
+def test_chunks() -> None:
+    assert linear.chunks(1000, 1000, 100_000) == [slice(i, i + 100) for i in range(0, 1000, 100)]
+    assert linear.chunks(10, 1000, 1) == [slice(i, i + 1) for i in range(10)]
+    default = linear.chunks(2048, 4 * 32_000, None)
+    assert default == [slice(0, 1024), slice(1024, 2048)]
+    # A large vocabulary: chunks stay large, and are of equal size.
+    sizes = [s.stop - s.start for s in linear.chunks(1300, 4 * 262_144, None)]
+    assert sizes == [433, 433, 434]
+    assert linear.chunks(3, 1 << 30, None) == [slice(0, 3)]
+
+
+def test_bug_2_all_leading_dimensions_are_rows() -> None:
+    """[B, T, H]: chunks of tokens, not of sequences."""
+    case = make_case(rows=24)
+    labels = make_labels(24, 40)
+    flat = gradients(linear_distillation_loss, case, ["student_hidden"], labels=labels, hard_weight=0.5)
+    shaped = {name: x.reshape(2, 12, -1) if "hidden" in name else x for name, x in case.items()}
+    keywords = {"labels": labels.view(2, 12), "hard_weight": 0.5, "memory_budget": 2000}
+    found = gradients(linear_distillation_loss, shaped, ["student_hidden"], **keywords)
+    torch.testing.assert_close(found[0], flat[0])
+    torch.testing.assert_close(found[1][0].reshape(24, -1), flat[1][0])
+    none = linear_distillation_loss(**shaped, reduction="none")
+    assert none.shape == (2, 12)
+    for transposed in ({k: x.transpose(0, 1) if "hidden" in k else x for k, x in shaped.items()},):
+        torch.testing.assert_close(linear_distillation_loss(**transposed, reduction="none"), none.t())
+
+
+@pytest.mark.parametrize(("classes", "teacher_classes"), [(40, 33), (33, 40)])
+def test_bug_17_vocabularies_that_differ(classes: int, teacher_classes: int) -> None:
+    case = make_case(classes=classes, teacher_classes=teacher_classes)
+    wanted = ["student_hidden", "student_weight", "student_bias"]
+    keywords = {"vocab": "truncate", "labels": make_labels(23, 33), "hard_weight": 0.5, "memory_budget": 3000}
+    check(case, wanted, **keywords)
+    _, (_, of_head, of_bias) = gradients(linear_distillation_loss, case, wanted, **keywords)
+    assert (of_head[33:] == 0).all()
+    assert (of_bias[33:] == 0).all()
+    check(case, ["teacher_weight", "teacher_bias"], **keywords)
+
+
+def test_bug_3_the_same_model_with_more_classes_is_at_a_distance_of_0() -> None:
+    """Not padded with logits of 0."""
+    case = make_case(sizes=(6, 6))
+    for part in ("hidden", "weight", "bias"):
+        case[f"teacher_{part}"] = case[f"student_{part}"]
+    case["student_weight"], case["student_bias"] = case["student_weight"][:30], case["student_bias"][:30]
+    loss, found = gradients(linear_distillation_loss, case, ["student_hidden", "student_weight"], vocab="truncate")
+    assert loss == 0
+    assert all((g == 0).all() for g in found)
+
+
+def test_bug_14_a_head_in_16_bits_is_added_up_in_32() -> None:
+    """256 chunks: their sum in bfloat16 would lose most of what comes late."""
+    case = make_case(torch.bfloat16, rows=256, classes=16, bias=False)
+    (one,) = gradients(linear_distillation_loss, case, ["student_weight"])[1]
+    (many,) = gradients(linear_distillation_loss, case, ["student_weight"], memory_budget=1)[1]
+    exact = {name: x.double() for name, x in case.items()}
+    (right,) = gradients(reference.linear_distillation_loss, exact, ["student_weight"])[1]
+    scale = right.abs().max()
+    assert (many.double() - right).abs().max() <= (one.double() - right).abs().max() + 0.004 * scale
+
+
+def test_bug_12_the_switch_does_not_change_the_objective() -> None:
+    """T², weights, softcap and labels are what they are with logits in full: no default of its own."""
+    case = make_case()
+    labels = make_labels(23, 40)
+    keywords = {"temperature": 3.0, "hard_weight": 0.3, "soft_weight": 0.7, "label_smoothing": 0.1}
+    logits = [
+        torch.nn.functional.linear(*(case[f"{side}_{part}"] for part in ("hidden", "weight", "bias")))
+        for side in ("student", "teacher")
+    ]
+    right = reptile_ext.distillation_loss(*logits, labels, **keywords)
+    torch.testing.assert_close(linear_distillation_loss(**case, labels=labels, **keywords), right)
+    capped = [5 * (z / 5).tanh() for z in logits]
+    right = reptile_ext.distillation_loss(*capped, labels, **keywords)
+    found = linear_distillation_loss(**case, labels=labels, student_softcap=5, teacher_softcap=5.0, **keywords)
+    torch.testing.assert_close(found, right)
+
+
+def test_a_teacher_given_as_logits() -> None:
+    case = make_case()
+    logits = torch.nn.functional.linear(*(case.pop(f"teacher_{part}") for part in ("hidden", "weight", "bias")))
+    for keywords in ({}, {"teacher_scale": 0.5, "teacher_softcap": 3.0, "memory_budget": 3000}):
+        given = {**case, "teacher_hidden": logits}
+        for wanted in (["student_hidden"], ["teacher_hidden"]):
+            check_without = {"teacher_weight": None, **keywords}
+            found = gradients(linear_distillation_loss, given, wanted, **check_without)
+            right = gradients(reference.linear_distillation_loss, given, wanted, **check_without)
+            torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("upstream", [float("nan"), float("inf"), 1.0])
+def test_rows_that_are_out(upstream: float, reduction: str) -> None:
+    """Neither their hidden states nor what comes from above reaches anybody."""
+    case = make_case()
+    labels, weight = make_labels(23, 40).clamp_min(0), torch.rand(23) + 0.5
+    labels[4], weight[7] = -100, 0
+    for name in ("student_hidden", "teacher_hidden"):
+        case[name][4], case[name][7] = float("nan"), float("inf")
+    keywords = {"labels": labels, "weight": weight, "reduction": reduction, "memory_budget": 3000}
+    above = torch.full((23,) if reduction == "none" else (), upstream)
+    loss, (of_hidden, of_head) = gradients(
+        linear_distillation_loss, case, ["student_hidden", "student_weight"], above, **keywords
+    )
+    assert loss.isfinite().all()
+    assert (of_hidden[[4, 7]] == 0).all()
+    if upstream == 1:
+        assert of_hidden.isfinite().all()
+        assert of_head.isfinite().all()
+    others = [i for i in range(23) if i not in (4, 7)]
+    left = {name: x[others] if "hidden" in name else x for name, x in case.items()}
+    keywords |= {"labels": labels[others], "weight": weight[others]}
+    right = linear_distillation_loss(**left, **keywords)
+    torch.testing.assert_close(loss[others] if reduction == "none" else loss, right)
+
+
+def test_no_rows() -> None:
+    wanted = ["student_hidden", "student_weight", "student_bias"]
+    for case, labels in (
+        (make_case(), torch.full((23,), -100)),
+        (make_case(rows=0), torch.zeros(0, dtype=torch.int64)),
+    ):
+        for reduction in ("mean", "sum", "none"):
+            keywords = {"labels": labels, "hard_weight": 0.5, "reduction": reduction}
+            loss, found = gradients(linear_distillation_loss, case, wanted, **keywords)
+            assert (loss == 0).all()
+            assert all((g == 0).all() for g in found)
+
+
+def test_tied_weights() -> None:
+    """A head that is the embedding too gets the sum of both gradients."""
+    case = make_case(bias=False, sizes=(6, 6))
+    tokens = torch.randint(40, (23,))
+    found = []
+    for loss in (linear_distillation_loss, reference.linear_distillation_loss):
+        shared = case["student_weight"].clone().requires_grad_()
+        keywords = {**case, "student_weight": shared, "student_hidden": shared[tokens].tanh()}
+        loss(**keywords).backward()
+        found.append(shared.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_second_backward_and_accumulation() -> None:
+    case = make_case()
+    head = case["student_weight"].requires_grad_()
+    loss = linear_distillation_loss(**case) / 3
+    (first,) = torch.autograd.grad(loss, head, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, head)
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, first)
+    for _ in range(2):
+        (linear_distillation_loss(**case) / 3).backward()
+    torch.testing.assert_close(head.grad, 2 * first)
+
+
+def test_autocast_casts_as_a_linear_layer_does() -> None:
+    case = make_case(torch.float32, bias=False)
+    wanted = ["student_hidden", "student_weight"]
+
+    def logits_first(**tensors: Tensor) -> Tensor:
+        logits = (
+            torch.nn.functional.linear(tensors[f"{s}_hidden"], tensors[f"{s}_weight"]) for s in ("student", "teacher")
+        )
+        return reptile_ext.distillation_loss(*logits)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(linear_distillation_loss, case, wanted)
+        right = gradients(logits_first, case, wanted)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found, right, rtol=0.02, atol=1e-3)
+
+
+def test_dtypes_of_the_two_sides_may_differ() -> None:
+    for student in DTYPES:
+        for teacher in DTYPES:
+            case = {k: x.to(student if "student" in k else teacher) for k, x in make_case().items()}
+            wanted = ["student_hidden", "student_weight", "student_bias"]
+            found = gradients(linear_distillation_loss, case, wanted, memory_budget=3000)
+            right = gradients(reference.linear_distillation_loss, case, wanted)
+            assert found[0].dtype == right[0].dtype
+            low = torch.bfloat16 in (student, teacher) or torch.float16 in (student, teacher)
+            tolerance = {"rtol": 0.03, "atol": 0.003} if low else {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(found, right, **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+@every_keywords
+def test_traced_transformed_and_checkpointed(keywords: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    case = make_case()
+    keywords = {**keywords, "labels": make_labels(23, 40)}
+    names = ["student_hidden", "student_weight"]
+    fixed = {name: x for name, x in case.items() if name not in names}
+
+    def f(hidden: Tensor, head: Tensor) -> Tensor:
+        return linear_distillation_loss(student_hidden=hidden, student_weight=head, **fixed, **keywords).sum()
+
+    inputs = [case[name].requires_grad_() for name in names]
+    loss = f(*inputs)
+    right = torch.autograd.grad(loss, inputs)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)(*inputs)
+    checkpointed = checkpoint(f, *inputs, use_reentrant=False)
+    for other in (compiled, checkpointed):
+        torch.testing.assert_close(other, loss)
+        torch.testing.assert_close(torch.autograd.grad(other, inputs), right)
+    torch.testing.assert_close(torch.func.grad(f, (0, 1))(*(x.detach() for x in inputs)), right)
+
+
+def test_the_module_is_the_function() -> None:
+    case = make_case()
+    keywords = {"temperature": 2.0, "hard_weight": 0.5, "student_softcap": 3.0}
+    module = reptile_ext.LinearDistillationLoss(**keywords)
+    labels = make_labels(23, 40)
+    assert torch.equal(module(**case, labels=labels), linear_distillation_loss(**case, labels=labels, **keywords))
+    assert "temperature=2.0" in repr(module)
+    for wrong, message in (({"student_softcap": 0}, "student_softcap"), ({"memory_budget": -1}, "memory_budget")):
+        with pytest.raises(ValueError, match=message):
+            reptile_ext.LinearDistillationLoss(**wrong)
+
+
+@contextmanager
+def refuses(kind: type[Exception], words: str) -> Iterator[None]:
+    with pytest.raises(kind) as caught:
+        yield
+    assert words in str(caught.value), str(caught.value)
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student_hidden": None}, TypeError, "student_hidden must be a torch.Tensor; got NoneType"),
+    ({"student_weight": None}, TypeError, "student_weight must be a torch.Tensor, the head"),
+    ({"teacher_hidden": "x"}, TypeError, "teacher_hidden must be a torch.Tensor; got str"),
+    ({"student_hidden": torch.ones(23, 6, dtype=torch.int64)}, TypeError, "student_hidden must be float32,"),
+    ({"student_hidden": torch.ones(23, 6)}, TypeError, "student_weight must have the dtype of student_hidden,"),
+    ({"student_weight": torch.ones(40, 5).double()}, ValueError, "student_weight must be [classes, 6], as student_hi"),
+    ({"student_weight": torch.ones(40).double()}, ValueError, "got [40]"),
+    ({"student_weight": torch.ones(0, 6).double(), "student_bias": None}, ValueError, "needs at least one class"),
+    ({"teacher_bias": torch.ones(3).double()}, ValueError, "teacher_bias must be [40]; got [3]"),
+    ({"teacher_weight": None}, ValueError, "teacher_bias has no meaning where teacher_weight=None"),
+    (
+        {"teacher_weight": None, "teacher_bias": None},
+        ValueError,
+        "teacher_weight has 9 classes and student_weight has 40",
+    ),
+    (
+        {"teacher_hidden": torch.ones(22, 9).double()},
+        ValueError,
+        "teacher_hidden must have the shape of student_hidden",
+    ),
+    ({"teacher_hidden": torch.ones(23, 9, device="meta").double()}, ValueError, "on the device of student_hidden, cpu"),
+    ({"student_softcap": -1.0}, ValueError, "student_softcap must be a positive number or None; got -1.0"),
+    ({"teacher_softcap": "30"}, TypeError, "teacher_softcap must be a positive number or None; got str"),
+    ({"student_scale": 0.0}, ValueError, "student_scale must be a finite number that is not 0; got 0.0"),
+    ({"teacher_scale": np.ones(2)}, TypeError, "teacher_scale must be a finite number that is not 0"),
+    ({"memory_budget": 0}, ValueError, "memory_budget must be a positive number of bytes; got 0"),
+    ({"memory_budget": 1.5}, TypeError, "memory_budget must be an integer; got float"),
+    (
+        {"labels": torch.zeros(22, dtype=torch.int64)},
+        ValueError,
+        "labels must have the shape of student_hidden without",
+    ),
+    ({"labels": torch.full((23,), 40)}, ValueError, "labels must lie in [0, 40)"),
+    ({"hard_weight": 1.0}, ValueError, "labels are needed for hard_weight=1.0"),
+    ({"weight": -torch.ones(23)}, ValueError, "weight must be finite and not negative"),
+    ({"divergence": "kl"}, ValueError, "divergence must be one of"),
+    ({"temperature": 0.0}, ValueError, "temperature must be a positive number"),
+    ({"denominator": 0.0}, ValueError, "denominator must be a positive, finite number"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "words"), BAD, ids=[str(list(b[0])) + b[2][:30] for b in BAD])
+def test_bad_input(wrong: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with refuses(kind, words):
+        linear_distillation_loss(**{**make_case(), **wrong})
