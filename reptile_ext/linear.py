@@ -7,6 +7,7 @@ products back to the gradients of hidden states, head and bias, all in the forwa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .arguments import REDUCTIONS, Options, check_linear, check_memory_budget, check_rows, make_options
-from .functional import distillation_loss, for_operators, has_kernels, raise_better, warn_once
+from .functional import for_operators, has_kernels, raise_better, warn_once
 
 __all__ = ["linear_distillation_loss"]
 
@@ -138,15 +139,33 @@ class Task(NamedTuple):
         student = Side(tensors[0], tensors[1], tensors[2], self.softcaps[0], self.scales[0])
         return student, Side(tensors[3], tensors[4], tensors[5], self.softcaps[1], self.scales[1])
 
+    def computes_gradients_at_once(self, student_hidden: Tensor, needed: Sequence[bool]) -> bool:
+        """In the forward pass: not where what comes from above has to be known first, nor for a teacher who learns."""
+        one_factor = self.options.reduction != _NONE and student_hidden.dtype != torch.float16
+        return one_factor and any(needed[:3]) and not any(needed[3:])
 
-def run(
+    def numbers(self) -> tuple[Any, ...]:
+        """For the operator's schema, which knows no None among numbers."""
+        caps = (cap or 0.0 for cap in self.softcaps)
+        return (*self.options[:10], self.scale, self.memory_budget or 0, *caps, *self.scales)
+
+    @staticmethod
+    def of(numbers: Sequence[Any]) -> Task:
+        options = Options._make((*numbers[:10], True, 1, False))
+        budget, *others = numbers[11:]
+        return Task(
+            options, numbers[10], budget or None, (others[0] or None, others[1] or None), (others[2], others[3])
+        )
+
+
+def _run_chunks(
     task: Task,
     tensors: tuple[Any, ...],
     rows: tuple[Tensor | None, Tensor | None, Tensor | None],
     upstream: Tensor | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and the gradients that are needed of the six tensors, times what comes from above."""
+    """`run` of rows that are all to be looked at."""
     student, teacher = task.sides(tensors)
     options, (labels, weight, denominator) = task.options, rows
     vocab_size = min(student.num_classes(), teacher.num_classes())
@@ -193,6 +212,41 @@ def run(
     return losses.to(result), [*gradients[0].finished(), *gradients[1].finished()]
 
 
+def run(
+    task: Task,
+    tensors: tuple[Any, ...],
+    rows: tuple[Tensor | None, Tensor | None, Tensor | None],
+    upstream: Tensor | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, and the gradients that are needed of the six tensors, times what comes from above."""
+    labels, weight, denominator = rows
+    is_in = rows_in(labels, weight, task.options.ignore_index)
+    # Finding the rows that are in would make the host wait for a GPU. There they cost their products.
+    if is_in is None or is_in.device.type != "cpu" or bool(is_in.all()):
+        return _run_chunks(task, tensors, rows, upstream, needed)
+
+    def put_back(part: Tensor | None) -> Tensor | None:
+        return part if part is None else part.new_zeros(is_in.shape[0], *part.shape[1:]).index_copy_(0, kept, part)
+
+    kept = is_in.nonzero().squeeze(1)
+    fewer = tuple(x.index_select(0, kept) if x is not None and i % 3 == 0 else x for i, x in enumerate(tensors))
+    labels, weight = (x if x is None else x.index_select(0, kept) for x in (labels, weight))
+    above = upstream if upstream is None or upstream.dim() == 0 else upstream.index_select(0, kept)
+    loss, gradients = _run_chunks(task, fewer, (labels, weight, denominator), above, needed)
+    if task.options.reduction == _NONE:
+        loss = put_back(loss)  # type: ignore[assignment]
+    return loss, [put_back(g) if i % 3 == 0 else g for i, g in enumerate(gradients)]
+
+
+def rows_in(labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Which rows are in; None: all."""
+    is_in = None if labels is None else labels != ignore_index
+    if weight is not None:
+        is_in = weight != 0 if is_in is None else is_in & (weight != 0)
+    return is_in
+
+
 class _FusedLinear(torch.autograd.Function):
     """Gradients are computed in the forward pass and given away in the first backward pass, as by
     `functional._FusedLoss`; in the backward pass where what comes from above has to be known first (a factor a row,
@@ -203,12 +257,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx.task, ctx.rows, ctx.gradients = task, (labels, weight, denominator), None
         ctx.set_materialize_grads(False)
         needed = ctx.needs_input_grad[4:]
-        now = (
-            any(needed[:3])
-            and not any(needed[3:])
-            and task.options.reduction != _NONE
-            and tensors[0].dtype != torch.float16
-        )
+        now = task.computes_gradients_at_once(tensors[0], needed)
         loss, gradients = run(task, tensors, ctx.rows, None, needed if now else (False,) * 6)
         ctx.gradients = gradients if now else None
         ctx.save_for_backward(*tensors)
@@ -235,6 +284,84 @@ def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor, position: int) -> T
     rows = ctx.rows[:2] if position == 0 else (None, None)
     dim = gradient.dim() - 1
     return ops.scale_gradient(gradient, grad_output, rows, ctx.task.options.ignore_index, gradient.shape[dim], dim)
+
+
+@torch.library.custom_op("reptile_ext::linear_distillation_loss", mutates_args=())
+def _operator(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: Tensor | None,
+    upstream: Tensor | None,
+    kind: int,
+    beta: float,
+    omega: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    soft_scale: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    scale: float,
+    memory_budget: int,
+    student_softcap: float,
+    teacher_softcap: float,
+    student_scale: float,
+    teacher_scale: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What traced programs see: the loss, and the gradients of the six tensors, empty where they are not needed."""
+    tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    of_options = (kind, beta, omega, student_temperature, teacher_temperature, soft_scale, hard_weight)
+    of_linear = (memory_budget, student_softcap, teacher_softcap, student_scale, teacher_scale)
+    task = Task.of((*of_options, label_smoothing, ignore_index, reduction, scale, *of_linear))
+    loss, gradients = run(task, tensors, (labels, weight, denominator), upstream, tuple(needed))
+    return (loss, *(student_hidden.new_empty(0) if g is None else g for g in gradients))  # type: ignore[return-value]
+
+
+@_operator.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, needed, reduction = arguments[:6], arguments[-1], arguments[19]
+    student = tensors[0]
+    double = torch.float64 in (student.dtype, tensors[3].dtype)
+    shape = student.shape[:1] if reduction == _NONE else ()
+    loss = student.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+    return (
+        loss,
+        *(torch.empty_like(x) if need else student.new_empty(0) for x, need in zip(tensors, needed, strict=True)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.numbers, ctx.now = inputs[10:-1], tuple(inputs[-1])
+    ctx.save_for_backward(*inputs[:9], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    tensors, rows, gradients = saved[:6], saved[6:9], saved[9:]
+    ctx.task, ctx.rows = Task.of(ctx.numbers), rows
+    needed = tuple(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled():
+        found = _reference_gradients(ctx.task, tensors, rows, grad_loss, needed)
+    elif ctx.now == needed:
+        # Copies: the operator's gradients are its outputs, and may be asked for again.
+        found = [_scaled(ctx, g.clone(), grad_loss, i) if needed[i] else None for i, g in enumerate(gradients)]
+    else:
+        upstream = grad_loss.to(torch.float64).contiguous()
+        results = _operator(*tensors, *rows, upstream, *ctx.numbers, list(needed))[1:]
+        found = [g if need else None for g, need in zip(results, needed, strict=True)]
+    return (*found, *[None] * 21)
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _reference_loss(task: Task, tensors: tuple[Any, ...], rows: tuple[Any, Any, Any], check: bool) -> Tensor:
@@ -328,8 +455,8 @@ def linear_distillation_loss(
     Gradients go to whichever of the six tensors requires one, the teacher's too; the others' products are not computed.
     Those of 16-bit heads are added up in float32. With reduction="none", for float16, and where the teacher learns,
     they are computed in the backward pass, from logits that are computed once more. Under autocast, hidden states and
-    heads are cast as `F.linear` would. Derivatives of derivatives, torch.func, and programs under
-    torch.compile go through logits in full.
+    heads are cast as `F.linear` would. Derivatives of derivatives, and torch.func, go through
+    logits in full.
     """
     options = make_options(
         divergence,
@@ -376,18 +503,7 @@ def linear_distillation_loss(
     flat = tuple(x.reshape(-1, x.shape[-1]) if i % 3 == 0 else x for i, x in enumerate(tensors))
     rows = [x if x is None else x.reshape(-1) for x in (labels, weight)]
     task = Task(options, 1.0, budget, (student[0], teacher[0]), (student[1], teacher[1]))
-    if torch.compiler.is_compiling():
-        logits = [all_logits(side) for side in task.sides(flat)]
-        keywords: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "soft_weight": soft_weight,
-        }
-        keywords |= {"temperature_scaling": temperature_scaling, "hard_weight": hard_weight, "vocab": "truncate"}
-        keywords |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
-        loss = distillation_loss(logits[0], logits[1], rows[0], weight=rows[1], denominator=denominator, **keywords)
-    elif not has_kernels(device) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not has_kernels(device) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         warn_once(device, "linear_distillation_loss")
         loss = _reference_loss(task, flat, (rows[0], rows[1], denominator), check=True)
     else:
@@ -403,34 +519,25 @@ def _apply(
     denominator: float | Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    num_rows = tensors[0].shape[0]
     mean = task.options.reduction == _MEAN and denominator is None
     labels, weight, divisor, scale, options = for_operators(labels, weight, denominator, task.options, device)
-    kept: Tensor | None = None
-    if labels is not None or weight is not None:
-        is_in = torch.ones(num_rows, dtype=torch.bool, device=device)
-        if labels is not None:
-            is_in &= labels != options.ignore_index
-        if weight is not None:
-            is_in &= weight != 0
-        if mean:
+    if mean:
+        is_in = rows_in(labels, weight, options.ignore_index)
+        if is_in is None:
+            scale = 1.0 / max(tensors[0].shape[0], 1)
+        else:
             total = is_in.sum(dtype=torch.float64) if weight is None else torch.where(is_in, weight, 0.0).sum()
             divisor = torch.where(total == 0, 1.0, total)
-        # Finding the rows that are in would make the host wait for a GPU.
-        if device.type == "cpu" and not bool(is_in.all()):
-            kept = is_in.nonzero().squeeze(1)
-            tensors = tuple(
-                x.index_select(0, kept) if x is not None and i % 3 == 0 else x for i, x in enumerate(tensors)
-            )
-            labels, weight = (x if x is None else x.index_select(0, kept) for x in (labels, weight))
-    elif mean:
-        scale = 1.0 / max(num_rows, 1)
-    task = task._replace(options=options._replace(reduction=_SUM) if mean else options, scale=scale)
+        options = options._replace(reduction=_SUM)
+    task = task._replace(options=options, scale=scale)
     try:
-        loss: Tensor = _FusedLinear.apply(task, labels, weight, divisor, *tensors)  # type: ignore[no-untyped-call]
+        if not torch.compiler.is_compiling():
+            fused: Tensor = _FusedLinear.apply(task, labels, weight, divisor, *tensors)  # type: ignore[no-untyped-call]
+            return fused
+        needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+        now = needed if task.computes_gradients_at_once(tensors[0], needed) else [False] * 6
+        loss: Tensor = _operator(*tensors, labels, weight, divisor, None, *task.numbers(), now)[0]
+        return loss
     except RuntimeError as error:
         raise_better(error, device)
         raise
-    if kept is not None and task.options.reduction == _NONE:
-        loss = torch.zeros(num_rows, dtype=loss.dtype, device=device).index_copy(0, kept, loss)
-    return loss

@@ -374,6 +374,46 @@ def test_traced_transformed_and_checkpointed(keywords: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.func.grad(f, (0, 1))(*(x.detach() for x in inputs)), right)
 
 
+def operator_arguments(needed: str = "110000", **keywords: Any) -> tuple[Any, ...]:
+    """As _apply calls it in a traced program."""
+    case = make_case(torch.float32, rows=5, classes=8)
+    options = reptile_ext.arguments.make_options(
+        "forward_kl", None, 2.0, "t2", 1.0, keywords.get("hard_weight", 0.5), 0.1, -100, "sum", "error", -1, False
+    )
+    if keywords.get("none"):
+        options = options._replace(reduction=0)
+    task = linear.Task(options, 0.2, 500, (3.0, None), (1.0, 0.5))
+    order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+    tensors = [case[name].requires_grad_(need == "1") for name, need in zip(order, needed, strict=True)]
+    at_once = task.computes_gradients_at_once(tensors[0], [need == "1" for need in needed])
+    now = [at_once and need == "1" for need in needed]
+    return (*tensors, make_labels(5, 8), None, None, None, *task.numbers(), now)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+@pytest.mark.parametrize("sample", [{}, {"needed": "111111"}, {"none": True}, {"needed": "000000"}], ids=str)
+def test_opcheck(sample: dict[str, Any]) -> None:
+    torch.library.opcheck(torch.ops.reptile_ext.linear_distillation_loss, operator_arguments(**sample))
+
+
+def test_no_traced_program_has_all_logits() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, head: Tensor, teacher: Tensor, teachers_head: Tensor) -> Tensor:
+            return linear_distillation_loss(hidden, head, teacher, teachers_head, memory_budget=1 << 20)
+
+    case = make_case(torch.float32, rows=600, classes=3000, sizes=(8, 8), bias=False)
+    inputs = tuple(case.values())
+    exported = torch.export.export(Module(), inputs).module()
+    for x in inputs[:2]:
+        x.requires_grad_()
+    with Products() as mode:
+        exported(*inputs).backward()
+    assert mode.largest <= 1 << 19
+    right = gradients(linear_distillation_loss, case, ["student_hidden", "student_weight"])[1]
+    torch.testing.assert_close([x.grad for x in inputs[:2]], list(right))
+
+
 def test_the_module_is_the_function() -> None:
     case = make_case()
     keywords = {"temperature": 2.0, "hard_weight": 0.5, "student_softcap": 3.0}
