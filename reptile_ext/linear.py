@@ -55,13 +55,19 @@ class Side(NamedTuple):
         else:
             assert out is not None
             z = out[: hidden.shape[0]]
-            # The scale multiplies the sum before it is rounded; beta=0: what is in `z` is not looked at.
-            first = z if self.bias is None else self.bias
-            beta = 0.0 if self.bias is None else self.scale
-            torch.addmm(first, hidden, self.weight.t(), beta=beta, alpha=self.scale, out=z)
+            _product(hidden, self.weight.t(), self.scale, z, self.bias)
         if self.softcap is None:
             return z
         return _wide(z).div(self.softcap).tanh_().mul_(self.softcap)
+
+
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None = None) -> None:
+    """scale · (a b + bias), rounded once."""
+    if bias is None and scale == 1.0:
+        torch.mm(a, b, out=out)  # addmm would copy `out` first, to multiply it by 0
+    else:
+        beta = 0.0 if bias is None else scale
+        torch.addmm(out if bias is None else bias, a, b, beta=beta, alpha=scale, out=out)
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -87,43 +93,78 @@ def chunks(num_rows: int, bytes_per_row: int, memory_budget: int | None) -> list
 class Gradients:
     """Of one side's hidden states, head and bias: those that are needed, added up over the chunks."""
 
-    def __init__(self, side: Side, needed: tuple[bool, bool, bool]) -> None:
-        def new(like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-            assert like is not None
-            return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
-
+    def __init__(self, side: Side, needed: tuple[bool, bool, bool], vocab_size: int) -> None:
+        self.side, self.vocab_size = side, vocab_size
+        self.hidden = torch.zeros_like(side.hidden) if needed[0] and side.weight is None else None
+        if needed[0] and side.weight is not None:  # every row of it will be written
+            self.hidden = torch.empty_like(side.hidden, memory_format=torch.contiguous_format)
+        self.needs_weight, self.needs_bias = needed[1:]
         # Sums over many chunks are not rounded to 16 bits in between.
-        wide = torch.float64 if side.hidden.dtype == torch.float64 else torch.float32
-        self.side = side
-        self.hidden = new(side.hidden) if needed[0] else None
-        self.weight = new(side.weight, wide) if needed[1] else None
-        self.bias = new(side.bias, wide) if needed[2] else None
+        self.wide = torch.float64 if side.hidden.dtype == torch.float64 else torch.float32
+        self.weight: Tensor | None = None  # of the classes that are compared, as the next two
+        self.product: Tensor | None = None  # a chunk's share of it in 16 bits
+        self.bias: Tensor | None = None
 
-    def add(self, rows: slice, of_logits: Tensor, vocab_size: int) -> None:
-        """A chunk's gradient with respect to the first `vocab_size` logits, before the softcap."""
+    def add(self, rows: slice, of_logits: Tensor) -> None:
+        """A chunk's gradient with respect to the logits that are compared, before the softcap."""
         side = self.side
         g = of_logits.to(side.hidden.dtype)
         if side.weight is None:
             if self.hidden is not None:
-                self.hidden[rows, :vocab_size] = g * side.scale if side.scale != 1.0 else g
+                self.hidden[rows, : self.vocab_size] = g * side.scale if side.scale != 1.0 else g
             return
         if self.hidden is not None:
-            out = self.hidden[rows]
-            torch.addmm(out, g, side.weight[:vocab_size], beta=0.0, alpha=side.scale, out=out)
-        if self.weight is not None:
-            total, hidden = self.weight[:vocab_size], side.hidden[rows]
-            if total.dtype == g.dtype:
-                total.addmm_(g.t(), hidden, alpha=side.scale)
-            elif g.is_cuda:
-                total.add_(torch.mm(g.t(), hidden, out_dtype=total.dtype), alpha=side.scale)
-            else:  # each chunk's product is rounded once
-                total.add_(torch.mm(g.t(), hidden), alpha=side.scale)
-        if self.bias is not None:
-            self.bias[:vocab_size].add_(g.sum(0, dtype=self.bias.dtype), alpha=side.scale)
+            _product(g, side.weight[: self.vocab_size], side.scale, self.hidden[rows])
+        if self.needs_weight:
+            self._add_to_weight(g.t(), side.hidden[rows], side.scale)
+        if self.needs_bias:
+            share = g.sum(0, dtype=self.wide).mul_(side.scale)
+            self.bias = share if self.bias is None else self.bias.add_(share)
+
+    def _add_to_weight(self, g: Tensor, hidden: Tensor, scale: float) -> None:
+        shape = (g.shape[0], hidden.shape[1])
+        if self.wide == g.dtype:
+            if self.weight is None:
+                self.weight = g.new_empty(shape)
+                _product(g, hidden, scale, self.weight)
+            else:
+                self.weight.addmm_(g, hidden, alpha=scale)
+        elif g.is_cuda:
+            share = torch.mm(g, hidden, out_dtype=self.wide)
+            self.weight = share.mul_(scale) if self.weight is None else self.weight.add_(share, alpha=scale)
+        else:  # each chunk's product is rounded once
+            if self.product is None:
+                self.product = g.new_empty(shape)
+                _product(g, hidden, scale, self.product)
+                return
+            if self.weight is None:
+                self.weight = self.product.to(self.wide)
+            _product(g, hidden, scale, self.product)
+            self.weight.add_(self.product)
 
     def finished(self) -> list[Tensor | None]:
-        dtype = self.side.hidden.dtype
-        return [None if g is None else g.to(dtype) for g in (self.hidden, self.weight, self.bias)]
+        of_weight = of_bias = None
+        if self.needs_weight:
+            of_weight = self.product if self.weight is None else self.weight
+            if self.product is not None and self.weight is not None:
+                of_weight = self.product.copy_(self.weight)  # into memory that is there
+        if self.needs_bias:
+            of_bias = self.bias
+        return [
+            self.hidden,
+            self._whole(of_weight, self.side.weight) if self.needs_weight else None,
+            self._whole(of_bias, self.side.bias) if self.needs_bias else None,
+        ]
+
+    def _whole(self, part: Tensor | None, like: Tensor | None) -> Tensor:
+        """In the dtype and shape of what it is the gradient of: 0 for the classes that were not compared."""
+        assert like is not None
+        if part is not None and part.shape == like.shape:
+            return part.to(like.dtype)
+        whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        if part is not None:
+            whole[: self.vocab_size] = part
+        return whole
 
 
 class Task(NamedTuple):
@@ -171,7 +212,7 @@ def _run_chunks(
     vocab_size = min(student.num_classes(), teacher.num_classes())
     cut_student, cut_teacher = student.cut(vocab_size), teacher.cut(vocab_size)
     num_rows, device = student.hidden.shape[0], student.hidden.device
-    gradients = (Gradients(student, needed[:3]), Gradients(teacher, needed[3:]))  # type: ignore[arg-type]
+    gradients = (Gradients(student, needed[:3], vocab_size), Gradients(teacher, needed[3:], vocab_size))  # type: ignore[arg-type]
     needs_student, needs_teacher = any(needed[:3]), any(needed[3:])
 
     double = torch.float64 in (student.hidden.dtype, teacher.hidden.dtype)
@@ -198,11 +239,11 @@ def _run_chunks(
             g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
             if teacher.softcap is not None:
                 g.mul_(1 - (t / teacher.softcap).square_())
-            gradients[1].add(chunk, g, vocab_size)
+            gradients[1].add(chunk, g)
         if needs_student:
             slope = None if student.softcap is None else 1 - (s / student.softcap).square_()
             loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
-            gradients[0].add(chunk, s if slope is None else s.mul_(slope), vocab_size)
+            gradients[0].add(chunk, s if slope is None else s.mul_(slope))
         else:
             loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
         if none:
