@@ -419,17 +419,12 @@ def _reference_gradients(
     grad_output: Tensor,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """By plain PyTorch, with logits in full: derivatives of derivatives, and batches of gradients."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if not create_graph:
-            tensors = tuple(
-                x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)
-            )
-        loss = _reference_loss(task, tensors, rows, check=False)
-        wanted = [x for x, need in zip(tensors, needed, strict=True) if need and x is not None]
-        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph, materialize_grads=True))
-    return [next(found) if need else None for need in needed]
+    """By plain PyTorch, with logits in full."""
+
+    def loss_of(*tensors: Tensor | None) -> Tensor:
+        return _reference_loss(task, tensors, rows, check=False)
+
+    return ops.gradients_by_autograd(loss_of, tensors, grad_output, needed)
 
 
 def linear_distillation_loss(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,25 @@ def _(
     return None
 
 
+def gradients_by_autograd(
+    loss_of: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of loss_of(*inputs), which is plain PyTorch: for derivatives of derivatives and batches of gradients,
+    which the kernel does not compute. Differentiable if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create_graph:
+            inputs = [
+                x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
+            ]
+        loss = loss_of(*inputs)
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        if not loss.requires_grad:  # a teacher alone, at soft_weight=0
+            loss = loss + 0 * wanted[0].sum()
+        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph, materialize_grads=True))
+    return [next(found) if need else None for need in needed]
+
+
 def reference_gradients(
     inputs: tuple[Tensor, Tensor],
     rows: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -194,20 +213,14 @@ def reference_gradients(
     grad_output: Tensor,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for student and teacher by plain PyTorch: derivatives of derivatives, and batches of gradients, which
-    the kernel does not compute. Differentiable if grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        student, teacher = (
-            x if create_graph else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
-        )
+    """Gradients for student and teacher by plain PyTorch."""
+
+    def loss_of(student: Tensor, teacher: Tensor) -> Tensor:
         # The operator has looked at the values of labels and weights.
-        loss = reference.with_options(student, teacher, *rows, options, check_values=False) * scale
-        wanted = [x for x, need in zip((student, teacher), needed, strict=True) if need]
-        if not loss.requires_grad:  # a teacher alone, at soft_weight=0
-            loss = loss + 0 * teacher.sum()
-        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph, materialize_grads=True))
-    return (next(found) if needed[0] else None, next(found) if needed[1] else None)
+        return reference.with_options(student, teacher, *rows, options, check_values=False) * scale
+
+    of_student, of_teacher = gradients_by_autograd(loss_of, inputs, grad_output, needed)
+    return of_student, of_teacher
 
 
 def kernel_gradients(

@@ -120,6 +120,16 @@ def test_whoever_learns(wanted: list[str], reduction: str) -> None:
         check(make_case(), wanted, **keywords, divergence=divergence)
 
 
+def test_a_teacher_that_the_loss_does_not_look_at_has_gradient_zero() -> None:
+    case = {name: x.requires_grad_(name.startswith("teacher")) for name, x in make_case().items()}
+    wanted = [case["teacher_hidden"], case["teacher_weight"]]
+    loss = linear_distillation_loss(**case, labels=make_labels(23, 40), soft_weight=0.0, hard_weight=1.0)
+    for keywords in ({}, {"create_graph": True}):
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, wanted, retain_graph=True, **keywords))
+    above = torch.ones(3, dtype=loss.dtype)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, wanted, above, is_grads_batched=True))
+
+
 class Products(TorchDispatchMode):
     """Matrix products, and the largest tensor that any operation made."""
 
