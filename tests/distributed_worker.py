@@ -1,7 +1,9 @@
-"""What each process of test_distributed.py runs: a module of its own, so that a spawned process can import it."""
+"""What each process of test_distributed.py and test_heads.py runs: a module of its own, so that a spawned process can
+import it."""
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any
 
@@ -70,6 +72,66 @@ def worker(rank: int, port: int, kind: str, all_keywords: list[dict[str, Any]], 
             loss.backward()
             found.append({name: gradient.numpy() for name, gradient in gradients(model).items()})
         results.put((rank, found))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        results.put((rank, traceback.format_exc()))
+
+
+class LanguageModel(torch.nn.Module):
+    """Token ids to logits, with or without a head whose weight is the embedding's."""
+
+    def __init__(self, seed: int, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = torch.nn.Embedding(CLASSES, HIDDEN)
+        self.body, self.head = torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Linear(HIDDEN, CLASSES)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(self.embedding(ids)).tanh())
+        return logits
+
+
+def fitted_student(tied: bool, fused_linear: bool) -> dict[str, Tensor]:
+    """After three steps of two micro-batches on all processes; the labels leave each a different number of rows."""
+    from reptile_ext.training import Reptile, Until
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(CLASSES, (12, 5), generator=generator)
+    labels = ids.roll(-1, 1)
+    labels[:2] = -100
+    labels[5, 2:] = -100
+    size = 1 if dist.is_initialized() else 2  # as many samples a step, however many processes share it
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids, labels), size)
+    student = LanguageModel(0, tied)
+    reptile = Reptile(
+        student,
+        LanguageModel(1, False),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        accumulate=2,
+        hard_weight=0.5,
+        metrics=["accuracy"],
+        fused_linear=fused_linear,
+    )
+    assert reptile.accelerator.num_processes == (2 if dist.is_initialized() else 1)
+    reptile.fit(batches, batches, until=Until(steps=3), progress_bar=False)
+    return {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+
+
+def fit_worker(rank: int, port: int, results: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        of_process = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ |= {key: str(value) for key, value in of_process.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+        dist.init_process_group("gloo")
+        found = [fitted_student(tied, fused_linear=True) for tied in (False, True)]
+        results.put((rank, [{name: tensor.numpy() for name, tensor in of.items()} for of in found]))
         dist.barrier()
         dist.destroy_process_group()
     except Exception:

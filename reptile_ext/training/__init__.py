@@ -5,8 +5,9 @@
     reptile = Reptile(student, teacher, temperature=2.0, hard_weight=0.5)
     result = reptile.fit(train_loader, eval_loader, until=Until(metric="accuracy", target=0.9, steps=10_000))
 
-Read top-down: `reptile` is the loop, `batches` what it samples from, `metrics` what it measures, `checkpoint` how it
-survives a kill, `report` its curves, `recipes` whole runs that `reptile distill` starts. Needs the extra `train`.
+Read top-down: `reptile` is the loop, `batches` what it samples from, `heads` how it does without logits, `metrics` what
+it measures, `checkpoint` how it survives a kill, `report` its curves, `recipes` the runs that `reptile distill` starts.
+Needs the extra `train`.
 """
 
 try:

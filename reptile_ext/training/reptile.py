@@ -9,9 +9,11 @@ Accelerate's would hand the logits back as a float32 copy, and that copy of [row
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,13 +29,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm.auto import tqdm
 
-from ..modules import DistillationLoss
+from ..benchmark import Contender, peak_extra_bytes
+from ..linear import linear_distillation_loss
+from ..modules import DistillationLoss, LinearDistillationLoss
 from .batches import Sampler, logits_of, num_samples, random_state, set_random_state, split
 from .checkpoint import Log, latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from .heads import Head, output_layer
 from .metrics import METRICS, Evaluation, better, check_metrics
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULES = ("constant", "linear", "cosine")
+EVALUATED_ROWS = 512  # whose logits an evaluation has at a time, where a step has none: as many as make a product fast
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,14 @@ class Reptile:
             already the token that follows.
         dim: the class dimension of the logits.
         seed: of Python, NumPy and torch at the start of `fit`; None leaves them.
-        loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …
+        fused_linear: never have the logits of a step in full: the loss takes hidden states and heads, as
+            `reptile_ext.linear_distillation_loss`. It is the same training, to rounding;
+            `measure_fused_linear` says what it saves. The student must have `get_output_embeddings()`, as Hugging
+            Face's language models do, that returns the `torch.nn.Linear` its logits come from; a teacher that has
+            none gives its logits. Softcap and scale are read from the models' configs. A model that does anything
+            else to its logits is refused when it is first run. `evaluate` has the logits of 512 rows at a time.
+        loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
+            `fused_linear`, memory_budget too, and no inplace.
 
     A batch is a tensor, a pair (inputs, labels) or a mapping passed to the models as keywords, its "labels" apart.
     """
@@ -148,11 +161,15 @@ class Reptile:
         shift_labels: bool = False,
         dim: int = -1,
         seed: int | None = 0,
+        fused_linear: bool = False,
         **loss: Any,
     ) -> None:
         for name in ("reduction", "weight", "denominator"):
             if name in loss:
                 raise ValueError(f"{name} is the loop's own affair: the loss is a mean over all rows of a step")
+        of_linear = {"memory_budget": loss.pop("memory_budget")} if "memory_budget" in loss else {}
+        if of_linear and not fused_linear:
+            raise ValueError("memory_budget is for the chunks of fused_linear=True; got it with fused_linear=False")
         if teacher is None and set(loss) - {"ignore_index"}:
             raise ValueError(f"teacher=None leaves no meaning to {sorted(set(loss) - {'ignore_index'})}")
         if teacher is not None:
@@ -192,8 +209,28 @@ class Reptile:
         if teacher is None:
             loss |= {"soft_weight": 0.0, "hard_weight": 1.0}  # the cross entropy, by the same kernel
         self.criterion = DistillationLoss(**loss)
+        self._of_linear = of_linear
         self.ignore_index: int = loss.get("ignore_index", -100)
         self._rows_per_sample: int | None = None
+        self._use_heads(fused_linear)
+
+    def _use_heads(self, fused_linear: bool) -> None:
+        """Choose between the loss of logits and that of hidden states and heads."""
+        self.student_head = self.teacher_head = None  # where there is none, a model is asked for its logits
+        self._linear_keywords: dict[str, Any] = {}
+        if not fused_linear:
+            return
+        keywords = dict(self.criterion.keywords)
+        if keywords.pop("inplace"):
+            raise ValueError("inplace=True has no meaning with fused_linear=True: there are no logits to write over")
+        del keywords["dim"]  # of the loop's logits it is the last
+        if self.dim != -1:
+            raise ValueError(f"fused_linear=True needs classes in the last dimension, dim=-1; got dim={self.dim!r}")
+        LinearDistillationLoss(**keywords, **self._of_linear)  # complain now, not in the first step
+        self._linear_keywords = keywords | self._of_linear
+        self.student_head = Head("student", self.student)
+        if self.teacher is not None and output_layer(self.teacher) is not None:
+            self.teacher_head = Head("teacher", self.teacher)
 
     def fit(
         self,
@@ -280,12 +317,12 @@ class Reptile:
                 for taken, (inputs, labels) in enumerate(window, start=1):
                     # Gradients of several processes meet in the last backward.
                     with accelerator.no_sync(model) if taken < len(window) else contextlib.nullcontext():
-                        # 3. Both forwards. The teacher's keeps no graph.
-                        student_logits = self._logits(model, inputs)
-                        teacher_logits = self._teacher_logits(inputs)
+                        # 3. Both forwards, to logits or to what heads make them of. The teacher's keeps no graph.
+                        answers = self._answers(model, self.student_head, inputs)
+                        teacher_answers = self._teacher_answers(inputs)
                         # 4. Loss: what these rows add to the mean over all rows of the step.
-                        rows = count * self._rows_per_count(student_logits, inputs, labels)
-                        share = self._loss(student_logits, teacher_logits, labels, rows)
+                        rows = count * self._rows_per_count(answers, inputs, labels)
+                        share = self._loss(answers, teacher_answers, labels, rows)
                         # 5. Backward. DDP averages what is already divided by a count over all processes: undo it.
                         scaler.scale(share * accelerator.num_processes).backward()
                     loss += share.detach()
@@ -360,32 +397,95 @@ class Reptile:
         random_numbers = random_state(getattr(data, "generator", None))
         with torch.no_grad(), _frozen(self.teacher), _mode(self.student, training=False):
             for batch in data:
-                inputs, labels = self._receive(batch)
-                student_logits = self._logits(self.student, inputs)
-                teacher_logits = self._teacher_logits(inputs)
-                rows = self._count([(inputs, labels)], here=True) * self._rows_per_count(student_logits, inputs, labels)
-                loss = self._loss(student_logits, teacher_logits, labels, rows)
-                evaluation.update(loss, int(rows), student_logits, teacher_logits, labels)
+                inputs, all_labels = self._receive(batch)
+                answers = self._answers(self.student, self.student_head, inputs)
+                parts = self._in_parts(answers, self._teacher_answers(inputs), all_labels)
+                for logits, teacher_logits, labels in parts:
+                    rows = self._count_rows(logits, labels)
+                    loss = self._loss_of_logits(logits, teacher_logits, labels, rows)
+                    evaluation.update(loss, int(rows), logits, teacher_logits, labels)
         set_random_state(random_numbers, getattr(data, "generator", None))
         return evaluation.compute()
+
+    def measure_fused_linear(self, batch: Any, repeats: int = 5) -> dict[str, Any]:
+        """What `fused_linear` does to memory and time: forward and backward of `batch`, with it and without.
+
+        The teacher's forward is part of it, the optimizer's step is not. The two take turns, after a round that does
+        not count. Needs the memory of `fused_linear=False`. Leaves gradients, buffers and random numbers as they were.
+
+        Returns:
+            rows, classes: of the student's logits.
+            milliseconds: {"logits": …, "fused_linear": …}, medians of `repeats`.
+            peak_bytes: in the same form, what a step needs at its peak besides what was there before, gradients of the
+                parameters included; median of three. None where the system does not say.
+
+        Raises:
+            ValueError: as `fused_linear=True` does, for models and options that it is not for.
+        """
+        inputs, labels = self._receive(batch)
+        device = self.accelerator.device
+        shape: dict[str, int] = {}
+
+        def contender(name: str, fused_linear: bool) -> Contender:
+            loop = copy.copy(self)
+            loop._use_heads(fused_linear)
+
+            def setup() -> None:
+                for parameter in self.student.parameters():
+                    parameter.grad = None
+
+            def step() -> None:
+                answers = loop._answers(self.student, loop.student_head, inputs)
+                rows = self._count_rows(answers, labels)
+                torch.autograd.backward(loop._loss(answers, loop._teacher_answers(inputs), labels, rows))
+                if not fused_linear:
+                    shape.update(rows=answers.shape[:-1].numel(), classes=answers.shape[-1])
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
+            return Contender(name, setup, step)
+
+        contenders = [contender("logits", False), contender("fused_linear", True)]
+        milliseconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+        peaks: dict[str, list[int | None]] = {c.name: [] for c in contenders}
+        with _frozen(self.teacher), _untouched(self.student), _mode(self.student, training=True):
+            for repeat in range(-1, repeats):
+                for c in contenders:
+                    c.setup()
+                    started = time.perf_counter()
+                    c.step()
+                    if repeat >= 0:
+                        milliseconds[c.name].append(1000 * (time.perf_counter() - started))
+            for _ in range(3):
+                for c in contenders:
+                    peaks[c.name].append(_peak_bytes(c, device))
+        return {
+            **shape,
+            "milliseconds": {name: statistics.median(values) for name, values in milliseconds.items()},
+            "peak_bytes": {
+                name: None if None in values else statistics.median(value for value in values if value is not None)
+                for name, values in peaks.items()
+            },
+        }
 
     def _receive(self, batch: Any) -> tuple[Any, Tensor | None]:
         """A batch on the device, as (inputs, labels)."""
         return split(send_to_device(batch, self.accelerator.device), self.shift_labels, self.ignore_index)
 
-    def _count(self, batches: list[tuple[Any, Tensor | None]], here: bool = False) -> Tensor:
-        """Labels that count or, without labels, samples; in all the batches and, unless `here`, on all processes."""
+    def _count(self, batches: list[tuple[Any, Tensor | None]]) -> Tensor:
+        """Labels that count or, without labels, samples; in all the batches and on all processes."""
         if len({labels is None for _, labels in batches}) > 1:
             raise ValueError("the micro-batches of a step must all have labels or all have none; got both kinds")
         counts = [num_samples(i) if lab is None else (lab != self.ignore_index).sum() for i, lab in batches]
         count = torch.stack([torch.as_tensor(c, device=self.accelerator.device) for c in counts]).sum()
-        return count if here else self.accelerator.reduce(count, "sum")
+        total: Tensor = self.accelerator.reduce(count, "sum")
+        return total
 
-    def _rows_per_count(self, logits: Tensor, inputs: Any, labels: Tensor | None) -> int:
-        """1 with labels; without, the rows of a sample, which are known only now that its logits are."""
+    def _rows_per_count(self, answers: Tensor, inputs: Any, labels: Tensor | None) -> int:
+        """1 with labels; without, the rows of a sample, which are known only now that its answers are."""
         if labels is not None:
             return 1
-        rows = logits.shape[:-1].numel() // num_samples(inputs)
+        rows = answers.shape[:-1].numel() // num_samples(inputs)
         if self._rows_per_sample not in (None, rows) and self.accumulate * self.accelerator.num_processes > 1:
             raise ValueError(
                 "without labels, samples that share a step must have the same number of rows; got "
@@ -394,24 +494,90 @@ class Reptile:
         self._rows_per_sample = rows
         return rows
 
-    def _logits(self, model: nn.Module, inputs: Any) -> Tensor:
+    def _count_rows(self, answers: Tensor, labels: Tensor | None) -> Tensor:
+        """Rows that count, of these alone."""
+        if labels is None:
+            return torch.tensor(answers.shape[:-1].numel(), device=answers.device)
+        return (labels != self.ignore_index).sum()
+
+    def _precision(self) -> torch.autocast:
         dtype = PRECISIONS[self.precision]
-        with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32):
+        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _answers(self, model: nn.Module, head: Head | None, inputs: Any) -> Tensor:
+        """Logits, or the hidden states that `head` makes them of; classes or features last."""
+        with self._precision():
+            if head is not None:
+                return head.hidden_states(lambda: logits_of(model, inputs))
             return logits_of(model, inputs).movedim(self.dim, -1)
 
-    def _teacher_logits(self, inputs: Any) -> Tensor | None:
+    def _teacher_answers(self, inputs: Any) -> Tensor | None:
         # no_grad, not inference_mode: autograd refuses to save an inference tensor for the student's backward.
         with torch.no_grad():
-            return None if self.teacher is None else self._logits(self.teacher, inputs)
+            return None if self.teacher is None else self._answers(self.teacher, self.teacher_head, inputs)
 
-    def _loss(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, rows: Tensor) -> Tensor:
+    def _loss(self, answers: Tensor, teacher_answers: Tensor | None, labels: Tensor | None, rows: Tensor) -> Tensor:
         """Sum of the loss over these rows, divided by `rows`."""
+        head, teacher_weight = self.student_head, None  # None: the teacher's answers are logits
+        if head is None:
+            return self._loss_of_logits(answers, teacher_answers, labels, rows)
+        keywords = self._linear_keywords
+        if teacher_answers is None:
+            # The divergence has no weight, so that any teacher does: one of one feature costs next to nothing.
+            _check_labels(labels)
+            teacher_answers = answers.new_zeros(*answers.shape[:-1], 1)
+            teacher_weight = answers.new_zeros(head.weight.shape[0], 1)
+        elif self.teacher_head is not None:
+            teacher_weight = self.teacher_head.weight
+            keywords = keywords | self.teacher_head.keywords("teacher")
+        with self._precision():  # of the heads' products, as it is in the models
+            return linear_distillation_loss(
+                answers,
+                head.weight,
+                teacher_answers,
+                teacher_weight,
+                labels,
+                denominator=rows.clamp(min=1),
+                **head.keywords("student"),
+                **keywords,
+            )
+
+    def _loss_of_logits(
+        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, rows: Tensor
+    ) -> Tensor:
         if teacher_logits is None:
-            if labels is None:
-                raise ValueError("teacher=None trains on labels; got a batch without")
+            _check_labels(labels)
             teacher_logits = logits.detach()  # `criterion` gives the divergence no weight: any logits of this shape do
         loss: Tensor = self.criterion(logits, teacher_logits, labels, denominator=rows.clamp(min=1))
         return loss
+
+    def _in_parts(
+        self, answers: Tensor, teacher_answers: Tensor | None, labels: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Student's logits, teacher's logits and labels of a batch; where there are heads, of a few rows at a time."""
+        if self.student_head is None:
+            yield answers, teacher_answers, labels
+            return
+        rows = answers.shape[:-1]
+        if labels is not None and labels.shape != rows:
+            raise ValueError(
+                f"labels must have the shape of the hidden states' rows, {list(rows)}; got {list(labels.shape)}"
+            )
+        if teacher_answers is not None and teacher_answers.shape[:-1] != rows:
+            raise ValueError(
+                f"the teacher must have the student's rows, {list(rows)}; got {list(teacher_answers.shape[:-1])}"
+            )
+        answers = answers.flatten(0, -2)
+        teacher_answers = None if teacher_answers is None else teacher_answers.flatten(0, -2)
+        labels = None if labels is None else labels.flatten()
+        for start in range(0, answers.shape[0], EVALUATED_ROWS):
+            part = slice(start, start + EVALUATED_ROWS)
+            with self._precision():
+                logits = self.student_head.logits(answers[part])
+                of_teacher = None if teacher_answers is None else teacher_answers[part]
+                if of_teacher is not None and self.teacher_head is not None:
+                    of_teacher = self.teacher_head.logits(of_teacher)
+            yield logits, of_teacher, None if labels is None else labels[part]
 
     def _make_scheduler(self, optimizer: Optimizer, until: Until) -> LRScheduler:
         if not isinstance(self.schedule, str):
@@ -456,6 +622,39 @@ def _frozen(teacher: nn.Module | None) -> Iterator[None]:
         finally:
             for parameter, requires_grad in wanted:
                 parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Gradients, buffers (a BatchNorm's statistics) and random numbers are afterwards as they were."""
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    random_numbers = random_state()
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        set_random_state(random_numbers)
+
+
+def _peak_bytes(contender: Contender, device: torch.device) -> int | None:
+    """Of a step, over what there was before it."""
+    if device.type != "cuda":
+        return peak_extra_bytes(contender)
+    contender.setup()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    contender.step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _check_labels(labels: Tensor | None) -> None:
+    if labels is None:
+        raise ValueError("teacher=None trains on labels; got a batch without")
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
