@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -137,6 +138,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "beta has no meaning for divergence='tvd'" in refused(
         capsys, "distill", "digits", "--divergence", "tvd", "--beta", "2"
     )
+    assert "inplace has no meaning with fused_linear" in refused(
+        capsys, "distill", "--inplace", "true", "--fused-linear"
+    )
+    assert "unrecognized arguments: --fused-linear" in refused(capsys, "distill", "digits", "--fused-linear")
     assert "recipe must be one of code-lm, digits; got 'digit'" in refused(capsys, "distill", "digit")
     assert "is not empty" in refused(capsys, "distill", "digits", "--out", str(tmp_path))
     assert "unknown command 'distil'; known: distill, evaluate, benchmark, doctor" in refused(capsys, "distil")
@@ -154,6 +159,45 @@ def test_a_divergence_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert cli.main(["evaluate", str(tmp_path / name)]) == 0
     jsd, dkd = ((tmp_path / name / "student.safetensors").read_bytes() for name in ("jsd", "dkd"))
     assert jsd != dkd
+
+
+def test_fused_linear_trains_the_same_and_says_what_it_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one switch; without it there is no such line. On a little text, so that a whole run takes seconds."""
+    from reptile_ext.training.recipes import code_lm
+
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, json, subprocess)]
+    monkeypatch.setattr(code_lm, "standard_library", lambda: (texts[:2], texts[2:]))
+    small = ["--vocabulary", "400", "--length", "16", "--transfer-tokens", "2000", "--held-out-tokens", "1000"]
+    small += ["--teacher-width", "16", "--student-width", "16", "--teacher-steps", "20", "--steps", "20", "--quiet"]
+    reports, said = {}, {}
+    for switch in ([], ["--fused-linear"]):
+        folder = tmp_path / f"run{len(switch)}"
+        assert cli.main(["distill", "code-lm", *small, *switch, "--out", str(folder)]) == 0
+        reports[bool(switch)] = json.loads((folder / "report.json").read_text())
+        said[bool(switch)] = capsys.readouterr().out
+    assert "fused_linear = true" in (tmp_path / "run1" / "config.toml").read_text()
+    for name, values in reports[True]["models"].items():
+        for metric, value in values.items():
+            if metric != "seconds":
+                assert value == pytest.approx(reports[False]["models"][name][metric], rel=1e-3), (name, metric)
+
+    measured = reports[True]["fused_linear"]
+    assert (measured["rows"], measured["classes"]) == (4 * 16, 400)
+    for what in ("milliseconds", "peak_bytes"):
+        assert measured[what].keys() == {"logits", "fused_linear"}
+    lines = said[True].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:3] == ["64", "×", "400"])
+    times = measured["milliseconds"]
+    saved = f"{1 - times['fused_linear'] / times['logits']:.0%}"
+    assert lines[head + 1].split() == ["fwd", "+", "bwd,", "ms", *(f"{t:.2f}" for t in times.values()), saved]
+    assert "fused linear" not in said[False]
+    assert "fused_linear" not in reports[False]
+
+    assert cli.main(["evaluate", str(tmp_path / "run1")]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["accuracy"] == pytest.approx(reports[True]["models"]["student"]["accuracy"])
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,24 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     for what, of in report["milliseconds"].items():
         title = "loss fwd + bwd" if what == "loss" else "training step"
         lines.append(f"{title:<20}{of['fused']:>12.2f}{of['eager']:>15.2f}{of['eager'] / of['fused']:>15.2f}")
+    if "fused_linear" in report:
+        lines += ["", *format_fused_linear(report["fused_linear"])]
     return "\n".join([*lines, "", *report["notes"]])
+
+
+def format_fused_linear(measured: dict[str, Any]) -> list[str]:
+    """What `Reptile.measure_fused_linear` returns as the lines of a table; a saving below 0 % is a loss."""
+    rows = {"fwd + bwd, ms": measured["milliseconds"]}
+    if None not in measured["peak_bytes"].values():
+        rows["peak memory, MB"] = {name: value / 1e6 for name, value in measured["peak_bytes"].items()}
+    shape = f"{measured['rows']:,} × {measured['classes']:,}"
+    return [
+        f"{shape:<20}{'all logits':>12}{'fused linear':>15}{'saved':>15}",
+        *(
+            f"{title:<20}{of['logits']:>12.2f}{of['fused_linear']:>15.2f}{1 - of['fused_linear'] / of['logits']:>15.0%}"
+            for title, of in rows.items()
+        ),
+    ]
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:

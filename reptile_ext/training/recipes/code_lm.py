@@ -13,7 +13,8 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
+from pydantic_settings import CliImplicitFlag
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +43,8 @@ class CodeLM(Settings):
     teacher_heads: PositiveInt = 2
     student_width: PositiveInt = 128
     """Size of the student's embedding and of its LSTM's state."""
+    fused_linear: CliImplicitFlag[bool] = False
+    """Train from hidden states and heads, without the logits in full, and measure what that saves."""
 
     batch: PositiveInt = 4
     teacher_batch: PositiveInt = 8
@@ -52,6 +55,12 @@ class CodeLM(Settings):
     learning_rate: float = 4e-3
     eval_every: PositiveInt = 350
     checkpoint_every: PositiveInt = 350
+
+    @model_validator(mode="after")
+    def _one_way_to_save_memory(self) -> CodeLM:
+        if self.inplace and self.fused_linear:
+            raise ValueError("inplace has no meaning with fused_linear: there are no logits to write over")
+        return self
 
 
 class Transformer(nn.Module):
@@ -65,12 +74,18 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
+        self.output = nn.Linear(width, vocabulary, bias=False, device="meta")  # no weight of its own
+        self.output.weight = self.tokens.weight
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.output
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             hidden = block(hidden)
-        return F.linear(self.norm(hidden), self.tokens.weight)
+        logits: Tensor = self.output(self.norm(hidden))
+        return logits
 
 
 class Block(nn.Module):
@@ -102,6 +117,9 @@ class LSTM(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.output = nn.Linear(width, vocabulary)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.output
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden, _ = self.lstm(self.embedding(ids))
@@ -138,6 +156,7 @@ def build(settings: CodeLM, folder: Path) -> Task:
         student_train=loader(transfer, settings.batch, shuffle=True),
         held_out=loader(held_out, 8, shuffle=False),
         metrics=("cross_entropy", "perplexity", "accuracy"),
+        fused_linear=settings.fused_linear,
         notes=(
             f"Text: Python's standard library, {train[:, 1:].numel():,} tokens to train on, of which the teacher reads "
             f"{seen:,}; vocabulary {vocabulary:,}.",

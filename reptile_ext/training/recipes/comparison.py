@@ -102,6 +102,7 @@ class Task:
     held_out: Iterable[Any]
     metrics: Sequence[str]  # of METRICS, without "agreement"
     notes: Sequence[str]  # what each of the three sees, said with the results
+    fused_linear: bool = False  # for models that show their heads: train all three without logits in full
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         "accumulate": settings.accumulate,
         "precision": settings.precision,
         "seed": settings.seed,
+        "fused_linear": task.fused_linear,
     }
     labels = {**common, "metrics": task.metrics}
     teacher = Reptile(task.teacher, None, learning_rate=settings.teacher_learning_rate, **labels)
@@ -163,9 +165,11 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         table[name] = {"parameters": parameters, **result.metrics, "seconds": result.seconds}
         lines += [{"model": name, **line} for line in read_log(stage_folder / "metrics.jsonl")]
 
-    inputs, _ = next(iter(task.student_train))
-    times = time_losses(task.student, task.teacher, inputs, settings.temperature)
+    batch = next(iter(task.student_train))
+    times = time_losses(task.student, task.teacher, batch[0], settings.temperature)
     report = {"models": table, "milliseconds": times, "notes": list(task.notes), "minutes": 0.0}
+    if task.fused_linear:
+        report["fused_linear"] = distilled.measure_fused_linear(batch)
     report["minutes"] = (time.perf_counter() - started) / 60
     text = "".join(f"{line}\n" for line in map(json.dumps, lines))
     write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
