@@ -7,6 +7,8 @@ products back to the gradients of hidden states, head and bias, all in the forwa
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +20,24 @@ from . import ops, reference
 from .arguments import REDUCTIONS, Options, check_linear, check_memory_budget, check_rows, make_options
 from .functional import for_operators, has_kernels, raise_better, warn_once
 
-__all__ = ["linear_distillation_loss"]
+__all__ = ["linear_distillation_loss", "release_scratch"]
 
 _NONE, _MEAN, _SUM = (REDUCTIONS.index(name) for name in ("none", "mean", "sum"))
 
-SMALLEST_CHUNK = 512  # rows: below it the products of a large head are bound by reading the head
-DEFAULT_BUDGET = 128 << 20  # bytes of scratch
+# How many rows there are logits of at a time, unless a budget is asked for. On the CPU products of fewer take their
+# time to read the head, and more fit no cache; all sizes as measured (docs/performance.md).
+DEFAULT_BUDGET = 120 << 20  # bytes of logits
+STUDENT_ROWS = 512
+TEACHER_ROWS = 256, 1024  # at least, at most
+GPU_BUDGET_SHARE = 128  # of a GPU's memory, one part in so many
+SMALLEST_GPU_CHUNK = 2048
+# What the CPU's products are done in.
+CLASSES_OF_A_PRODUCT = 1024  # logits in float32
+HALVED = range(384, 768)  # sizes of hidden states whose gradients in 16 bits take half the time in two halves
+CLASSES_OF_A_SUM = 4096
+# Gradients of a 16-bit head are added up in float32, but for so many chunks by products that add in float32 and round
+# the sum to 16 bits. That has the error of 1.6 roundings; a float32 sum costs as much as a tenth of all products.
+CHUNKS_IN_16_BITS = 4
 
 
 class Side(NamedTuple):
@@ -45,20 +59,22 @@ class Side(NamedTuple):
     def num_classes(self) -> int:
         return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
-    def logits(self, rows: slice, out: Tensor | None) -> Tensor:
-        """Of some rows, in `out` if that is not None; with a softcap in float32 (float64)."""
+    def product(self, rows: slice, out: Tensor | None) -> Tensor:
+        """Logits of some rows without the softcap, in `out` if there is a head."""
         hidden = self.hidden[rows]
         if self.weight is None:
-            z = hidden
-            if self.scale != 1.0:
-                z = _wide(z) * self.scale
-        else:
-            assert out is not None
-            z = out[: hidden.shape[0]]
-            _product(hidden, self.weight.t(), self.scale, z, self.bias)
-        if self.softcap is None:
-            return z
-        return _wide(z).div(self.softcap).tanh_().mul_(self.softcap)
+            return hidden if self.scale == 1.0 else _wide(hidden) * self.scale
+        assert out is not None
+        z = out[: hidden.shape[0]]
+        blocks = z.device.type == "cpu" and z.dtype == torch.float32
+        for classes in chunks(0, z.shape[1], CLASSES_OF_A_PRODUCT if blocks else z.shape[1]):
+            bias = None if self.bias is None else self.bias[classes]
+            _product(hidden, self.weight[classes].t(), self.scale, z[:, classes], bias)
+        return z
+
+    def capped(self, z: Tensor) -> Tensor:
+        """With a softcap in float32 (float64)."""
+        return z if self.softcap is None else _wide(z).div(self.softcap).tanh_().mul_(self.softcap)
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None = None) -> None:
@@ -79,15 +95,71 @@ def all_logits(side: Side) -> Tensor:
     return reference.linear_logits(*side)
 
 
-def chunks(num_rows: int, bytes_per_row: int, memory_budget: int | None) -> list[slice]:
-    """Rows of chunks of equal size, but for one row, that fit the budget. The default one gives way to
-    `SMALLEST_CHUNK`; a budget that was asked for does not."""
+def chunks(first: int, last: int, most: int) -> list[slice]:
+    """The rows from first to last in parts of at most `most`, of equal size but for one row."""
+    count = -(-(last - first) // most)
+    return [slice(first + (last - first) * i // count, first + (last - first) * (i + 1) // count) for i in range(count)]
+
+
+def chunk_sizes(bytes_per_row: tuple[int, int], memory_budget: int | None, device: torch.device) -> tuple[int, int]:
+    """How many rows there are logits of at a time: the student's, and the teacher's, which may be others, as they are
+    not needed any more after the loss.
+
+    The default gives way to what products need to be fast; a budget that was asked for to nothing but a row.
+    """
+    of_student, of_teacher = bytes_per_row
+    if device.type != "cpu":
+        budget, smallest = memory_budget, 1
+        if budget is None:
+            total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+            budget, smallest = total // GPU_BUDGET_SHARE, SMALLEST_GPU_CHUNK
+        rows = max(budget // (of_student + of_teacher), smallest)
+        return rows, rows
     if memory_budget is None:
-        most = max(DEFAULT_BUDGET // bytes_per_row, SMALLEST_CHUNK)
-    else:
-        most = max(memory_budget // bytes_per_row, 1)
-    count = -(-num_rows // most)
-    return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
+        left = DEFAULT_BUDGET - STUDENT_ROWS * of_student
+        return STUDENT_ROWS, min(max(left // max(of_teacher, 1), TEACHER_ROWS[0]), TEACHER_ROWS[1])
+    rows = max(min(memory_budget // (of_student + of_teacher), STUDENT_ROWS), 1)
+    left = memory_budget - rows * of_student
+    return rows, min(max(left // max(of_teacher, 1), 1), TEACHER_ROWS[1])
+
+
+# To touch memory for the first time costs a process more than the loss does, so the CPU's scratch is kept for the next
+# call, if it is no larger than the default. A GPU's allocator does that by itself.
+_kept: list[Tensor] = []
+
+
+def release_scratch() -> None:
+    """Give back the memory that the fused linear loss keeps between calls on the CPU, 120 MB at most."""
+    _kept.clear()
+
+
+class Scratch:
+    """Bytes that tensors are cut from, one after the other."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.used = 0
+        if device.type == "cpu":
+            try:  # one thread gets it
+                self.bytes = _kept.pop()
+                if self.bytes.numel() >= num_bytes:
+                    return
+            except IndexError:
+                pass
+        with torch.inference_mode(False):  # in such a mode it could not be written to outside
+            self.bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def size(*shape: int, dtype: torch.dtype) -> int:
+        return -(-math.prod(shape) * dtype.itemsize // 64) * 64
+
+    def cut(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        start, self.used = self.used, self.used + self.size(*shape, dtype=dtype)
+        return self.bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def give_back(self) -> None:
+        if self.bytes.device.type == "cpu" and self.bytes.numel() <= DEFAULT_BUDGET and not _kept:
+            _kept.append(self.bytes)
+        del self.bytes
 
 
 class Gradients:
@@ -102,23 +174,29 @@ class Gradients:
         # Sums over many chunks are not rounded to 16 bits in between.
         self.wide = torch.float64 if side.hidden.dtype == torch.float64 else torch.float32
         self.weight: Tensor | None = None  # of the classes that are compared, as the next two
-        self.product: Tensor | None = None  # a chunk's share of it in 16 bits
+        self.part: Tensor | None = None  # in 16 bits: the sum of a few chunks, rounded after each
+        self.chunks_in_part = 0
         self.bias: Tensor | None = None
 
-    def add(self, rows: slice, of_logits: Tensor) -> None:
-        """A chunk's gradient with respect to the logits that are compared, before the softcap."""
-        side = self.side
-        g = of_logits.to(side.hidden.dtype)
-        if side.weight is None:
-            if self.hidden is not None:
-                self.hidden[rows, : self.vocab_size] = g * side.scale if side.scale != 1.0 else g
+    def add_to_hidden(self, rows: slice, of_logits: Tensor) -> None:
+        """From gradients with respect to the logits that are compared, before the softcap; as the next."""
+        if self.hidden is None:
             return
-        if self.hidden is not None:
-            _product(g, side.weight[: self.vocab_size], side.scale, self.hidden[rows])
+        side = self.side
+        if side.weight is None:
+            self.hidden[rows, : self.vocab_size] = of_logits * side.scale if side.scale != 1.0 else of_logits
+        else:
+            hidden, head = self.hidden[rows], side.weight[: self.vocab_size]
+            size, on_cpu = head.shape[1], head.device.type == "cpu"
+            halves = 2 if on_cpu and head.dtype.itemsize == 2 and size in HALVED else 1
+            for part in chunks(0, size, -(-size // halves)):
+                _product(of_logits, head[:, part], side.scale, hidden[:, part])
+
+    def add_to_head(self, rows: slice, of_logits: Tensor) -> None:
         if self.needs_weight:
-            self._add_to_weight(g.t(), side.hidden[rows], side.scale)
+            self._add_to_weight(of_logits.t(), self.side.hidden[rows], self.side.scale)
         if self.needs_bias:
-            share = g.sum(0, dtype=self.wide).mul_(side.scale)
+            share = of_logits.sum(0, dtype=self.wide).mul_(self.side.scale)
             self.bias = share if self.bias is None else self.bias.add_(share)
 
     def _add_to_weight(self, g: Tensor, hidden: Tensor, scale: float) -> None:
@@ -130,30 +208,43 @@ class Gradients:
             else:
                 self.weight.addmm_(g, hidden, alpha=scale)
         elif g.is_cuda:
-            share = torch.mm(g, hidden, out_dtype=self.wide)
-            self.weight = share.mul_(scale) if self.weight is None else self.weight.add_(share, alpha=scale)
-        else:  # each chunk's product is rounded once
-            if self.product is None:
-                self.product = g.new_empty(shape)
-                _product(g, hidden, scale, self.product)
-                return
             if self.weight is None:
-                self.weight = self.product.to(self.wide)
-            _product(g, hidden, scale, self.product)
-            self.weight.add_(self.product)
+                self.weight = torch.mm(g, hidden, out_dtype=self.wide)
+                if scale != 1.0:
+                    self.weight.mul_(scale)
+            else:
+                torch.addmm(self.weight, g, hidden, alpha=scale, out_dtype=self.wide, out=self.weight)
+        elif self.part is None:
+            self.part, self.chunks_in_part = g.new_empty(shape), 1
+            _product(g, hidden, scale, self.part)
+        elif self.chunks_in_part < CHUNKS_IN_16_BITS:  # what is rounded is the new sum, not the product
+            self.part.addmm_(g, hidden, alpha=scale)
+            self.chunks_in_part += 1
+        else:
+            new = self.weight is None
+            if new:
+                self.weight = g.new_empty(shape, dtype=self.wide)
+            assert self.weight is not None
+            for classes in chunks(0, shape[0], CLASSES_OF_A_SUM):
+                if new:
+                    self.weight[classes] = self.part[classes]
+                else:
+                    self.weight[classes] += self.part[classes]
+                _product(g[classes], hidden, scale, self.part[classes])
+            self.chunks_in_part = 1
 
     def finished(self) -> list[Tensor | None]:
-        of_weight = of_bias = None
-        if self.needs_weight:
-            of_weight = self.product if self.weight is None else self.weight
-            if self.product is not None and self.weight is not None:
-                of_weight = self.product.copy_(self.weight)  # into memory that is there
-        if self.needs_bias:
-            of_bias = self.bias
+        of_weight = self.weight
+        if self.part is not None:
+            of_weight = self.part
+            if self.weight is not None:
+                for classes in chunks(0, of_weight.shape[0], CLASSES_OF_A_SUM):
+                    of_weight[classes] = self.weight[classes].add_(of_weight[classes])
+                self.weight = None
         return [
             self.hidden,
             self._whole(of_weight, self.side.weight) if self.needs_weight else None,
-            self._whole(of_bias, self.side.bias) if self.needs_bias else None,
+            self._whole(self.bias, self.side.bias) if self.needs_bias else None,
         ]
 
     def _whole(self, part: Tensor | None, like: Tensor | None) -> Tensor:
@@ -212,44 +303,67 @@ def _run_chunks(
     vocab_size = min(student.num_classes(), teacher.num_classes())
     cut_student, cut_teacher = student.cut(vocab_size), teacher.cut(vocab_size)
     num_rows, device = student.hidden.shape[0], student.hidden.device
-    gradients = (Gradients(student, needed[:3], vocab_size), Gradients(teacher, needed[3:], vocab_size))  # type: ignore[arg-type]
     needs_student, needs_teacher = any(needed[:3]), any(needed[3:])
 
     double = torch.float64 in (student.hidden.dtype, teacher.hidden.dtype)
     result = torch.float64 if double else torch.float32
     none = options.reduction == _NONE
     losses = torch.zeros(num_rows if none else (), dtype=result if none else torch.float64, device=device)
-    if num_rows == 0:
-        return losses.to(result), [*gradients[0].finished(), *gradients[1].finished()]
+    dtypes = student.hidden.dtype, teacher.hidden.dtype
+    logits_bytes = [0 if x.weight is None else vocab_size * x.hidden.dtype.itemsize for x in (student, teacher)]
+    capped_bytes = 8 * vocab_size * ((student.softcap is not None) + (teacher.softcap is not None))
+    bytes_per_row = (logits_bytes[0], logits_bytes[1] + capped_bytes)
+    most = chunk_sizes(bytes_per_row, task.memory_budget, device)
+    student_chunks, teacher_chunks = (chunks(0, num_rows, rows) for rows in most)
+    shapes = [(min(rows, num_rows), vocab_size) for rows in most]
+    sizes = [n and Scratch.size(*x, dtype=d) for n, x, d in zip(logits_bytes, shapes, dtypes, strict=True)]
+    scratch = Scratch(sum(sizes), device)
+    buffers = [scratch.cut(*x, dtype=d) if n else None for n, x, d in zip(sizes, shapes, dtypes, strict=True)]
+    gradients = (Gradients(student, needed[:3], vocab_size), Gradients(teacher, needed[3:], vocab_size))  # type: ignore[arg-type]
 
-    bytes_per_row = sum(
-        vocab_size * (side.hidden.dtype.itemsize * (side.weight is not None) + 8 * (side.softcap is not None))
-        for side in (student, teacher)
-    )
-    slices = chunks(num_rows, max(bytes_per_row, 1), task.memory_budget)
-    most = max(s.stop - s.start for s in slices)
-    buffers = [None if side.weight is None else side.hidden.new_empty(most, vocab_size) for side in (student, teacher)]
-    numbers = options.operator_arguments(task.scale, 1)
-    for chunk in slices:
-        s, t = cut_student.logits(chunk, buffers[0]), cut_teacher.logits(chunk, buffers[1])
-        of_rows = tuple(x if x is None else x[chunk] for x in (labels, weight))
-        above = upstream if upstream is None or upstream.dim() == 0 else upstream[chunk]
-        if needs_teacher:
-            exchanged = options.exchanged().operator_arguments(task.scale, 1)
-            g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
-            if teacher.softcap is not None:
-                g.mul_(1 - (t / teacher.softcap).square_())
-            gradients[1].add(chunk, g)
-        if needs_student:
-            slope = None if student.softcap is None else 1 - (s / student.softcap).square_()
-            loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
-            gradients[0].add(chunk, s if slope is None else s.mul_(slope))
-        else:
-            loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
-        if none:
-            losses[chunk] = loss
-        else:
-            losses += loss
+    def go_through_the_rows() -> None:
+        numbers = options.operator_arguments(task.scale, 1)
+        of_student = of_teacher = slice(0, 0)  # the rows that there are logits of
+        cuts = sorted({0, *(x.stop for x in (*student_chunks, *teacher_chunks))})
+        for start, stop in itertools.pairwise(cuts):
+            if start == of_student.stop:
+                of_student = student_chunks.pop(0)
+                student_logits = cut_student.product(of_student, buffers[0])
+            if start == of_teacher.stop:
+                of_teacher = teacher_chunks.pop(0)
+                teacher_logits = cut_teacher.product(of_teacher, buffers[1])
+            rows_now = slice(start, stop)
+            inside = slice(start - of_student.start, stop - of_student.start)
+            s = cut_student.capped(student_logits[inside])
+            t = cut_teacher.capped(teacher_logits[start - of_teacher.start : stop - of_teacher.start])
+            of_rows = tuple(x if x is None else x[rows_now] for x in (labels, weight))
+            above = upstream if upstream is None or upstream.dim() == 0 else upstream[rows_now]
+            if needs_teacher:
+                exchanged = options.exchanged().operator_arguments(task.scale, 1)
+                g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
+                if teacher.softcap is not None:
+                    g.mul_(1 - (t / teacher.softcap).square_())
+                g = g.to(dtypes[1])
+                gradients[1].add_to_hidden(rows_now, g)
+                gradients[1].add_to_head(rows_now, g)
+            if needs_student:
+                slope = None if student.softcap is None else 1 - (s / student.softcap).square_()
+                loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
+                if slope is not None:
+                    student_logits[inside] = s.mul_(slope)
+                if stop == of_student.stop:
+                    gradients[0].add_to_hidden(of_student, student_logits)
+                    gradients[0].add_to_head(of_student, student_logits)
+            else:
+                loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
+            if none:
+                losses[rows_now] = loss
+            else:
+                losses.add_(loss)
+
+    go_through_the_rows()
+    buffers.clear()
+    scratch.give_back()  # before there is another tensor of the size of a head
     return losses.to(result), [*gradients[0].finished(), *gradients[1].finished()]
 
 
@@ -477,8 +591,11 @@ def linear_distillation_loss(
         student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
             computed in float32.
         student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
-        memory_budget: bytes for the logits of a chunk. None: 128 MB, but never chunks of less than 512 rows, below
-            which the products get slow.
+        memory_budget: bytes for logits, of student and teacher together. None: 120 MiB on the CPU, but never less
+            than 512 rows of the student's and 256 of the teacher's, below which the products get slow; on a GPU a
+            128th of its memory, but never less than 2,048 rows of both. On the CPU more than 512 rows of the student's
+            are of no use, and this memory, up to 120 MiB, is kept for the next call
+            (`reptile_ext.linear.release_scratch()` gives it back).
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -489,10 +606,10 @@ def linear_distillation_loss(
         ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
 
     Gradients go to whichever of the six tensors requires one, the teacher's too; the others' products are not computed.
-    Those of 16-bit heads are added up in float32. With reduction="none", for float16, and where the teacher learns,
-    they are computed in the backward pass, from logits that are computed once more. Under autocast, hidden states and
-    heads are cast as `F.linear` would. Derivatives of derivatives, and torch.func, go through
-    logits in full.
+    Those of 16-bit heads are added up in float32, on the CPU after every four chunks, whose sum is rounded to 16 bits.
+    With reduction="none", for float16, and where the teacher learns, gradients are computed in the backward pass, from
+    logits that are computed once more. Under autocast, hidden states and heads are cast as `F.linear` would.
+    Derivatives of derivatives, and torch.func, go through logits in full.
     """
     options = make_options(
         divergence,

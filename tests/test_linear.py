@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,28 +166,110 @@ def test_no_tensor_of_all_logits_exists() -> None:
     case = make_case(torch.float32, rows=600, classes=3000, sizes=(8, 8))
     keywords = {"labels": make_labels(600, 3000), "hard_weight": 0.5, "memory_budget": 1 << 20}
     wanted = ["student_hidden", "student_weight", "student_bias"]
+    linear.release_scratch()
     with Products() as mode:
         gradients(linear_distillation_loss, case, wanted, **keywords)
-    assert mode.largest <= 1 << 19  # a side's half of the budget; the head itself has 96 kB
+    assert mode.largest <= 1 << 20
     with Products() as mode:
         gradients(reference.linear_distillation_loss, case, wanted, **{**keywords, "memory_budget": None})
     assert mode.largest >= 600 * 3000 * 4  # so the test can fail
-    with Products() as mode, torch.no_grad():
-        for rows in (60, 600):
-            part = {k: x[:rows] if "hidden" in k else x for k, x in case.items()}
-            linear_distillation_loss(**part, memory_budget=1 << 18)
-    assert mode.largest <= 1 << 17
+
+
+MEASURE = """
+import sys, torch, reptile_ext
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+
+def extra(rows, hidden, classes, dtype, learns):
+    x, y = (torch.randn(rows, hidden).to(dtype).requires_grad_(learns and i == 0) for i in range(2))
+    head, teachers = (torch.randn(classes, hidden).to(dtype).requires_grad_(learns and i == 0) for i in range(2))
+    reptile_ext.linear_distillation_loss(x[:8], head, y[:8], teachers)  # what is loaded or grown once
+    reptile_ext.linear.release_scratch()
+    open("/proc/self/clear_refs", "w").write("5")  # the peak so far is what is there now
+    before = status("VmHWM")
+    loss = reptile_ext.linear_distillation_loss(x, head, y, teachers, temperature=2.0)
+    if learns:
+        loss.backward()
+    return status("VmHWM") - before
+
+torch.set_num_threads(2)
+for case in {cases}:
+    print(extra(*case))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux tells it")
+def test_peak_memory() -> None:
+    """In bytes: 128 MB beside the head's gradient; without gradients the same for any number of rows."""
+    cases = [
+        "(2048, 512, 32_000, torch.bfloat16, True)",
+        "(2048, 512, 32_000, torch.float32, True)",
+        "(2048, 64, 8_000, torch.float32, False)",
+        "(16_384, 64, 8_000, torch.float32, False)",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(cases=f"[{', '.join(cases)}]")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    bfloat16, float32, few, many = map(int, result.stdout.split())
+    assert 33e6 < bfloat16 - 512 * 32_000 * 2 < 128e6  # not less than the logits of 512 rows: something was measured
+    assert 66e6 < float32 - 512 * 32_000 * 4 < 128e6
+    assert abs(many - few) < 4e6 < few
 
 
 def test_chunks() -> None:
-    assert linear.chunks(1000, 1000, 100_000) == [slice(i, i + 100) for i in range(0, 1000, 100)]
-    assert linear.chunks(10, 1000, 1) == [slice(i, i + 1) for i in range(10)]
-    default = linear.chunks(2048, 4 * 32_000, None)
-    assert default == [slice(0, 1024), slice(1024, 2048)]
-    # A large vocabulary: chunks stay large, and are of equal size.
-    sizes = [s.stop - s.start for s in linear.chunks(1300, 4 * 262_144, None)]
-    assert sizes == [433, 433, 434]
-    assert linear.chunks(3, 1 << 30, None) == [slice(0, 3)]
+    assert linear.chunks(0, 1000, 100) == [slice(i, i + 100) for i in range(0, 1000, 100)]
+    assert [s.stop - s.start for s in linear.chunks(0, 1300, 512)] == [433, 433, 434]  # equal but for a row
+    assert linear.chunks(7, 10, 512) == [slice(7, 10)]
+    assert linear.chunks(0, 0, 512) == []
+
+    def sizes(of_student: int, of_teacher: int, budget: int | None) -> tuple[int, int]:
+        return linear.chunk_sizes((of_student, of_teacher), budget, torch.device("cpu"))
+
+    for of_student, of_teacher in itertools.product((4, 128_000, 2_000_000), (0, 4, 128_000, 2_000_000)):
+        rows = sizes(of_student, of_teacher, None)
+        assert rows[0] == 512
+        assert rows[1] >= 256
+        bytes_of_both = rows[0] * of_student + rows[1] * of_teacher
+        assert bytes_of_both <= linear.DEFAULT_BUDGET or rows[1] == 256
+        for budget in (1, 10_000, 10_000_000, 1 << 40):
+            rows = sizes(of_student, of_teacher, budget)
+            assert min(rows) >= 1
+            assert rows == (1, 1) or rows[0] * of_student + rows[1] * of_teacher <= budget
+
+
+def test_chunks_of_student_and_teacher_need_not_end_together() -> None:
+    """917 rows of the teacher's logits for 512 of the student's."""
+    case = make_case(torch.float64, rows=1300, classes=11_000, sizes=(3, 2))
+    assert linear.chunk_sizes((88_000, 88_000), None, torch.device("cpu")) == (512, 917)
+    keywords = {"labels": make_labels(1300, 11_000), "hard_weight": 0.5, "temperature": 2.0}
+    wanted = [name for name in SIX if name.startswith("student")]
+    found = gradients(linear_distillation_loss, case, wanted, **keywords)
+    right = gradients(reference.linear_distillation_loss, case, wanted, **keywords)
+    torch.testing.assert_close(found, right)
+
+
+def test_the_scratch_of_a_call_is_another_ones_after_it() -> None:
+    """Calls in threads and in inference mode, one after the other and at once."""
+    cases = [make_case(dtype, rows=40 + 30 * i, classes=500) for dtype in DTYPES for i in range(2)]
+    wanted = ["student_hidden", "student_weight"]
+
+    def step(case: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return gradients(linear_distillation_loss, case, wanted, memory_budget=100_000)[1]
+
+    linear.release_scratch()
+    with torch.inference_mode():
+        linear_distillation_loss(**cases[0])  # makes the scratch that the others find
+    right = [step(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(step, cases * 20)):
+            assert all(torch.equal(a, b) for a, b in zip(found, right[i % len(cases)], strict=True))
+    assert sum(x.numel() for x in linear._kept) <= linear.DEFAULT_BUDGET
+    linear.release_scratch()
+    assert linear._kept == []
 
 
 def test_bug_2_all_leading_dimensions_are_rows() -> None:
