@@ -303,7 +303,8 @@ def _run_chunks(
     vocab_size = min(student.num_classes(), teacher.num_classes())
     cut_student, cut_teacher = student.cut(vocab_size), teacher.cut(vocab_size)
     num_rows, device = student.hidden.shape[0], student.hidden.device
-    needs_student, needs_teacher = any(needed[:3]), any(needed[3:])
+    looks_at_teacher = options.soft_scale > 0
+    needs_student, needs_teacher = any(needed[:3]), any(needed[3:]) and looks_at_teacher
 
     double = torch.float64 in (student.hidden.dtype, teacher.hidden.dtype)
     result = torch.float64 if double else torch.float32
@@ -311,15 +312,20 @@ def _run_chunks(
     losses = torch.zeros(num_rows if none else (), dtype=result if none else torch.float64, device=device)
     dtypes = student.hidden.dtype, teacher.hidden.dtype
     logits_bytes = [0 if x.weight is None else vocab_size * x.hidden.dtype.itemsize for x in (student, teacher)]
+    if not looks_at_teacher:
+        logits_bytes[1] = 0
     capped_bytes = 8 * vocab_size * ((student.softcap is not None) + (teacher.softcap is not None))
     bytes_per_row = (logits_bytes[0], logits_bytes[1] + capped_bytes)
     most = chunk_sizes(bytes_per_row, task.memory_budget, device)
-    student_chunks, teacher_chunks = (chunks(0, num_rows, rows) for rows in most)
+    student_chunks = chunks(0, num_rows, most[0])
+    teacher_chunks = chunks(0, num_rows, most[1]) if looks_at_teacher else []
     shapes = [(min(rows, num_rows), vocab_size) for rows in most]
     sizes = [n and Scratch.size(*x, dtype=d) for n, x, d in zip(logits_bytes, shapes, dtypes, strict=True)]
     scratch = Scratch(sum(sizes), device)
     buffers = [scratch.cut(*x, dtype=d) if n else None for n, x, d in zip(sizes, shapes, dtypes, strict=True)]
     gradients = (Gradients(student, needed[:3], vocab_size), Gradients(teacher, needed[3:], vocab_size))  # type: ignore[arg-type]
+    if gradients[1].hidden is not None and not looks_at_teacher:
+        gradients[1].hidden.zero_()
 
     def go_through_the_rows() -> None:
         numbers = options.operator_arguments(task.scale, 1)
@@ -329,13 +335,15 @@ def _run_chunks(
             if start == of_student.stop:
                 of_student = student_chunks.pop(0)
                 student_logits = cut_student.product(of_student, buffers[0])
-            if start == of_teacher.stop:
+            if start == of_teacher.stop and looks_at_teacher:
                 of_teacher = teacher_chunks.pop(0)
                 teacher_logits = cut_teacher.product(of_teacher, buffers[1])
             rows_now = slice(start, stop)
             inside = slice(start - of_student.start, stop - of_student.start)
             s = cut_student.capped(student_logits[inside])
-            t = cut_teacher.capped(teacher_logits[start - of_teacher.start : stop - of_teacher.start])
+            t = s  # of the right shape
+            if looks_at_teacher:
+                t = cut_teacher.capped(teacher_logits[start - of_teacher.start : stop - of_teacher.start])
             of_rows = tuple(x if x is None else x[rows_now] for x in (labels, weight))
             above = upstream if upstream is None or upstream.dim() == 0 else upstream[rows_now]
             if needs_teacher:

@@ -150,16 +150,27 @@ class Products(TorchDispatchMode):
         return result
 
 
+STUDENT = ("student_hidden", "student_weight")
+
+
 @pytest.mark.parametrize(
-    ("wanted", "products"),
-    [(["student_hidden", "student_weight"], 4), (["student_hidden"], 3), (["student_weight"], 3), ([], 2)],
+    ("wanted", "soft_weight", "products"),
+    [
+        *((STUDENT, 1.0, 4), (("student_hidden",), 1.0, 3), (("student_weight",), 1.0, 3), ((), 1.0, 2)),
+        *((STUDENT, 0.0, 3), ((), 0.0, 1), (("teacher_weight",), 0.0, 2)),  # the teacher is not looked at
+    ],
     ids=str,
 )
-def test_bug_15_what_is_frozen_costs_no_product(wanted: list[str], products: int) -> None:
+def test_bug_15_what_is_frozen_costs_no_product(wanted: tuple[str, ...], soft_weight: float, products: int) -> None:
     case = {name: x.requires_grad_(name in wanted) for name, x in make_case(torch.float32, bias=False).items()}
+    keywords = {"labels": make_labels(23, 40), "soft_weight": soft_weight, "hard_weight": 1.0}
     with Products() as mode:
-        linear_distillation_loss(**case)
+        loss = linear_distillation_loss(**case, **keywords)
+        if loss.requires_grad:
+            loss.backward()
     assert mode.count == products
+    right = reference.linear_distillation_loss(**case, **keywords)
+    torch.testing.assert_close(loss, right)
 
 
 def test_no_tensor_of_all_logits_exists() -> None:
