@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -549,6 +550,33 @@ def _reference_gradients(
     return ops.gradients_by_autograd(loss_of, tensors, grad_output, needed)
 
 
+class _Gathered(torch.autograd.Function):
+    """All of a DTensor, in every process. Back comes the mean of the processes' gradients, as in FSDP and DDP, in the
+    shards of the DTensor."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: Any) -> Tensor:
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        full: Tensor = sharded.full_tensor()
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        share = gradient / ctx.mesh.size()
+        return DTensor.from_local(share, ctx.mesh, [Partial()] * ctx.mesh.ndim).redistribute(placements=ctx.placements)
+
+
+def _is_dtensor(x: Any) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
+    return distributed is not None and isinstance(x, distributed.DTensor)
+
+
+def _whole_head(x: Any, hidden: Tensor) -> Any:
+    return _Gathered.apply(x.to(hidden.dtype)) if _is_dtensor(x) else x  # type: ignore[no-untyped-call]
+
+
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -618,6 +646,10 @@ def linear_distillation_loss(
     With reduction="none", for float16, and where the teacher learns, gradients are computed in the backward pass, from
     logits that are computed once more. Under autocast, hidden states and heads are cast as `F.linear` would.
     Derivatives of derivatives, and torch.func, go through logits in full.
+
+    Heads and biases may be DTensors, as the parameters of a module that FSDP2 has sharded are outside of its forward:
+    they are cast to the dtype of the hidden states and gathered, and get the mean of the processes' gradients, as FSDP2
+    does by default. Each process's loss is that of its own rows.
     """
     options = make_options(
         divergence,
@@ -636,13 +668,18 @@ def linear_distillation_loss(
     if not isinstance(student_hidden, Tensor):
         raise TypeError(f"student_hidden must be a torch.Tensor; got {type(student_hidden).__name__}")
     device = student_hidden.device
+    for name, x in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        if _is_dtensor(x):
+            raise TypeError(f"{name} must be this process's own rows; got a DTensor: pass {name}.to_local()")
+    student_weight, student_bias = (_whole_head(x, student_hidden) for x in (student_weight, student_bias))
+    teacher_weight, teacher_bias = (_whole_head(x, teacher_hidden) for x in (teacher_weight, teacher_bias))
     tensors: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        heads = (True,) * 3 + (teacher_weight is not None,) * 3
+        cast = (True,) * 3 + (teacher_weight is not None,) * 3
         tensors = [
             x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 and of_head else x
-            for x, of_head in zip(tensors, heads, strict=True)
+            for x, of_head in zip(tensors, cast, strict=True)
         ]
     student = check_linear("student", tensors[0], tensors[1], tensors[2], student_softcap, student_scale, device)
     teacher = check_linear("teacher", tensors[3], tensors[4], tensors[5], teacher_softcap, teacher_scale, device)

@@ -3,14 +3,17 @@ import it."""
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from oracle import make_labels
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import reptile_ext
@@ -37,6 +40,25 @@ class Student(torch.nn.Module):
         return logits
 
 
+class LinearStudent(Student):
+    """Gives hidden states, or the loss that a function makes from them and the head."""
+
+    def forward(self, hidden: Tensor, loss: Any = None) -> Tensor:
+        states = self.body(hidden).tanh()
+        return states if loss is None else loss(states, self.head)
+
+
+def make_teacher() -> tuple[torch.nn.Module, Tensor]:
+    """A head of more classes than the student's, and its hidden states."""
+    torch.manual_seed(7)
+    return torch.nn.Linear(4, CLASSES + 2).requires_grad_(False), torch.randn(ROWS, 4)
+
+
+def linear_loss(states: Tensor, head: Any, teacher: Any, of_teacher: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
+    keywords |= {"vocab": "truncate", "memory_budget": 800, "student_bias": head.bias, "teacher_bias": teacher.bias}
+    return reptile_ext.linear_distillation_loss(states, head.weight, of_teacher, teacher.weight, labels, **keywords)
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, p in model.named_parameters():
@@ -54,21 +76,45 @@ def worker(rank: int, port: int, kind: str, all_keywords: list[dict[str, Any]], 
         mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
         found = []
         for keywords in all_keywords:
-            model: Any = Student()
-            if kind == "ddp":
+            linear = kind.startswith("linear")
+            model: Any = LinearStudent() if linear else Student()
+            teachers_head, of_teacher = make_teacher()
+            if kind.endswith("ddp"):
                 model = DistributedDataParallel(model)
             else:
                 from torch.distributed.device_mesh import init_device_mesh
                 from torch.distributed.fsdp import fully_shard
 
                 mesh = init_device_mesh("cpu", (2,))
-                fully_shard(model.head, mesh=mesh)
+                if kind != "linear_fsdp2_inside":
+                    fully_shard(model.head, mesh=mesh)
                 fully_shard(model, mesh=mesh)
+                fully_shard(teachers_head, mesh=mesh)
             # Both average the processes' gradients, so each process divides by its share of the whole batch's count.
             count = (labels != -100).sum()
-            loss = reptile_ext.distillation_loss(
-                model(hidden[mine]), teacher[mine], labels[mine], denominator=count / 2, **keywords
-            )
+            if linear:
+                loss_of = functools.partial(
+                    linear_loss,
+                    teacher=teachers_head,
+                    of_teacher=of_teacher[mine],
+                    labels=labels[mine],
+                    denominator=count / 2,
+                    **keywords,
+                )
+                if kind == "linear_fsdp2_inside":
+                    loss = model(hidden[mine], loss_of)
+                else:
+                    states, head = model(hidden[mine]), getattr(model, "module", model).head
+                    assert hasattr(head.weight, "full_tensor") == (kind == "linear_fsdp2_dtensor")
+                    loss = loss_of(states, head)
+                    if kind == "linear_fsdp2_dtensor":  # a head in float32, as under FSDP2's mixed precision
+                        torch.testing.assert_close(loss_of(states.bfloat16(), head), loss, rtol=0.02, atol=0.02)
+                        with pytest.raises(TypeError, match="student_hidden must be this process's own rows"):
+                            loss_of(DTensor.from_local(states, mesh, [Shard(0)]), head)
+            else:
+                loss = reptile_ext.distillation_loss(
+                    model(hidden[mine]), teacher[mine], labels[mine], denominator=count / 2, **keywords
+                )
             loss.backward()
             found.append({name: gradient.numpy() for name, gradient in gradients(model).items()})
         results.put((rank, found))

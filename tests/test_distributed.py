@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from distributed_worker import ROWS, Student, gradients, make_batch, worker
+from distributed_worker import (
+    ROWS,
+    LinearStudent,
+    Student,
+    gradients,
+    linear_loss,
+    make_batch,
+    make_teacher,
+    worker,
+)
 from oracle import every_divergence, keywords_of
 from torch import Tensor
 
@@ -56,6 +65,27 @@ def test_two_processes_give_the_gradient_of_one(kind: str) -> None:
     found = in_two_processes(kind, of)
     for i, keywords in enumerate(of):
         right = of_one_process(keywords)
+        for rank in range(2):
+            assert found[rank][i].keys() == right.keys()
+            for name, gradient in right.items():
+                torch.testing.assert_close(torch.from_numpy(found[rank][i][name]), gradient, rtol=1e-5, atol=1e-6)
+
+
+@needs_gloo
+@pytest.mark.parametrize("kind", ["linear_ddp", "linear_fsdp2_inside", "linear_fsdp2_dtensor"])
+def test_the_fused_linear_loss_in_two_processes(kind: str) -> None:
+    """Outside of DDP's forward; inside of FSDP2's, where heads are whole; outside of it, where they are DTensors."""
+    of: list[dict[str, Any]] = [
+        {"temperature": 2.0, "hard_weight": 0.5},
+        {"divergence": "jsd", "student_softcap": 3.0, "student_scale": 0.5},
+    ]
+    found = in_two_processes(kind, of)
+    hidden, _, labels = make_batch()
+    teachers_head, of_teacher = make_teacher()
+    for i, keywords in enumerate(of):
+        model = LinearStudent()
+        linear_loss(model(hidden), model.head, teachers_head, of_teacher, labels, **keywords).backward()
+        right = gradients(model)
         for rank in range(2):
             assert found[rank][i].keys() == right.keys()
             for name, gradient in right.items():
