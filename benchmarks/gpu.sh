@@ -47,4 +47,6 @@ echo "== benchmark"
 python "$here/benchmarks/gpu.py" --out "$out" --dtypes bfloat16 --divergences forward_kl || status=1
 python "$here/benchmarks/gpu.py" --out "$out/others" --no-compile --vocab 32000 128256 --repeats 10 \
   --divergences forward_kl reverse_kl jsd dkd || status=1
+python "$here/benchmarks/linear.py" --device cuda --dtypes bfloat16 --json "$out/linear-8192.json" | tee "$out/linear-8192.txt" || status=1
+python "$here/benchmarks/linear.py" --device cuda --dtypes bfloat16 --rows 1024 --json "$out/linear-1024.json" | tee "$out/linear-1024.txt" || status=1
 exit $status

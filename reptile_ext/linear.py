@@ -214,7 +214,13 @@ class Gradients:
                 if scale != 1.0:
                     self.weight.mul_(scale)
             else:
-                torch.addmm(self.weight, g, hidden, alpha=scale, out_dtype=self.wide, out=self.weight)
+                try:
+                    torch.addmm(self.weight, g, hidden, alpha=scale, out_dtype=self.wide, out=self.weight)
+                except RuntimeError as error:
+                    if "dtype" not in str(error):
+                        raise
+                    # Older versions want the sum in 16 bits too.
+                    self.weight.add_(torch.mm(g, hidden, out_dtype=self.wide), alpha=scale)
         elif self.part is None:
             self.part, self.chunks_in_part = g.new_empty(shape), 1
             _product(g, hidden, scale, self.part)

@@ -156,3 +156,61 @@ def test_every_integer_dtype_and_the_module() -> None:
     right = module(student, teacher, labels)
     for dtype in (torch.int32, torch.int16, torch.int8):
         assert torch.equal(module(student, teacher, labels.to(dtype)), right)
+
+
+def linear_problem(rows: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    sizes = {"student_hidden": (rows, 64), "student_weight": (5000, 64), "teacher_hidden": (rows, 96)}
+    sizes |= {"teacher_weight": (5000, 96), "student_bias": (5000,)}
+    return {k: torch.randn(size, device="cuda").div(8).to(dtype) for k, size in sizes.items()}
+
+
+LEARNING = ["student_hidden", "student_weight", "student_bias"]
+
+
+def linear_step(case: dict[str, Tensor], loss: Any, **keywords: Any) -> tuple[Tensor, ...]:
+    case = {k: x.detach().clone().requires_grad_(k in LEARNING) for k, x in case.items()}
+    result = loss(**case, **keywords)
+    return result.detach(), *torch.autograd.grad(result / 3, [case[k] for k in LEARNING])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("budget", [None, 2_000_000], ids=["one_chunk", "many_chunks"])
+def test_the_fused_linear_loss_is_that_of_the_cpu(dtype: torch.dtype, budget: int | None) -> None:
+    case = linear_problem(300, dtype)
+    keywords: dict[str, Any] = {"labels": make_labels(300, 5000).cuda(), "hard_weight": 0.5, "temperature": 2.0}
+    keywords |= {"student_scale": 0.7, "teacher_softcap": 3.0}
+    found = linear_step(case, reptile_ext.linear_distillation_loss, memory_budget=budget, **keywords)
+    keywords["labels"] = keywords["labels"].cpu()
+    wide = {k: x.double().cpu() for k, x in case.items()}
+    right = linear_step(wide, reptile_ext.reference.linear_distillation_loss, **keywords)
+    eps = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4  # float32 products may be TF32's
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=8 * eps, atol=float(8 * eps * b.abs().max()))
+
+
+def test_the_fused_linear_loss_does_not_wait(request: pytest.FixtureRequest) -> None:
+    case = linear_problem(300)
+    labels, weight = make_labels(300, 5000).cuda(), torch.rand(300, device="cuda")
+    linear_step(case, reptile_ext.linear_distillation_loss, labels=labels)
+    request.getfixturevalue("no_sync")
+    for keywords in ({}, {"weight": weight}, {"memory_budget": 2_000_000}):
+        linear_step(case, reptile_ext.linear_distillation_loss, labels=labels, hard_weight=0.5, **keywords)
+
+
+def test_the_memory_of_the_fused_linear_loss() -> None:
+    """Two chunks of logits, the head's gradient and its sum in float32; without gradients the same for any rows."""
+    head, teachers = (torch.randn(50_000, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    budget, peaks = 40_000_000, {}
+    for rows, learns in ((8192, True), (2048, False), (16_384, False)):
+        x, y = (torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        head.requires_grad_(learns)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        reptile_ext.linear_distillation_loss(x, head, y, teachers, memory_budget=budget)
+        peaks[rows, learns] = torch.cuda.max_memory_allocated() - before
+    sums = head.numel() * (4 + 2)
+    small = 8 << 20  # what the allocator rounds up, and cuBLAS's workspace
+    assert budget / 2 < peaks[8192, True] < max(budget + head.numel() * 4, sums) + small
+    assert abs(peaks[16_384, False] - peaks[2048, False]) < small
+    assert peaks[16_384, False] < budget + small

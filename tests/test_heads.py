@@ -513,6 +513,10 @@ def test_the_measurement_finds_what_is_saved() -> None:
     logits = 8 * 1024 * 4096 * 4
     assert peaks["logits"] > 2.5 * logits
     assert peaks["fused_linear"] < 0.5 * logits
+    # What is kept between calls counts: with the default budget the student's logits of 512 rows at least.
+    reptile = Reptile(student, teacher, fused_linear=True)
+    measured = reptile.measure_fused_linear({"input_ids": torch.randint(4096, (8, 1024))}, repeats=1)
+    assert measured["peak_bytes"]["fused_linear"] > 512 * 4096 * 4
 
 
 # ------------------------------------------------------------------------------------------------ several processes
