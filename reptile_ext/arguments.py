@@ -257,6 +257,12 @@ def _shape(shape: Any) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor; got layout {layout}")
+
+
 def check_tensors(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -279,10 +285,8 @@ def check_tensors(
         raise TypeError(f"student_logits must be float32, bfloat16, float16 or float64; got {student_logits.dtype}")
     if teacher_logits.dtype not in FLOATING:
         raise TypeError(f"teacher_logits must be float32, bfloat16, float16 or float64; got {teacher_logits.dtype}")
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if logits.layout is not torch.strided or logits.is_nested:
-            layout = "nested" if logits.is_nested else str(logits.layout)
-            raise TypeError(f"{name} must be a dense tensor; got layout {layout}")
+    _check_dense("student_logits", student_logits)
+    _check_dense("teacher_logits", teacher_logits)
     s_shape = student_logits.shape
     t_shape = teacher_logits.shape
     ndim = len(s_shape)
@@ -403,12 +407,15 @@ def check_linear(
             raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+        _check_dense(name, tensor)
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of student_hidden, {device}; got {tensor.device}")
         if tensor.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of {side}_hidden, {hidden.dtype}; got {tensor.dtype}")
     if hidden.dim() == 0:
         raise ValueError(f"{side}_hidden must have a last dimension; got a 0-dimensional tensor")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{side}_hidden needs at least one feature; got shape {_shape(hidden.shape)}")
     if weight is None:
         if side == "student":
             raise TypeError("student_weight must be a torch.Tensor, the head [classes, hidden size]; got NoneType")
@@ -432,7 +439,9 @@ def check_softcap(side: str, softcap: float | None) -> float | None:
 
 
 def check_scale(side: str, scale: float) -> float:
-    return _number(f"{side}_scale", scale, "a finite number that is not 0", lambda v: v != 0 and math.isfinite(v))
+    return _number(
+        f"{side}_scale", scale, "a finite number that is not 0", lambda v: -math.inf < v < 0 or 0 < v < math.inf
+    )
 
 
 def check_memory_budget(memory_budget: int | None) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
-from .arguments import REDUCTIONS, Options, check_linear, check_memory_budget, check_rows, make_options
+from .arguments import FLOATING, REDUCTIONS, Options, check_linear, check_memory_budget, check_rows, make_options
 from .functional import for_operators, has_kernels, raise_better, warn_once
 
 __all__ = ["linear_distillation_loss", "release_scratch"]
@@ -42,30 +42,47 @@ CHUNKS_IN_16_BITS = 4
 
 
 class Side(NamedTuple):
-    """How the logits of [N, H] hidden states come about; of logits themselves, `weight` is None."""
+    """How the logits of [N, H] hidden states come about. Of logits themselves, [..., V], `weight` is None, and `rows`
+    says which of them count, if not all of a matrix."""
 
     hidden: Tensor
     weight: Tensor | None
     bias: Tensor | None
     softcap: float | None
     scale: float
+    rows: Tensor | None = None
 
     def cut(self, vocab_size: int) -> Side:
         """The first `vocab_size` classes alone, which are then the only ones computed."""
         if self.weight is None:
-            return self._replace(hidden=self.hidden[:, :vocab_size])
+            return self._replace(hidden=self.hidden[..., :vocab_size])
         bias = None if self.bias is None else self.bias[:vocab_size]
         return self._replace(weight=self.weight[:vocab_size], bias=bias)
 
     def num_classes(self) -> int:
-        return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
+        return self.hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
-    def product(self, rows: slice, out: Tensor | None) -> Tensor:
-        """Logits of some rows without the softcap, in `out` if there is a head."""
-        hidden = self.hidden[rows]
+    def bytes_of_logits(self) -> int:
+        """A row's in a buffer for the product."""
+        return 0 if self.weight is None else self.num_classes() * self.hidden.dtype.itemsize
+
+    def bytes_of_copies(self, needs_grad: bool) -> int:
+        """What `logits_of` and `slope` allocate a row."""
+        wide = 8 if self.hidden.dtype == torch.float64 else 4
+        copies = wide * ((self.softcap is not None) + (self.softcap is not None and needs_grad))
         if self.weight is None:
-            return hidden if self.scale == 1.0 else _wide(hidden) * self.scale
-        assert out is not None
+            copies += self.hidden.dtype.itemsize * (self.rows is not None)
+            copies += wide * (self.scale != 1.0 and self.softcap is None)
+        return self.num_classes() * copies
+
+    def where(self, rows: slice) -> Any:
+        """Where rows of logits lie."""
+        return rows if self.rows is None else torch.unravel_index(self.rows[rows], self.hidden.shape[:-1])
+
+    def product(self, rows: slice, out: Tensor) -> Tensor:
+        """Logits of some rows of hidden states, without the softcap, in `out`."""
+        assert self.weight is not None
+        hidden = self.hidden[rows]
         z = out[: hidden.shape[0]]
         blocks = z.device.type == "cpu" and z.dtype == torch.float32
         for classes in chunks(0, z.shape[1], CLASSES_OF_A_PRODUCT if blocks else z.shape[1]):
@@ -73,9 +90,25 @@ class Side(NamedTuple):
             _product(hidden, self.weight[classes].t(), self.scale, z[:, classes], bias)
         return z
 
-    def capped(self, z: Tensor) -> Tensor:
-        """With a softcap in float32 (float64)."""
-        return z if self.softcap is None else _wide(z).div(self.softcap).tanh_().mul_(self.softcap)
+    def logits_of(self, rows: slice, product: Tensor | None, of_product: slice) -> Tensor:
+        """Of some rows; with a softcap, or a scale of logits that were given, in float32 (float64)."""
+        z = self.hidden[self.where(rows)] if product is None else product[of_product]
+        scale = self.scale if product is None else 1.0
+        if self.softcap is None:
+            return z if scale == 1.0 else _wide(z, scale)
+        return _wide(z, scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, z: Tensor, out: Tensor | None) -> Tensor | None:
+        """Of the softcap, from what it made of logits; 0 where rows are out, whatever they hold."""
+        if self.softcap is None:
+            return None
+        slope = (z / self.softcap).square_().neg_().add_(1)
+        return slope if out is None else slope.masked_fill_(out.unsqueeze(1), 0.0)
+
+
+def _wide(z: Tensor, factor: float) -> Tensor:
+    """A copy in float32 (float64), times a factor."""
+    return z * factor if z.dtype in (torch.float32, torch.float64) else z.float().mul_(factor)
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None = None) -> None:
@@ -87,41 +120,40 @@ def _product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | Non
         torch.addmm(out if bias is None else bias, a, b, beta=beta, alpha=scale, out=out)
 
 
-def _wide(z: Tensor) -> Tensor:
-    return z if z.dtype in (torch.float32, torch.float64) else z.float()
-
-
-def all_logits(side: Side) -> Tensor:
-    """Of all rows, differentiably: what the fused loss never has."""
-    return reference.linear_logits(*side)
-
-
 def chunks(first: int, last: int, most: int) -> list[slice]:
     """The rows from first to last in parts of at most `most`, of equal size but for one row."""
     count = -(-(last - first) // most)
     return [slice(first + (last - first) * i // count, first + (last - first) * (i + 1) // count) for i in range(count)]
 
 
-def chunk_sizes(bytes_per_row: tuple[int, int], memory_budget: int | None, device: torch.device) -> tuple[int, int]:
+def chunk_sizes(
+    bytes_per_row: tuple[int, int], copies: int, alike: bool, memory_budget: int | None, device: torch.device
+) -> tuple[int, int, int]:
     """How many rows there are logits of at a time: the student's, and the teacher's, which may be others, as they are
-    not needed any more after the loss.
+    not needed any more after the loss; and how many of these are looked at in one go, if that makes copies.
 
-    The default gives way to what products need to be fast; a budget that was asked for to nothing but a row.
+    bytes_per_row: of logits; copies: bytes a row. alike: both the same, so that equal models have equal logits: a
+    product of other rows may be rounded otherwise. The default gives way to what products need to be fast; a budget
+    that was asked for to nothing but a row.
     """
     of_student, of_teacher = bytes_per_row
+    budget = memory_budget
+    if budget is None:
+        budget = DEFAULT_BUDGET
+        if device.type == "cuda":
+            budget = torch.cuda.get_device_properties(device).total_memory // GPU_BUDGET_SHARE
+    at_once = max(budget // 4 // copies, 1) if copies else sys.maxsize
+    budget -= budget // 4 if copies else 0
     if device.type != "cpu":
-        budget, smallest = memory_budget, 1
-        if budget is None:
-            total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-            budget, smallest = total // GPU_BUDGET_SHARE, SMALLEST_GPU_CHUNK
-        rows = max(budget // (of_student + of_teacher), smallest)
-        return rows, rows
-    if memory_budget is None:
-        left = DEFAULT_BUDGET - STUDENT_ROWS * of_student
-        return STUDENT_ROWS, min(max(left // max(of_teacher, 1), TEACHER_ROWS[0]), TEACHER_ROWS[1])
-    rows = max(min(memory_budget // (of_student + of_teacher), STUDENT_ROWS), 1)
-    left = memory_budget - rows * of_student
-    return rows, min(max(left // max(of_teacher, 1), 1), TEACHER_ROWS[1])
+        rows = max(budget // (of_student + of_teacher), 1 if memory_budget else SMALLEST_GPU_CHUNK)
+        return rows, rows, at_once
+    rows, least = STUDENT_ROWS, TEACHER_ROWS[0]
+    if memory_budget is not None:
+        rows, least = max(min(budget // (of_student + of_teacher), STUDENT_ROWS), 1), 1
+    of_rest = min(max((budget - rows * of_student) // max(of_teacher, 1), least), TEACHER_ROWS[1])
+    if alike:
+        rows = of_rest = min(rows, of_rest)
+    return rows, of_rest, at_once
 
 
 # To touch memory for the first time costs a process more than the loss does, so the CPU's scratch is kept for the next
@@ -130,7 +162,7 @@ _kept: list[Tensor] = []
 
 
 def release_scratch() -> None:
-    """Give back the memory that the fused linear loss keeps between calls on the CPU, 120 MB at most."""
+    """Give back the memory that the fused linear loss keeps between calls on the CPU, 120 MiB at most."""
     _kept.clear()
 
 
@@ -139,7 +171,9 @@ class Scratch:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.used = 0
-        if device.type == "cpu":
+        # Tensors that are made within a dispatch mode may be none, such as fakes, and are of no use to others.
+        self.lasts = device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
+        if self.lasts:
             try:  # one thread gets it
                 self.bytes = _kept.pop()
                 if self.bytes.numel() >= num_bytes:
@@ -158,19 +192,19 @@ class Scratch:
         return self.bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def give_back(self) -> None:
-        if self.bytes.device.type == "cpu" and self.bytes.numel() <= DEFAULT_BUDGET and not _kept:
+        if self.lasts and self.bytes.numel() <= DEFAULT_BUDGET:
             _kept.append(self.bytes)
+            del _kept[1:]
         del self.bytes
 
 
 class Gradients:
     """Of one side's hidden states, head and bias: those that are needed, added up over the chunks."""
 
-    def __init__(self, side: Side, needed: tuple[bool, bool, bool], vocab_size: int) -> None:
-        self.side, self.vocab_size = side, vocab_size
-        self.hidden = torch.zeros_like(side.hidden) if needed[0] and side.weight is None else None
-        if needed[0] and side.weight is not None:  # every row of it will be written
-            self.hidden = torch.empty_like(side.hidden, memory_format=torch.contiguous_format)
+    def __init__(self, side: Side, needed: tuple[bool, bool, bool], vocab_size: int, out: Tensor | None) -> None:
+        """out: rows whose hidden states must not be looked at: 0 · NaN is NaN."""
+        self.side, self.vocab_size, self.out = side, vocab_size, out
+        self.hidden = side.hidden.new_zeros(side.hidden.shape) if needed[0] else None
         self.needs_weight, self.needs_bias = needed[1:]
         # Sums over many chunks are not rounded to 16 bits in between.
         self.wide = torch.float64 if side.hidden.dtype == torch.float64 else torch.float32
@@ -185,7 +219,8 @@ class Gradients:
             return
         side = self.side
         if side.weight is None:
-            self.hidden[rows, : self.vocab_size] = of_logits * side.scale if side.scale != 1.0 else of_logits
+            g = of_logits * side.scale if side.scale != 1.0 else of_logits
+            self.hidden[..., : self.vocab_size][side.where(rows)] = g
         else:
             hidden, head = self.hidden[rows], side.weight[: self.vocab_size]
             size, on_cpu = head.shape[1], head.device.type == "cpu"
@@ -195,7 +230,10 @@ class Gradients:
 
     def add_to_head(self, rows: slice, of_logits: Tensor) -> None:
         if self.needs_weight:
-            self._add_to_weight(of_logits.t(), self.side.hidden[rows], self.side.scale)
+            hidden = self.side.hidden[rows]
+            if self.out is not None:
+                hidden = hidden.masked_fill(self.out[rows].unsqueeze(1), 0.0)
+            self._add_to_weight(of_logits.t(), hidden, self.side.scale)
         if self.needs_bias:
             share = of_logits.sum(0, dtype=self.wide).mul_(self.side.scale)
             self.bias = share if self.bias is None else self.bias.add_(share)
@@ -299,80 +337,82 @@ class Task(NamedTuple):
 
 def _run_chunks(
     task: Task,
-    tensors: tuple[Any, ...],
+    sides: tuple[Side, Side],
     rows: tuple[Tensor | None, Tensor | None, Tensor | None],
     upstream: Tensor | None,
     needed: tuple[bool, ...],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """`run` of rows that are all to be looked at."""
-    student, teacher = task.sides(tensors)
+    """`run` of rows that are all to be computed, but for `out`, which are not to be looked at."""
+    student, teacher = sides
     options, (labels, weight, denominator) = task.options, rows
     vocab_size = min(student.num_classes(), teacher.num_classes())
     cut_student, cut_teacher = student.cut(vocab_size), teacher.cut(vocab_size)
     num_rows, device = student.hidden.shape[0], student.hidden.device
+    dtypes = student.hidden.dtype, teacher.hidden.dtype
     looks_at_teacher = options.soft_scale > 0
     needs_student, needs_teacher = any(needed[:3]), any(needed[3:]) and looks_at_teacher
-
-    double = torch.float64 in (student.hidden.dtype, teacher.hidden.dtype)
-    result = torch.float64 if double else torch.float32
+    result = torch.float64 if torch.float64 in dtypes else torch.float32
     none = options.reduction == _NONE
     losses = torch.zeros(num_rows if none else (), dtype=result if none else torch.float64, device=device)
-    dtypes = student.hidden.dtype, teacher.hidden.dtype
-    logits_bytes = [0 if x.weight is None else vocab_size * x.hidden.dtype.itemsize for x in (student, teacher)]
-    if not looks_at_teacher:
-        logits_bytes[1] = 0
-    capped_bytes = 8 * vocab_size * ((student.softcap is not None) + (teacher.softcap is not None))
-    bytes_per_row = (logits_bytes[0], logits_bytes[1] + capped_bytes)
-    most = chunk_sizes(bytes_per_row, task.memory_budget, device)
+    gradients = (
+        Gradients(student, needed[:3], vocab_size, out),  # type: ignore[arg-type]
+        Gradients(teacher, needed[3:], vocab_size, out),  # type: ignore[arg-type]
+    )
+
+    logits_bytes = (cut_student.bytes_of_logits(), cut_teacher.bytes_of_logits() if looks_at_teacher else 0)
+    copies = cut_student.bytes_of_copies(needs_student)
+    if looks_at_teacher:
+        copies += cut_teacher.bytes_of_copies(needs_teacher) + 2 * vocab_size * result.itemsize * needs_teacher
+    alike = num_rows > 0 and _look_alike(student, teacher)
+    *most, at_once = chunk_sizes(logits_bytes, copies, alike, task.memory_budget, device)
     student_chunks = chunks(0, num_rows, most[0])
-    teacher_chunks = chunks(0, num_rows, most[1]) if looks_at_teacher else []
+    teacher_chunks = chunks(0, num_rows, most[1]) if logits_bytes[1] else []
+    ends = sorted({0, *(x.stop for x in (*student_chunks, *teacher_chunks))})
+    parts = [part for start, stop in itertools.pairwise(ends) for part in chunks(start, stop, at_once)]
     shapes = [(min(rows, num_rows), vocab_size) for rows in most]
     sizes = [n and Scratch.size(*x, dtype=d) for n, x, d in zip(logits_bytes, shapes, dtypes, strict=True)]
     scratch = Scratch(sum(sizes), device)
-    buffers = [scratch.cut(*x, dtype=d) if n else None for n, x, d in zip(sizes, shapes, dtypes, strict=True)]
-    gradients = (Gradients(student, needed[:3], vocab_size), Gradients(teacher, needed[3:], vocab_size))  # type: ignore[arg-type]
-    if gradients[1].hidden is not None and not looks_at_teacher:
-        gradients[1].hidden.zero_()
+    buffers = [scratch.cut(*x, dtype=d) for n, x, d in zip(sizes, shapes, dtypes, strict=True) if n]
 
     def go_through_the_rows() -> None:
         numbers = options.operator_arguments(task.scale, 1)
         of_student = of_teacher = slice(0, 0)  # the rows that there are logits of
-        cuts = sorted({0, *(x.stop for x in (*student_chunks, *teacher_chunks))})
-        for start, stop in itertools.pairwise(cuts):
-            if start == of_student.stop:
+        teacher_logits = None
+        for part in parts:
+            if part.start == of_student.stop:
                 of_student = student_chunks.pop(0)
                 student_logits = cut_student.product(of_student, buffers[0])
-            if start == of_teacher.stop and looks_at_teacher:
+            if teacher_chunks and part.start == of_teacher.stop:
                 of_teacher = teacher_chunks.pop(0)
                 teacher_logits = cut_teacher.product(of_teacher, buffers[1])
-            rows_now = slice(start, stop)
-            inside = slice(start - of_student.start, stop - of_student.start)
-            s = cut_student.capped(student_logits[inside])
-            t = s  # of the right shape
+            inside = slice(part.start - of_student.start, part.stop - of_student.start)
+            s = t = cut_student.logits_of(part, student_logits, inside)
             if looks_at_teacher:
-                t = cut_teacher.capped(teacher_logits[start - of_teacher.start : stop - of_teacher.start])
-            of_rows = tuple(x if x is None else x[rows_now] for x in (labels, weight))
-            above = upstream if upstream is None or upstream.dim() == 0 else upstream[rows_now]
+                of_product = slice(part.start - of_teacher.start, part.stop - of_teacher.start)
+                t = cut_teacher.logits_of(part, teacher_logits, of_product)
+            of_rows = tuple(x if x is None else x[part] for x in (labels, weight))
+            above = upstream if upstream is None or upstream.dim() == 0 else upstream[part]
+            out_here = None if out is None else out[part]
             if needs_teacher:
                 exchanged = options.exchanged().operator_arguments(task.scale, 1)
                 g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
-                if teacher.softcap is not None:
-                    g.mul_(1 - (t / teacher.softcap).square_())
-                g = g.to(dtypes[1])
-                gradients[1].add_to_hidden(rows_now, g)
-                gradients[1].add_to_head(rows_now, g)
+                slope = cut_teacher.slope(t, out_here)
+                g = (g if slope is None else g.mul_(slope)).to(dtypes[1])
+                gradients[1].add_to_hidden(part, g)
+                gradients[1].add_to_head(part, g)
             if needs_student:
-                slope = None if student.softcap is None else 1 - (s / student.softcap).square_()
+                slope = cut_student.slope(s, out_here)
                 loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
                 if slope is not None:
                     student_logits[inside] = s.mul_(slope)
-                if stop == of_student.stop:
+                if part.stop == of_student.stop:
                     gradients[0].add_to_hidden(of_student, student_logits)
                     gradients[0].add_to_head(of_student, student_logits)
             else:
                 loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
             if none:
-                losses[rows_now] = loss
+                losses[part] = loss
             else:
                 losses.add_(loss)
 
@@ -380,6 +420,15 @@ def _run_chunks(
     buffers.clear()
     scratch.give_back()  # before there is another tensor of the size of a head
     return losses.to(result), [*gradients[0].finished(), *gradients[1].finished()]
+
+
+def _look_alike(student: Side, teacher: Side) -> bool:
+    """Whether two models may be one and the same, which has to give a divergence of exactly 0. On a GPU, where looking
+    would make the host wait, they are treated alike anyway."""
+    if student.hidden.device.type != "cpu" or teacher.weight is None or student.weight is None:
+        return False
+    pairs = ((student.hidden, teacher.hidden), (student.weight, teacher.weight))
+    return all(a.dtype == b.dtype and a.shape[1] == b.shape[1] and torch.equal(a[0], b[0]) for a, b in pairs)
 
 
 def run(
@@ -390,23 +439,40 @@ def run(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss, and the gradients that are needed of the six tensors, times what comes from above."""
+    student, teacher = task.sides(tensors)
     labels, weight, denominator = rows
     is_in = rows_in(labels, weight, task.options.ignore_index)
+    if teacher.weight is None and teacher.hidden.dim() != 2:  # rows that no matrix has without a copy
+        teacher = teacher._replace(rows=torch.arange(student.hidden.shape[0], device=student.hidden.device))
+    if is_in is None:
+        return _run_chunks(task, (student, teacher), rows, upstream, needed)
     # Finding the rows that are in would make the host wait for a GPU. There they cost their products.
-    if is_in is None or is_in.device.type != "cpu" or bool(is_in.all()):
-        return _run_chunks(task, tensors, rows, upstream, needed)
+    if is_in.device.type != "cpu":
+        return _run_chunks(task, (student, teacher), rows, upstream, needed, ~is_in)
+    if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
+        wrong = weight[~((weight >= 0) & weight.isfinite())][0].item()
+        raise ValueError(f"weight must be finite and not negative; got {wrong}")
+    if bool(is_in.all()):
+        return _run_chunks(task, (student, teacher), rows, upstream, needed)
 
     def put_back(part: Tensor | None) -> Tensor | None:
         return part if part is None else part.new_zeros(is_in.shape[0], *part.shape[1:]).index_copy_(0, kept, part)
 
     kept = is_in.nonzero().squeeze(1)
-    fewer = tuple(x.index_select(0, kept) if x is not None and i % 3 == 0 else x for i, x in enumerate(tensors))
+    student = student._replace(hidden=student.hidden.index_select(0, kept))
+    if teacher.weight is None:  # logits are not copied
+        teacher = teacher._replace(rows=kept)
+    else:
+        teacher = teacher._replace(hidden=teacher.hidden.index_select(0, kept))
     labels, weight = (x if x is None else x.index_select(0, kept) for x in (labels, weight))
     above = upstream if upstream is None or upstream.dim() == 0 else upstream.index_select(0, kept)
-    loss, gradients = _run_chunks(task, fewer, (labels, weight, denominator), above, needed)
+    loss, gradients = _run_chunks(task, (student, teacher), (labels, weight, denominator), above, needed)
     if task.options.reduction == _NONE:
         loss = put_back(loss)  # type: ignore[assignment]
-    return loss, [put_back(g) if i % 3 == 0 else g for i, g in enumerate(gradients)]
+    gradients[0] = put_back(gradients[0])
+    if teacher.weight is not None:
+        gradients[3] = put_back(gradients[3])
+    return loss, gradients
 
 
 def rows_in(labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -424,13 +490,13 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, task: Task, labels: Any, weight: Any, denominator: Any, *tensors: Any) -> Tensor:
-        ctx.task, ctx.rows, ctx.gradients = task, (labels, weight, denominator), None
+        ctx.task, rows = task, (labels, weight, denominator)
         ctx.set_materialize_grads(False)
         needed = ctx.needs_input_grad[4:]
         now = task.computes_gradients_at_once(tensors[0], needed)
-        loss, gradients = run(task, tensors, ctx.rows, None, needed if now else (False,) * 6)
+        loss, gradients = run(task, tensors, rows, None, needed if now else (False,) * 6)
         ctx.gradients = gradients if now else None
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *rows)
         return loss
 
     @staticmethod
@@ -439,21 +505,33 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * 10
         needed = ctx.needs_input_grad[4:]
         gradients, ctx.gradients = ctx.gradients, None
+        saved = ctx.saved_tensors
+        tensors, rows = saved[:6], saved[6:]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_output):
-            found = _reference_gradients(ctx.task, ctx.saved_tensors, ctx.rows, grad_output, needed)
+            found = _reference_gradients(ctx.task, tensors, rows, grad_output, needed)
         elif gradients is not None:
-            found = [None if g is None else _scaled(ctx, g, grad_output, i) for i, g in enumerate(gradients)]
+            found = _scaled(ctx.task, tensors, rows, gradients, grad_output)
         else:
             upstream = grad_output.to(torch.float64).contiguous()
-            found = run(ctx.task, ctx.saved_tensors, ctx.rows, upstream, needed)[1]
+            found = run(ctx.task, tensors, rows, upstream, needed)[1]
         return (None, None, None, None, *found)
 
 
-def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor, position: int) -> Tensor:
-    """gradient · grad_output, where the gradient lies. Of hidden states, rows that are out stay 0."""
-    rows = ctx.rows[:2] if position == 0 else (None, None)
-    dim = gradient.dim() - 1
-    return ops.scale_gradient(gradient, grad_output, rows, ctx.task.options.ignore_index, gradient.shape[dim], dim)
+def _scaled(
+    task: Task,
+    tensors: tuple[Any, ...],
+    rows: tuple[Any, Any, Any],
+    gradients: Sequence[Tensor | None],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """The student's gradients times what comes from above, where they lie. What is out, rows and classes, stays 0."""
+    vocab_size = min(side.num_classes() for side in task.sides(tensors))
+    for i, gradient in enumerate(gradients):
+        if gradient is not None:
+            part, of_part = (gradient, rows[:2]) if i == 0 else (gradient[:vocab_size], (None, None))
+            dim = part.dim() - 1
+            ops.scale_gradient(part, grad_output, of_part, task.options.ignore_index, part.shape[dim], dim)
+    return list(gradients)
 
 
 @torch.library.custom_op("reptile_ext::linear_distillation_loss", mutates_args=())
@@ -504,7 +582,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     loss = student.new_empty(shape, dtype=torch.float64 if double else torch.float32)
     return (
         loss,
-        *(torch.empty_like(x) if need else student.new_empty(0) for x, need in zip(tensors, needed, strict=True)),
+        *(x.new_empty(x.shape) if need else student.new_empty(0) for x, need in zip(tensors, needed, strict=True)),
     )
 
 
@@ -515,15 +593,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
+    saved, task = ctx.saved_tensors, Task.of(ctx.numbers)
     tensors, rows, gradients = saved[:6], saved[6:9], saved[9:]
-    ctx.task, ctx.rows = Task.of(ctx.numbers), rows
     needed = tuple(ctx.needs_input_grad[:6])
-    if torch.is_grad_enabled():
-        found = _reference_gradients(ctx.task, tensors, rows, grad_loss, needed)
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+        found = _reference_gradients(task, tensors, rows, grad_loss, needed)
     elif ctx.now == needed:
         # Copies: the operator's gradients are its outputs, and may be asked for again.
-        found = [_scaled(ctx, g.clone(), grad_loss, i) if needed[i] else None for i, g in enumerate(gradients)]
+        copies = [g.clone() if need else None for g, need in zip(gradients, needed, strict=True)]
+        found = _scaled(task, tensors, rows, copies, grad_loss)
     else:
         upstream = grad_loss.to(torch.float64).contiguous()
         results = _operator(*tensors, *rows, upstream, *ctx.numbers, list(needed))[1:]
@@ -535,7 +613,11 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _reference_loss(task: Task, tensors: tuple[Any, ...], rows: tuple[Any, Any, Any], check: bool) -> Tensor:
-    student, teacher = (all_logits(side) for side in task.sides(tensors))
+    is_in = rows_in(rows[0], rows[1], task.options.ignore_index)
+    student, teacher = (
+        reference.linear_logits(reference.only_rows(side.hidden.flatten(0, -2), is_in), *side[1:5])
+        for side in task.sides(tensors)
+    )
     # The sizes have been compared; the class dimension is the last.
     options = task.options._replace(truncate=True, dim=-1, inplace=False)
     return reference.with_options(student, teacher, *rows, options, check_values=check) * task.scale
@@ -633,11 +715,11 @@ def linear_distillation_loss(
         student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
             computed in float32.
         student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
-        memory_budget: bytes for logits, of student and teacher together. None: 120 MiB on the CPU, but never less
-            than 512 rows of the student's and 256 of the teacher's, below which the products get slow; on a GPU a
-            128th of its memory, but never less than 2,048 rows of both. On the CPU more than 512 rows of the student's
-            are of no use, and this memory, up to 120 MiB, is kept for the next call
-            (`reptile_ext.linear.release_scratch()` gives it back).
+        memory_budget: bytes for logits, of student and teacher together, copies for softcaps included. None: 120 MiB on
+            the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's, below which
+            products get slow; on a GPU a 128th of its memory, but never less than 2,048 rows of both. On the CPU more
+            than 512 rows of the student's are of no use, and up to 120 MiB are kept for the next call
+            (`reptile_ext.linear.release_scratch()` gives them back).
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -652,6 +734,9 @@ def linear_distillation_loss(
     With reduction="none", for float16, and where the teacher learns, gradients are computed in the backward pass, from
     logits that are computed once more. Under autocast, hidden states and heads are cast as `F.linear` would.
     Derivatives of derivatives, and torch.func, go through logits in full.
+
+    Equal models give exactly 0. The products are torch's: the same bits come of the same machine with the same number
+    of threads, and another number may round them otherwise.
 
     Heads and biases may be DTensors, as the parameters of a module that FSDP2 has sharded are outside of its forward:
     they are cast to the dtype of the hidden states and gathered, and get the mean of the processes' gradients, as FSDP2
@@ -680,11 +765,11 @@ def linear_distillation_loss(
     student_weight, student_bias = (_whole_head(x, student_hidden) for x in (student_weight, student_bias))
     teacher_weight, teacher_bias = (_whole_head(x, teacher_hidden) for x in (teacher_weight, teacher_bias))
     tensors: list[Any] = [student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias]
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         cast = (True,) * 3 + (teacher_weight is not None,) * 3
         tensors = [
-            x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 and of_head else x
+            x.to(dtype) if of_head and isinstance(x, Tensor) and x.dtype in FLOATING[:3] else x
             for x, of_head in zip(tensors, cast, strict=True)
         ]
     student = check_linear("student", tensors[0], tensors[1], tensors[2], student_softcap, student_scale, device)
@@ -704,7 +789,12 @@ def linear_distillation_loss(
         )
     check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
 
-    flat = tuple(x.reshape(-1, x.shape[-1]) if i % 3 == 0 else x for i, x in enumerate(tensors))
+    tensors[0] = tensors[0].reshape(-1, tensors[0].shape[-1])
+    if teacher_weight is not None or _is_flat(tensors[3]):
+        tensors[3] = tensors[3].reshape(-1, tensors[3].shape[-1])
+    flat = tuple(tensors)
+    if not torch.is_grad_enabled():  # autograd's functions are asked for gradients of what requires one there too
+        flat = tuple(x if x is None else x.detach() for x in flat)
     rows = [x if x is None else x.reshape(-1) for x in (labels, weight)]
     task = Task(options, 1.0, budget, (student[0], teacher[0]), (student[1], teacher[1]))
     if not has_kernels(device) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -713,6 +803,14 @@ def linear_distillation_loss(
     else:
         loss = _apply(task, flat, rows[0], rows[1], denominator, device)
     return loss.reshape(leading) if reduction == "none" else loss
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Whether its rows are a matrix's without a copy. (A compiler decides on its own.)"""
+    if torch.compiler.is_compiling():
+        return True
+    leading = [n for n in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n[0] != 1]
+    return x.numel() == 0 or all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(leading))
 
 
 def _apply(
@@ -727,8 +825,10 @@ def _apply(
     labels, weight, divisor, scale, options = for_operators(labels, weight, denominator, task.options, device)
     if mean:
         is_in = rows_in(labels, weight, options.ignore_index)
-        if is_in is None:
+        if is_in is None and not torch.compiler.is_compiling():
             scale = 1.0 / max(tensors[0].shape[0], 1)
+        elif is_in is None:  # the number of rows may be a symbol
+            divisor = tensors[0].new_ones(tensors[0].shape[0], dtype=torch.float64).sum().clamp(min=1.0)
         else:
             total = is_in.sum(dtype=torch.float64) if weight is None else torch.where(is_in, weight, 0.0).sum()
             divisor = torch.where(total == 0, 1.0, total)

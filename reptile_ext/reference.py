@@ -393,6 +393,11 @@ def linear_logits(
     return z if softcap is None else softcap * (z / softcap).tanh()
 
 
+def only_rows(hidden: Tensor, is_in: Tensor | None) -> Tensor:
+    """Hidden states, 0 where rows are out: a NaN there would come back through 0 · NaN in the head's gradient."""
+    return hidden if is_in is None else torch.where(is_in.unsqueeze(-1), hidden, 0.0)
+
+
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -410,6 +415,11 @@ def linear_distillation_loss(
     **keywords: Any,
 ) -> Tensor:
     """`reptile_ext.linear_distillation_loss` in plain PyTorch, logits in full; `memory_budget` has no effect."""
+    is_in = None
+    for values, nothing in ((labels, keywords.get("ignore_index", -100)), (keywords.get("weight"), 0.0)):
+        if isinstance(values, Tensor) and values.shape == student_hidden.shape[:-1] == teacher_hidden.shape[:-1]:
+            is_in = values != nothing if is_in is None else is_in & (values != nothing)
+    student_hidden, teacher_hidden = only_rows(student_hidden, is_in), only_rows(teacher_hidden, is_in)
     student = linear_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
     teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
     return distillation_loss(student, teacher, labels, **keywords)
