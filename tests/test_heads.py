@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import socket
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reptile_ext.training import Reptile, Until
+from reptile_ext.training import Reptile, Until, heads
 from reptile_ext.training.batches import logits_of, random_state
 from reptile_ext.training.heads import Head, made_up_logits
 
@@ -127,17 +128,18 @@ def model_of(name: str) -> nn.Module:
 
 
 @every_model
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_hidden_states_and_head_give_the_model_s_own_logits(name: str, dtype: torch.dtype) -> None:
-    model = model_of(name).to(dtype)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_hidden_states_and_head_give_the_model_s_own_logits(name: str, precision: str) -> None:
+    model = model_of(name).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     head, inputs = Head("model", model), {"input_ids": batches()[0]["input_ids"]}
     for _ in range(2):  # the first call finds out what comes after the head
-        hidden = head.hidden_states(lambda: logits_of(model, inputs))
-        assert (head.softcap, head.scale) == MODELS[name][3:]
-        wanted = logits_of(model, inputs).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            hidden = head.hidden_states(lambda: logits_of(model, inputs))
+            assert (head.softcap, head.scale) == MODELS[name][3:]
+            found, wanted = head.logits(hidden).float(), logits_of(model, inputs).float()
         # In bfloat16 the model rounds after each operation, by 2⁻⁹.
-        tolerance = 1e-6 if dtype == torch.float32 else 3 * 2**-9
-        torch.testing.assert_close(head.logits(hidden).float(), wanted, rtol=tolerance, atol=1e-6)
+        tolerance = 1e-6 if precision == "float32" else 3 * 2**-9
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=1e-6)
     assert wanted.std() > 0.05
 
 
@@ -382,6 +384,8 @@ def test_train_mode_does_not_vouch_for_eval_mode() -> None:
         ),
         ({"final_logit_softcapping": 30.0}, lambda z: z.float().div_(30.0).tanh_().mul_(30.0), (30.0, 1.0)),
         ({"final_logit_softcapping": 30.0}, lambda z: z.div_(30.0).tanh_().mul_(30.0), (30.0, 1.0)),
+        ({"final_logit_softcapping": 30.0}, lambda z: 30.0 * (z.bfloat16() / 30.0).tanh(), (30.0, 1.0)),  # casts
+        ({"logits_scaling": 8.0}, lambda z: z.half() * 8.0, (None, 8.0)),  # more than float16 holds: infinite
     ],
 )
 def test_what_a_config_s_numbers_mean_is_found_out(config: Any, after: Any, wanted: Any, dtype: torch.dtype) -> None:
@@ -394,15 +398,100 @@ def test_what_a_config_s_numbers_mean_is_found_out(config: Any, after: Any, want
         assert (head.softcap, head.scale) == wanted
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: z * 1.01,
+        lambda z: z * 1.001,
+        lambda z: z * (1 + 1e-5),
+        lambda z: z + 1e-4,
+        lambda z: 1e4 * (z / 1e4).tanh(),
+        lambda z: z.clamp(-1000, 1000),
+        lambda z: z.clamp(max=20_000),
+    ],
+    ids=["1.01", "1.001", "1.00001", "plus", "softcap", "clamp", "clamp, one side"],
+)
+def test_what_16_bits_would_hide_is_refused(after: Any, precision: str) -> None:
+    model = Tagger(0).to(torch.float32 if precision == "autocast" else getattr(torch, precision))
+    model.after = lambda logits, hidden: after(logits)  # type: ignore[method-assign]
+    head, inputs = Head("model", model), {"input_ids": batches()[0]["input_ids"]}
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"), pytest.raises(ValueError, match="fit"):
+        head.hidden_states(lambda: logits_of(model, inputs))
+
+
+def after_batches_of(
+    *shapes: tuple[int, int], after: Callable[[Tensor], Tensor] = lambda z: z, **config: float
+) -> Head:
+    """A head of which hidden states of such batches were taken, one after the other."""
+    model = Tagger(0)
+    model.after = lambda logits, hidden: after(logits)  # type: ignore[method-assign]
+    model.config = SimpleNamespace(**config)  # type: ignore[assignment]
+    head = Head("model", model)
+    for shape in shapes:
+        ids = torch.zeros(shape, dtype=torch.int64)
+        assert head.hidden_states(lambda ids=ids: logits_of(model, ids)).shape == (*shape, 8)
+    return head
+
+
+@pytest.mark.parametrize("last", [1, 2, 5, 16])
+def test_a_model_that_returns_the_last_positions_is_refused(last: int) -> None:
+    """At once, or when there are more for the first time."""
+    with pytest.raises(ValueError, match="Tagger does something to its logits"):
+        after_batches_of((4, 40), after=lambda z: z[:, -last:])
+    after_batches_of((4, 1), (4, last), after=lambda z: z[:, -last:])
+    for shape in ((4, last + 1), (1, 17)):
+        with pytest.raises(ValueError, match="Tagger does something to its logits"):
+            after_batches_of((4, 1), (4, last), shape, after=lambda z: z[:, -last:])
+    with pytest.raises(ValueError, match="Tagger does something to its logits"):
+        after_batches_of((1, 17), (2, 17), after=lambda z: z[-1:])
+
+
+def test_a_batch_with_more_rows_must_give_the_same_softcap_and_scale() -> None:
+    with pytest.raises(ValueError, match="Tagger does something to its logits"):
+        after_batches_of((4, 1), (4, 6), after=lambda z: z * 8.0 if z.shape[1] > 1 else z, logit_scale=8.0)
+
+
+def test_made_up_logits_are_made_only_where_there_are_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+
+    def remembered(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made.append(shape[:-1])
+        return made_up_logits(shape, dtype)
+
+    monkeypatch.setattr(heads, "made_up_logits", remembered)
+    # Each is made twice, for the model and to compare with; of (1, 17) and (2, 3), neither is the larger.
+    for shapes, wanted in (
+        ([(4, 40), (4, 40), (8, 50), (1, 1)], [(2, 17)]),
+        ([(4, 3), (4, 2), (1, 40), (5, 3), (1, 40), (3, 20)], [(2, 3), (1, 17), (2, 17)]),
+    ):
+        after_batches_of(*shapes)
+        assert made[::2] == made[1::2] == wanted
+        made.clear()
+
+
+def test_a_batch_without_rows_says_nothing() -> None:
+    """A scale that the model does not use would explain its logits, had it none."""
+    for shapes in ([(0, 6)], [(4, 0)], [(0, 6), (4, 6)], [(4, 6), (4, 0)]):
+        head = after_batches_of(*shapes, logit_scale=8.0)
+        assert (head.softcap, head.scale) == (None, 1.0)
+    with pytest.raises(ValueError, match="Tagger does something to its logits"):
+        after_batches_of((0, 6), (4, 6), after=lambda z: z * 1.1)
+
+
 def test_the_made_up_logits_tell_apart_what_is_close() -> None:
     """In every class and every row there are small ones and large ones, of both signs."""
-    z = made_up_logits((4, 32_000), torch.bfloat16).float()
-    assert torch.isfinite(z).all()
-    for part in (z, z[:, :50], z[:, -50:]):
+    z = made_up_logits((2, 17, 32_000), torch.float32)
+    assert z.shape == (2, 17, 32_000)
+    assert torch.isfinite(z.half()).all()
+    for part in (z, z[..., :50], z[..., -50:], z[:, -1, :50], z[0, :, -50:], z[..., 7]):
         assert part.abs().min() < 0.02
-        assert part.abs().max() > 600
+        assert part.abs().max() > 20_000
         assert (part > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
-    assert torch.equal(made_up_logits((4, 32_000), torch.bfloat16).float(), z)
+    rows = z.flatten(0, 1)
+    assert len(rows.unique(dim=0)) == 34
+    assert torch.equal(made_up_logits((2, 17, 32_000), torch.float32), z)
+    assert made_up_logits((1, 1, 2), torch.float32).max() == 30_000  # of few, too, one is large
 
 
 class Adapted(nn.Linear):
@@ -456,9 +545,17 @@ def test_labels_of_other_rows_are_refused() -> None:
         reptile.fit(data, until=Until(steps=1), progress_bar=False)
 
 
+def raise_out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+
 def test_a_model_s_own_error_is_its_own() -> None:
     with pytest.raises(IndexError, match="out of range"):
         trained(Tagger(0), Tagger(1), [{"input_ids": torch.full((2, 2), CLASSES)}], fused_linear=True)
+    crowded = Tagger(0)
+    crowded.register_forward_hook(raise_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
+        trained(crowded, Tagger(1), fused_linear=True)
     nameless = Tagger(0)
     nameless.register_forward_hook(lambda module, inputs, output: (output.logits,))
     with pytest.raises(TypeError, match=r"Tagger must return a tensor of logits.*got tuple"):

@@ -9,6 +9,9 @@ What comes after it has to be known: softcap and scale. The configuration has th
 how they are used (`logits_scaling` divides in Granite and multiplies in HyperCLOVA X), so names are not trusted: in the
 first pass the stand-in returns made-up logits, and what the model makes of those says which of the numbers are used and
 how. Whatever else it does to them is an error: left out in silence, it would make the loss another one.
+
+Made-up logits are float32 in a model of 16 bits, too: to be seen, a change has to be larger than rounding. What a model
+itself rounds to 16 bits is seen as well as those 16 bits show it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +30,7 @@ from .. import reference
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # or divisors
+_POSITIONS = 17  # of which made-up logits are shown to a model, in 2 samples: 35 MB at 256,000 classes
 
 
 def output_layer(model: nn.Module) -> nn.Linear | None:
@@ -66,6 +71,7 @@ class Head:
         self.scale = 1.0
         self._name, self._model = name, model
         self._after: dict[bool, tuple[float | None, float]] = {}  # softcap and scale, in train and in eval mode
+        self._checked: set[tuple[bool, tuple[int, ...]]] = set()  # modes, and the shapes of made-up logits in them
 
     @property
     def weight(self) -> Tensor:
@@ -78,27 +84,29 @@ class Head:
     def hidden_states(self, run: Callable[[], Tensor]) -> Tensor:
         """[..., H]: what the head is given while `run` calls the model, which may be wrapped, and returns its logits.
 
-        The head computes nothing. In the first call in either mode, made-up logits show what the model does to them.
+        The head computes nothing. In the first call in either mode, and in later ones with more samples or positions,
+        up to 2 and 17, made-up logits show what the model does to them.
 
         Raises:
             ValueError: the head is not called exactly once, or the model does something to its logits, or has
                 something to learn there, that is no softcap or scale of its configuration.
         """
         given: list[Tensor] = []
-        known = self._after.get(self._model.training)
 
         def stand_in(input: Tensor) -> Tensor:
             given.append(input)
-            shape, dtype = self._shape(input), _dtype_of_product(input)
-            if known is None:
-                return made_up_logits(shape, dtype).to(input.device)
-            return torch.zeros(shape, dtype=dtype, device=input.device)
+            dtype = _dtype_of_made_up(input)
+            if self._is_new(input):
+                return made_up_logits(self._shape(input, _POSITIONS), dtype).to(input.device)
+            return torch.zeros(self._shape(input, 2), dtype=dtype, device=input.device)
 
         with _forward(self.layer, stand_in):
             try:
                 logits = run()
+            except torch.OutOfMemoryError:
+                raise
             except (IndexError, RuntimeError, ValueError) as error:
-                if given and known is None:  # after its head, the model wants logits of all rows
+                if given and self._is_new(given[0]):  # after its head, the model wants logits of all rows
                     raise self._does_not_fit() from error
                 raise
         if len(given) != 1:
@@ -106,35 +114,54 @@ class Head:
                 f"fused_linear=True needs a {self._name} that calls what get_output_embeddings() returns once in its "
                 f"forward; {type(self._model).__name__} called it {len(given)} times"
             )
-        if known is None:
-            known = self._after[self._model.training] = self._find_out(given[0], logits)
-        self.softcap, self.scale = known
-        return given[0]
+        hidden, mode = given[0], self._model.training
+        if self._is_new(hidden):
+            found = self._find_out(hidden, logits)
+            if self._after.setdefault(mode, found) != found:
+                raise self._does_not_fit()
+            self._checked.add((mode, self._shape(hidden, _POSITIONS)))
+        self.softcap, self.scale = self._after.get(mode, (None, 1.0))  # these two if there was no row so far
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states, as the model would have them but for rounding: softcap and scale in float32."""
         return reference.linear_logits(hidden, self.weight, self.layer.bias, self.softcap, self.scale)
 
+    def _is_new(self, hidden: Tensor) -> bool:
+        """Whether made-up logits have yet to show what the model does to so many rows in the mode that it is in.
+
+        Few do not vouch for many: of a single position, the last one is all there is."""
+        shape = self._shape(hidden, _POSITIONS)
+        return 0 not in shape and not any(
+            mode == self._model.training and len(checked) == len(shape) and all(map(operator.ge, checked, shape))
+            for mode, checked in self._checked
+        )
+
     def _find_out(self, hidden: Tensor, logits: Tensor) -> tuple[float | None, float]:
         """Softcap and scale, from what the model made of `made_up_logits`."""
+        shape = self._shape(hidden, _POSITIONS)
         # Made-up logits want no gradient: what came of them does if there is a parameter, or the hidden states, in it.
-        if logits.requires_grad or not logits.is_floating_point() or logits.shape != self._shape(hidden):
+        if logits.requires_grad or not logits.is_floating_point() or logits.shape != shape:
             raise self._does_not_fit()
         softcaps, factors = (self._of_config(names).values() for names in (_SOFTCAPS, _SCALES))
         scales = (*factors, *(1 / factor for factor in factors), 1.0)
-        dtype = _dtype_of_product(hidden)
-        z, found = made_up_logits(logits.shape, dtype).double(), logits.detach().cpu().double()
-        # At most four operations round to the nearest, each by at most half an eps, and none makes an error larger.
-        coarser = max((dtype, logits.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        eps, tiny = torch.finfo(coarser).eps, torch.finfo(coarser).tiny
+        made_up = made_up_logits(shape, _dtype_of_made_up(hidden)).reshape(-1, shape[-1])
+        found = logits.detach().cpu().reshape(-1, shape[-1])
         for softcap, scale in itertools.product((*softcaps, None), scales):
-            if torch.allclose(found, reference.linear_logits(z, None, None, softcap, scale), rtol=2 * eps, atol=tiny):
+            if all(  # row by row: in float64, all rows would take some memory
+                _is_rounded(row, reference.linear_logits(z.double(), None, None, softcap, scale))
+                for row, z in zip(found, made_up, strict=True)
+            ):
                 return softcap, scale
         raise self._does_not_fit()
 
-    def _shape(self, hidden: Tensor) -> tuple[int, ...]:
-        """Of the stand-in's logits: two rows in each of the leading dimensions."""
-        return (*(min(size, 2) for size in hidden.shape[:-1]), self.layer.out_features)
+    def _shape(self, hidden: Tensor, positions: int) -> tuple[int, ...]:
+        """Of the stand-in's logits: up to so many rows in the last of the leading dimensions, and two in the others."""
+        leading = (
+            *(min(size, 2) for size in hidden.shape[:-2]),
+            *(min(size, positions) for size in hidden.shape[-2:-1]),
+        )
+        return (*leading, self.layer.out_features)
 
     def _of_config(self, names: tuple[str, ...]) -> dict[str, float]:
         """The numbers that the model's configuration has under these names."""
@@ -158,17 +185,28 @@ class Head:
 
 
 def made_up_logits(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Of both signs and of sizes from 0.01 to 1000, small and large ones everywhere: what is added to, cut from or
-    bent in them shows in the one or the other. The same in every call."""
-    n = torch.arange(math.prod(shape), dtype=torch.float64)
-    sizes = 10 ** (5 * (n * 0.6180339887498949).frac() - 2)  # multiples of the golden ratio fill an interval evenly
-    return torch.where(n % 2 == 0, sizes, -sizes).reshape(shape).to(dtype)
+    """Of both signs and of sizes from 0.01 to 30,000 (float16 ends at 65,504), small and large ones everywhere: what is
+    added to, cut from or bent in them shows in the one or the other. The same in every call; each row starts with the
+    second of the row before."""
+    *leading, classes = shape
+    rows = math.prod(leading)
+    n = torch.arange(rows + classes - 1, dtype=torch.float64)
+    sizes = 3e4 * 3e6 ** -(n * 0.6180339887498949).frac()  # multiples of the golden ratio fill an interval evenly
+    return torch.where(n % 2 == 0, sizes, -sizes).to(dtype).unfold(0, classes, 1).reshape(shape).contiguous()
 
 
-def _dtype_of_product(hidden: Tensor) -> torch.dtype:
-    """That of the logits, of a head in the dtype of the hidden states or under autocast."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+def _dtype_of_made_up(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _is_rounded(found: Tensor, exact: Tensor) -> bool:
+    """Whether logits are those of float64 but for rounding; what is too large for their dtype may be infinite."""
+    dtype = torch.finfo(found.dtype)
+    # At most four operations round to the nearest, each by at most half an eps, and none makes an error larger. In
+    # float32, tanh is not rounded to the nearest, a softcap is itself rounded, and a divisor may be its reciprocal.
+    rtol = 2 * dtype.eps + 4 * torch.finfo(torch.float32).eps
+    found, exact = (x.double().clamp(dtype.min, dtype.max) for x in (found, exact))
+    return torch.allclose(found, exact, rtol=rtol, atol=dtype.tiny)
 
 
 @contextlib.contextmanager
