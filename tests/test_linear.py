@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import DTYPES, every_divergence, keywords_of, make_labels, name_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -774,3 +776,49 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_input(wrong: dict[str, Any], kind: type[Exception], words: str) -> None:
     with refuses(kind, words):
         linear_distillation_loss(**{**make_case(), **wrong})
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.data())
+def test_any_combination(data: st.DataObject) -> None:
+    """Of sizes, budgets, options, rows that are out, and who learns; in float64, where rounding hides nothing."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    rows, classes, others = draw(st.integers(0, 40)), draw(st.integers(1, 30)), draw(st.integers(1, 30))
+    sizes = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    case = make_case(torch.float64, rows, classes, sizes, others, bias=draw(st.booleans()))
+    if draw(st.booleans()):  # a teacher's logits, of positions but the last
+        case = {name: x for name, x in case.items() if not name.startswith("teacher")}
+        leading = (2, rows // 2) if rows % 2 == 0 else (rows, 1)
+        case["teacher_hidden"] = torch.randn(leading[0], leading[1] + 1, others, dtype=torch.float64)[:, :-1]
+        case["student_hidden"] = case["student_hidden"].view(*leading, sizes[0])
+        case["teacher_weight"] = None
+    leading = case["student_hidden"].shape[:-1]
+    keywords: dict[str, Any] = {"vocab": "truncate", "reduction": draw(st.sampled_from(["mean", "sum", "none"]))}
+    keywords["divergence"] = draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "dkd"]))
+    keywords["soft_weight"] = draw(st.sampled_from([1.0, 0.3, 0.0]))
+    if keywords["divergence"] == "dkd" or draw(st.booleans()):
+        keywords["labels"] = torch.randint(min(classes, others), leading)
+        keywords["labels"][torch.rand(leading) < draw(st.sampled_from([0.0, 0.5, 1.0]))] = -100
+        keywords["hard_weight"] = draw(st.sampled_from([0.0, 0.7]))
+    if draw(st.booleans()):
+        keywords["weight"] = torch.rand(leading).double() * (torch.rand(leading) < 0.7)
+    for side in ("student", "teacher"):
+        keywords[f"{side}_softcap"] = draw(st.sampled_from([None, 2.0]))
+        keywords[f"{side}_scale"] = draw(st.sampled_from([1.0, -0.5]))
+    budget = draw(st.sampled_from([None, 1, 500, 2000, 10_000]))
+    learning = [name for name, x in case.items() if x is not None and draw(st.booleans())]
+    found = []
+    for loss, more in ((linear_distillation_loss, {"memory_budget": budget}), (reference.linear_distillation_loss, {})):
+        leaves = {k: x if x is None else x.detach().clone() for k, x in case.items()}
+        if case["teacher_weight"] is None:  # a clone would be a matrix
+            leaves["teacher_hidden"] = case["teacher_hidden"].detach()
+        inputs = [leaves[name].requires_grad_() for name in learning]
+        value = loss(**leaves, **keywords, **more)
+        above = torch.arange(1.0, 1.0 + value.numel(), dtype=value.dtype).view(value.shape)
+        if value.requires_grad:
+            of_inputs = torch.autograd.grad(value, inputs, above, allow_unused=True, materialize_grads=True)
+        else:  # the reference, of a teacher that is not looked at
+            of_inputs = tuple(map(torch.zeros_like, inputs))
+        found.append((value.detach(), *of_inputs))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
