@@ -219,7 +219,7 @@ class Gradients:
             return
         side = self.side
         if side.weight is None:
-            g = of_logits * side.scale if side.scale != 1.0 else of_logits
+            g = (of_logits * side.scale if side.scale != 1.0 else of_logits).to(self.hidden.dtype)
             self.hidden[..., : self.vocab_size][side.where(rows)] = g
         else:
             hidden, head = self.hidden[rows], side.weight[: self.vocab_size]
@@ -363,7 +363,7 @@ def _run_chunks(
     logits_bytes = (cut_student.bytes_of_logits(), cut_teacher.bytes_of_logits() if looks_at_teacher else 0)
     copies = cut_student.bytes_of_copies(needs_student)
     if looks_at_teacher:
-        copies += cut_teacher.bytes_of_copies(needs_teacher) + 2 * vocab_size * result.itemsize * needs_teacher
+        copies += cut_teacher.bytes_of_copies(needs_teacher) + vocab_size * result.itemsize * needs_teacher
     alike = num_rows > 0 and _look_alike(student, teacher)
     *most, at_once = chunk_sizes(logits_bytes, copies, alike, task.memory_budget, device)
     student_chunks = chunks(0, num_rows, most[0])
@@ -398,9 +398,7 @@ def _run_chunks(
                 exchanged = options.exchanged().operator_arguments(task.scale, 1)
                 g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
                 slope = cut_teacher.slope(t, out_here)
-                g = (g if slope is None else g.mul_(slope)).to(dtypes[1])
-                gradients[1].add_to_hidden(part, g)
-                gradients[1].add_to_head(part, g)
+                g = g if slope is None else g.mul_(slope)
             if needs_student:
                 slope = cut_student.slope(s, out_here)
                 loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
@@ -411,6 +409,13 @@ def _run_chunks(
                     gradients[0].add_to_head(of_student, student_logits)
             else:
                 loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
+            if needs_teacher and teacher_logits is None:
+                gradients[1].add_to_hidden(part, g)
+            elif needs_teacher and teacher_logits is not None:
+                teacher_logits[of_product] = g  # its logits are not needed any more
+                if part.stop == of_teacher.stop:
+                    gradients[1].add_to_hidden(of_teacher, teacher_logits)
+                    gradients[1].add_to_head(of_teacher, teacher_logits)
             if none:
                 losses[part] = loss
             else:
