@@ -435,7 +435,10 @@ def check_linear(
 
 
 def check_softcap(side: str, softcap: float | None) -> float | None:
-    return None if softcap is None else _number(f"{side}_softcap", softcap, "a positive number or None", _is_positive)
+    if softcap is None:
+        return None
+    # As of temperatures: what float32 arithmetic can divide by.
+    return _number(f"{side}_softcap", softcap, "a positive number or None", _is_temperature)
 
 
 def check_scale(side: str, scale: float) -> float:

@@ -28,6 +28,7 @@ _NONE, _MEAN, _SUM = (REDUCTIONS.index(name) for name in ("none", "mean", "sum")
 # How many rows there are logits of at a time, unless a budget is asked for. On the CPU products of fewer take their
 # time to read the head, and more fit no cache; all sizes as measured (docs/performance.md).
 DEFAULT_BUDGET = 120 << 20  # bytes of logits
+KEPT_AT_MOST = 256 << 20  # bytes: enough for the smallest chunks of 170,000 classes in 16 bits
 STUDENT_ROWS = 512
 TEACHER_ROWS = 256, 1024  # at least, at most
 GPU_BUDGET_SHARE = 128  # of a GPU's memory, one part in so many
@@ -76,8 +77,14 @@ class Side(NamedTuple):
         return self.num_classes() * copies
 
     def where(self, rows: slice) -> Any:
-        """Where rows of logits lie."""
-        return rows if self.rows is None else torch.unravel_index(self.rows[rows], self.hidden.shape[:-1])
+        """Where rows of logits lie: an index."""
+        if self.rows is None:
+            return rows
+        rest, index = self.rows[rows], []
+        for size in reversed(self.hidden.shape[:-1]):  # torch.unravel_index would copy from the host to a GPU
+            index.append(rest % size)
+            rest = rest // size
+        return tuple(reversed(index))
 
     def product(self, rows: slice, out: Tensor) -> Tensor:
         """Logits of some rows of hidden states, without the softcap, in `out`."""
@@ -157,12 +164,12 @@ def chunk_sizes(
 
 
 # To touch memory for the first time costs a process more than the loss does, so the CPU's scratch is kept for the next
-# call, if it is no larger than the default. A GPU's allocator does that by itself.
+# call, if it is not too large. A GPU's allocator does that by itself.
 _kept: list[Tensor] = []
 
 
 def release_scratch() -> None:
-    """Give back the memory that the fused linear loss keeps between calls on the CPU, 120 MiB at most."""
+    """Give back the memory that the fused linear loss keeps between calls on the CPU, 256 MiB at most."""
     _kept.clear()
 
 
@@ -192,7 +199,7 @@ class Scratch:
         return self.bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def give_back(self) -> None:
-        if self.lasts and self.bytes.numel() <= DEFAULT_BUDGET:
+        if self.lasts and self.bytes.numel() <= KEPT_AT_MOST:
             _kept.append(self.bytes)
             del _kept[1:]
         del self.bytes
@@ -346,7 +353,7 @@ def _run_chunks(
     """`run` of rows that are all to be computed, but for `out`, which are not to be looked at."""
     student, teacher = sides
     options, (labels, weight, denominator) = task.options, rows
-    vocab_size = min(student.num_classes(), teacher.num_classes())
+    vocab_size = min(side.num_classes() for side in sides)
     cut_student, cut_teacher = student.cut(vocab_size), teacher.cut(vocab_size)
     num_rows, device = student.hidden.shape[0], student.hidden.device
     dtypes = student.hidden.dtype, teacher.hidden.dtype
@@ -375,51 +382,56 @@ def _run_chunks(
     scratch = Scratch(sum(sizes), device)
     buffers = [scratch.cut(*x, dtype=d) for n, x, d in zip(sizes, shapes, dtypes, strict=True) if n]
 
+    numbers = options.operator_arguments(task.scale, 1)
+    exchanged = options.exchanged().operator_arguments(task.scale, 1) if needs_teacher else ()
+
+    def look_at(part: slice, of_student: slice, s_product: Tensor, of_teacher: slice, t_product: Tensor | None) -> None:
+        """The loss of some rows of those that there are logits of, and the gradients written over these."""
+        inside = slice(part.start - of_student.start, part.stop - of_student.start)
+        of_product = slice(part.start - of_teacher.start, part.stop - of_teacher.start)
+        s = t = cut_student.logits_of(part, s_product, inside)
+        if looks_at_teacher:
+            t = cut_teacher.logits_of(part, t_product, of_product)
+        of_rows = tuple(x if x is None else x[part] for x in (labels, weight))
+        above = upstream if upstream is None or upstream.dim() == 0 else upstream[part]
+        out_here = None if out is None else out[part]
+        if needs_teacher:
+            g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
+            slope = cut_teacher.slope(t, out_here)
+            g = g if slope is None else g.mul_(slope)
+        if needs_student:
+            slope = cut_student.slope(s, out_here)
+            loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
+            if slope is not None:
+                s_product[inside] = s.mul_(slope)
+        else:
+            loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
+        if needs_teacher and t_product is not None:
+            t_product[of_product] = g  # its logits are not needed any more
+        elif needs_teacher:
+            gradients[1].add_to_hidden(part, g)
+        if none:
+            losses[part] = loss
+        else:
+            losses.add_(loss)
+
     def go_through_the_rows() -> None:
-        numbers = options.operator_arguments(task.scale, 1)
         of_student = of_teacher = slice(0, 0)  # the rows that there are logits of
-        teacher_logits = None
+        t_product = None
         for part in parts:
             if part.start == of_student.stop:
                 of_student = student_chunks.pop(0)
-                student_logits = cut_student.product(of_student, buffers[0])
+                s_product = cut_student.product(of_student, buffers[0])
             if teacher_chunks and part.start == of_teacher.stop:
                 of_teacher = teacher_chunks.pop(0)
-                teacher_logits = cut_teacher.product(of_teacher, buffers[1])
-            inside = slice(part.start - of_student.start, part.stop - of_student.start)
-            s = t = cut_student.logits_of(part, student_logits, inside)
-            if looks_at_teacher:
-                of_product = slice(part.start - of_teacher.start, part.stop - of_teacher.start)
-                t = cut_teacher.logits_of(part, teacher_logits, of_product)
-            of_rows = tuple(x if x is None else x[part] for x in (labels, weight))
-            above = upstream if upstream is None or upstream.dim() == 0 else upstream[part]
-            out_here = None if out is None else out[part]
-            if needs_teacher:
-                exchanged = options.exchanged().operator_arguments(task.scale, 1)
-                g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
-                slope = cut_teacher.slope(t, out_here)
-                g = g if slope is None else g.mul_(slope)
-            if needs_student:
-                slope = cut_student.slope(s, out_here)
-                loss = ops.distillation_loss_(s, t, *of_rows, denominator, above, *numbers)
-                if slope is not None:
-                    student_logits[inside] = s.mul_(slope)
-                if part.stop == of_student.stop:
-                    gradients[0].add_to_hidden(of_student, student_logits)
-                    gradients[0].add_to_head(of_student, student_logits)
-            else:
-                loss = ops.distillation_loss(s, t, *of_rows, denominator, None, *numbers, False)[0]
-            if needs_teacher and teacher_logits is None:
-                gradients[1].add_to_hidden(part, g)
-            elif needs_teacher and teacher_logits is not None:
-                teacher_logits[of_product] = g  # its logits are not needed any more
-                if part.stop == of_teacher.stop:
-                    gradients[1].add_to_hidden(of_teacher, teacher_logits)
-                    gradients[1].add_to_head(of_teacher, teacher_logits)
-            if none:
-                losses[part] = loss
-            else:
-                losses.add_(loss)
+                t_product = cut_teacher.product(of_teacher, buffers[1])
+            look_at(part, of_student, s_product, of_teacher, t_product)
+            if needs_student and part.stop == of_student.stop:
+                gradients[0].add_to_hidden(of_student, s_product)
+                gradients[0].add_to_head(of_student, s_product)
+            if needs_teacher and t_product is not None and part.stop == of_teacher.stop:
+                gradients[1].add_to_hidden(of_teacher, t_product)
+                gradients[1].add_to_head(of_teacher, t_product)
 
     go_through_the_rows()
     buffers.clear()
@@ -430,10 +442,15 @@ def _run_chunks(
 def _look_alike(student: Side, teacher: Side) -> bool:
     """Whether two models may be one and the same, which has to give a divergence of exactly 0. On a GPU, where looking
     would make the host wait, they are treated alike anyway."""
-    if student.hidden.device.type != "cpu" or teacher.weight is None or student.weight is None:
+    if teacher.weight is None or student.weight is None or not _can_look(student.hidden):
         return False
     pairs = ((student.hidden, teacher.hidden), (student.weight, teacher.weight))
     return all(a.dtype == b.dtype and a.shape[1] == b.shape[1] and torch.equal(a[0], b[0]) for a, b in pairs)
+
+
+def _can_look(x: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a GPU: fakes have none."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def run(
@@ -452,7 +469,7 @@ def run(
     if is_in is None:
         return _run_chunks(task, (student, teacher), rows, upstream, needed)
     # Finding the rows that are in would make the host wait for a GPU. There they cost their products.
-    if is_in.device.type != "cpu":
+    if not _can_look(is_in):
         return _run_chunks(task, (student, teacher), rows, upstream, needed, ~is_in)
     if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
         wrong = weight[~((weight >= 0) & weight.isfinite())][0].item()
@@ -501,6 +518,8 @@ class _FusedLinear(torch.autograd.Function):
         now = task.computes_gradients_at_once(tensors[0], needed)
         loss, gradients = run(task, tensors, rows, None, needed if now else (False,) * 6)
         ctx.gradients = gradients if now else None
+        if now:  # what the first backward pass needs, so that it need not ask for what was saved
+            ctx.vocab_size, ctx.mask = _vocab_size(task, tensors), _mask(task, rows)
         ctx.save_for_backward(*tensors, *rows)
         return loss
 
@@ -510,32 +529,39 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * 10
         needed = ctx.needs_input_grad[4:]
         gradients, ctx.gradients = ctx.gradients, None
+        by_reference = torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+        if gradients is not None and not by_reference:
+            found = _scaled(gradients, grad_output, ctx.vocab_size, ctx.mask)
+            return (None, None, None, None, *found)
         saved = ctx.saved_tensors
         tensors, rows = saved[:6], saved[6:]
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        if by_reference:
             found = _reference_gradients(ctx.task, tensors, rows, grad_output, needed)
-        elif gradients is not None:
-            found = _scaled(ctx.task, tensors, rows, gradients, grad_output)
         else:
             upstream = grad_output.to(torch.float64).contiguous()
             found = run(ctx.task, tensors, rows, upstream, needed)[1]
         return (None, None, None, None, *found)
 
 
+def _vocab_size(task: Task, tensors: tuple[Any, ...]) -> int:
+    return min(side.num_classes() for side in task.sides(tensors))
+
+
+def _mask(task: Task, rows: tuple[Any, Any, Any]) -> Tensor | None:
+    """1 where rows are in, as weights. Of its own: labels may change before the backward pass."""
+    is_in = rows_in(rows[0], rows[1], task.options.ignore_index)
+    return None if is_in is None else is_in.to(torch.float64)
+
+
 def _scaled(
-    task: Task,
-    tensors: tuple[Any, ...],
-    rows: tuple[Any, Any, Any],
-    gradients: Sequence[Tensor | None],
-    grad_output: Tensor,
+    gradients: Sequence[Tensor | None], grad_output: Tensor, vocab_size: int, mask: Tensor | None
 ) -> list[Tensor | None]:
     """The student's gradients times what comes from above, where they lie. What is out, rows and classes, stays 0."""
-    vocab_size = min(side.num_classes() for side in task.sides(tensors))
     for i, gradient in enumerate(gradients):
         if gradient is not None:
-            part, of_part = (gradient, rows[:2]) if i == 0 else (gradient[:vocab_size], (None, None))
+            part, of_part = (gradient, mask) if i == 0 else (gradient[:vocab_size], None)
             dim = part.dim() - 1
-            ops.scale_gradient(part, grad_output, of_part, task.options.ignore_index, part.shape[dim], dim)
+            ops.scale_gradient(part, grad_output, (None, of_part), 0, part.shape[dim], dim)
     return list(gradients)
 
 
@@ -606,7 +632,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     elif ctx.now == needed:
         # Copies: the operator's gradients are its outputs, and may be asked for again.
         copies = [g.clone() if need else None for g, need in zip(gradients, needed, strict=True)]
-        found = _scaled(task, tensors, rows, copies, grad_loss)
+        found = _scaled(copies, grad_loss, _vocab_size(task, tensors), _mask(task, rows))
     else:
         upstream = grad_loss.to(torch.float64).contiguous()
         results = _operator(*tensors, *rows, upstream, *ctx.numbers, list(needed))[1:]
@@ -625,7 +651,8 @@ def _reference_loss(task: Task, tensors: tuple[Any, ...], rows: tuple[Any, Any, 
     )
     # The sizes have been compared; the class dimension is the last.
     options = task.options._replace(truncate=True, dim=-1, inplace=False)
-    return reference.with_options(student, teacher, *rows, options, check_values=check) * task.scale
+    loss = reference.with_options(student, teacher, *rows, options, check_values=check)
+    return loss if task.scale == 1.0 else loss * task.scale
 
 
 def _reference_gradients(
@@ -667,7 +694,9 @@ def _is_dtensor(x: Any) -> bool:
 
 
 def _whole_head(x: Any, hidden: Tensor) -> Any:
-    return _Gathered.apply(x.to(hidden.dtype)) if _is_dtensor(x) else x  # type: ignore[no-untyped-call]
+    if not _is_dtensor(x) or not isinstance(hidden, Tensor):  # which is an error
+        return x
+    return _Gathered.apply(x.to(hidden.dtype))  # type: ignore[no-untyped-call]
 
 
 def linear_distillation_loss(
@@ -721,10 +750,10 @@ def linear_distillation_loss(
             computed in float32.
         student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
         memory_budget: bytes for logits, of student and teacher together, copies for softcaps included. None: 120 MiB on
-            the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's, below which
-            products get slow; on a GPU a 128th of its memory, but never less than 2,048 rows of both. On the CPU more
-            than 512 rows of the student's are of no use, and up to 120 MiB are kept for the next call
-            (`reptile_ext.linear.release_scratch()` gives them back).
+            the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's (of both 256, if the
+            models may be one and the same), below which products get slow; on a GPU a 128th of its memory, but never
+            less than 2,048 rows of both. On the CPU more than 512 rows of the student's are of no use, and up to
+            256 MiB are kept for the next call (`reptile_ext.linear.release_scratch()` gives them back).
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -798,8 +827,6 @@ def linear_distillation_loss(
     if teacher_weight is not None or _is_flat(tensors[3]):
         tensors[3] = tensors[3].reshape(-1, tensors[3].shape[-1])
     flat = tuple(tensors)
-    if not torch.is_grad_enabled():  # autograd's functions are asked for gradients of what requires one there too
-        flat = tuple(x if x is None else x.detach() for x in flat)
     rows = [x if x is None else x.reshape(-1) for x in (labels, weight)]
     task = Task(options, 1.0, budget, (student[0], teacher[0]), (student[1], teacher[1]))
     if not has_kernels(device) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -826,6 +853,8 @@ def _apply(
     denominator: float | Tensor | None,
     device: torch.device,
 ) -> Tensor:
+    if not torch.is_grad_enabled():  # autograd's functions are asked for gradients of what requires one there too
+        tensors = tuple(x if x is None else x.detach() for x in tensors)
     mean = task.options.reduction == _MEAN and denominator is None
     labels, weight, divisor, scale, options = for_operators(labels, weight, denominator, task.options, device)
     if mean:

@@ -3,6 +3,7 @@ values are test_cuda_kernels.py's."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -195,6 +196,11 @@ def test_the_fused_linear_loss_does_not_wait(request: pytest.FixtureRequest) -> 
     request.getfixturevalue("no_sync")
     for keywords in ({}, {"weight": weight}, {"memory_budget": 2_000_000}):
         linear_step(case, reptile_ext.linear_distillation_loss, labels=labels, hard_weight=0.5, **keywords)
+    # A teacher's logits of the positions but the last of each sequence: rows that no matrix has.
+    logits = torch.randn(3, 101, 5000, device="cuda", dtype=torch.bfloat16)[:, :-1]
+    given = {name: x for name, x in case.items() if not name.startswith("teacher")}
+    given |= {"student_hidden": case["student_hidden"].view(3, 100, 64), "teacher_hidden": logits}
+    linear_step(given, functools.partial(reptile_ext.linear_distillation_loss, teacher_weight=None))
 
 
 def test_the_memory_of_the_fused_linear_loss() -> None:

@@ -384,25 +384,55 @@ def test_what_is_out_is_not_looked_at_where_it_is_computed() -> None:
         assert all(g.isfinite().all() for g in (*first, *second))
 
 
-def test_labels_that_change_before_the_backward_pass_are_an_error() -> None:
-    case = make_case(torch.float32)
+def test_what_changes_before_the_backward_pass() -> None:
+    """Gradients that are there already stay right; those that are not cannot be computed any more."""
+    case, wanted = make_case(torch.float32), ["student_hidden", "student_weight"]
     labels = make_labels(23, 40)
-    case["student_weight"].requires_grad_()
-    loss = linear_distillation_loss(**case, labels=labels, hard_weight=0.5, reduction="none").sum()
-    labels.fill_(-100)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    right = gradients(linear_distillation_loss, case, wanted, labels=labels, hard_weight=0.5)[1]
+    for reduction in ("mean", "none"):
+        leaves = {name: x.clone().requires_grad_(name in wanted) for name, x in case.items()}
+        changing = labels.clone()
+        loss = linear_distillation_loss(**leaves, labels=changing, hard_weight=0.5, reduction=reduction).sum() * 2
+        changing.fill_(-100)
+        leaves["teacher_weight"].lerp_(torch.ones(()), 0.1)  # a teacher that follows its student
+        if reduction == "mean":
+            loss.backward()
+            torch.testing.assert_close([leaves[name].grad / 2 for name in wanted], list(right))
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+def test_forward_mode_without_gradients() -> None:
+    case = make_case(torch.float32, bias=False)
+    x, direction = case.pop("student_hidden"), torch.randn(23, 6)
+
+    def f(x: Tensor) -> Tensor:
+        return linear_distillation_loss(x, **case)
+
+    right = torch.func.jvp(f, (x,), (direction,))
+    with torch.no_grad():
+        found = torch.func.jvp(f, (x,), (direction,))
+    assert right[1] != 0
+    torch.testing.assert_close(found, right)
+    assert found[1].dtype == torch.float32
 
 
 def test_fakes_and_tensors_without_memory() -> None:
     """Memory estimators run programs on them; what is kept between calls is not theirs, nor theirs ours."""
-    case, right = make_case(torch.float32), []
+    case, right = make_case(torch.float32, sizes=(6, 6)), []
+    keywords: dict[str, Any] = {"labels": make_labels(23, 40), "weight": torch.rand(23)}
     for _ in range(2):
         with FakeTensorMode() as mode:
             fakes = {name: mode.from_tensor(x).requires_grad_() for name, x in case.items()}
-            linear_distillation_loss(**fakes).backward()
+            rows = {name: mode.from_tensor(x) for name, x in keywords.items()}
+            linear_distillation_loss(**fakes, **rows).backward()
             assert fakes["student_weight"].grad.shape == (40, 6)
-        right.append(linear_distillation_loss(**case))
+            linear_distillation_loss(
+                *(fakes[f"student_{name}"].detach() for name in ("hidden", "weight")),
+                *(fakes[f"teacher_{name}"].detach() for name in ("hidden", "weight")),
+            )
+        right.append(linear_distillation_loss(**case, **keywords))
     assert torch.equal(*right)
     meta = {name: x.to("meta").requires_grad_() for name, x in case.items()}
     linear_distillation_loss(**meta).backward()
@@ -723,6 +753,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "student_weight must be a dense tensor; got",
     ),
+    ({"student_softcap": 1e39}, ValueError, "student_softcap must be a positive number or None; got 1e+39"),
     (
         {"student_hidden": torch.zeros(23, 0).double()},
         ValueError,
