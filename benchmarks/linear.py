@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import statistics
 import time
@@ -155,7 +156,7 @@ def measure(chosen: list[Contender], repeats: int, device: str) -> list[dict[str
                 values[c.name] = loss.item()
             if round_:
                 times[c.name].append(1e3 * elapsed)
-    limit = statistics.median(times["limit"])
+    limit = statistics.median(times["limit"]) if times["limit"] else math.nan
     results: list[dict[str, Any]] = []
     for c in chosen:
         if c.name in failed:
@@ -185,6 +186,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, for quartiles; got {options.repeats}")
     usual = (2048, 512, 32_000) if options.device == "cpu" else (8192, 4096, 128_256)
     size = (options.rows or usual[0], options.hidden or usual[1], options.vocab or usual[2])
     about = {**environment(), "device": options.device, "rows": size[0], "hidden": size[1], "vocab": size[2]}
@@ -196,7 +199,7 @@ def main() -> None:
         chosen = contenders(*size, DTYPES[name], options.device, not options.no_compile)
         found = measure(chosen, options.repeats, options.device)
         del chosen
-        ours = found[0]["ms"]["median"]
+        ours = found[0]["ms"]["median"] if "ms" in found[0] else math.nan
         header = f"{'contender':16} {'ms':>8} {'quartiles':>17} {'of limit':>9} {'vs ours':>8} {'extra MB':>9}  loss"
         print(f"\n{name}\n{header}")
         for r in found:

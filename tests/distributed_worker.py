@@ -1,16 +1,18 @@
-"""What each process of test_distributed.py and test_heads.py runs: a module of its own, so that a spawned process can
-import it."""
+"""Two processes for test_distributed.py and test_heads.py, and what each runs: a module of its own, so that a spawned
+process can import it."""
 
 from __future__ import annotations
 
 import functools
 import os
+import socket
 import traceback
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from oracle import make_labels
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -65,6 +67,24 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
         assert p.grad is not None
         gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         found[name.removeprefix("module.")] = gradient.detach().clone()
+    return found
+
+
+def in_two_processes(target: Any, *arguments: Any) -> dict[int, Any]:
+    """What target(rank, port, *arguments, results) puts into `results`, by rank."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=target, args=(rank, port, *arguments, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=240) for _ in processes)
+    for process in processes:
+        process.join(60)
+    for rank, result in found.items():
+        assert not isinstance(result, str), f"process {rank}:\n{result}"
     return found
 
 

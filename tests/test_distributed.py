@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from distributed_worker import (
     ROWS,
     LinearStudent,
     Student,
     gradients,
+    in_two_processes,
     linear_loss,
     make_batch,
     make_teacher,
@@ -36,23 +35,6 @@ def of_one_process(keywords: dict[str, Any]) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def in_two_processes(kind: str, all_keywords: list[dict[str, Any]]) -> dict[int, Any]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, kind, all_keywords, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=240) for _ in processes)
-    for process in processes:
-        process.join(60)
-    for rank, result in found.items():
-        assert not isinstance(result, str), f"process {rank}:\n{result}"
-    return found
-
-
 @needs_gloo
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_give_the_gradient_of_one(kind: str) -> None:
@@ -62,7 +44,7 @@ def test_two_processes_give_the_gradient_of_one(kind: str) -> None:
         for divergence in reptile_ext.arguments.DIVERGENCES
         for inplace in (False, True)
     ]
-    found = in_two_processes(kind, of)
+    found = in_two_processes(worker, kind, of)
     for i, keywords in enumerate(of):
         right = of_one_process(keywords)
         for rank in range(2):
@@ -79,7 +61,7 @@ def test_the_fused_linear_loss_in_two_processes(kind: str) -> None:
         {"temperature": 2.0, "hard_weight": 0.5},
         {"divergence": "jsd", "student_softcap": 3.0, "student_scale": 0.5},
     ]
-    found = in_two_processes(kind, of)
+    found = in_two_processes(worker, kind, of)
     hidden, _, labels = make_batch()
     teachers_head, of_teacher = make_teacher()
     for i, keywords in enumerate(of):

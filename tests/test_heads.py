@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import socket
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from distributed_worker import fit_worker, fitted_student
+from distributed_worker import fit_worker, fitted_student, in_two_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -599,14 +598,13 @@ def test_the_measurement_leaves_everything_as_it_was() -> None:
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux tells it")
 def test_the_measurement_finds_what_is_saved() -> None:
     """33 million logits: 131 MB each of student's, teacher's and gradient, against chunks of 1 MB."""
     student, teacher = Tagger(0, classes=4096), Tagger(1, classes=4096)
     reptile = Reptile(student, teacher, fused_linear=True, memory_budget=1 << 20)
     measured = reptile.measure_fused_linear({"input_ids": torch.randint(4096, (8, 1024))}, repeats=1)
     peaks = measured["peak_bytes"]
-    if None in peaks.values():
-        pytest.skip("this system does not tell its peak of memory")
     logits = 8 * 1024 * 4096 * 4
     assert peaks["logits"] > 2.5 * logits
     assert peaks["fused_linear"] < 0.5 * logits
@@ -622,19 +620,7 @@ def test_the_measurement_finds_what_is_saved() -> None:
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch is built without gloo")
 def test_two_processes_train_as_one() -> None:
     """DDP sees the head's gradient come from outside of its forward pass: of tied weights, both at once."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=fit_worker, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=240) for _ in processes)
-    for process in processes:
-        process.join(60)
-    for rank, result in found.items():
-        assert not isinstance(result, str), f"process {rank}:\n{result}"
+    found = in_two_processes(fit_worker)
     for tied in (False, True):
         wanted = fitted_student(tied, fused_linear=False)
         for rank in range(2):
