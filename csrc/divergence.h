@@ -67,10 +67,10 @@ constexpr double kNaN = __builtin_nan("");
 
 // What `finish` knows of a row.
 struct Row {
-  const double* sums;       // of the first pass
-  const double* mixture;    // of the mixture pass
-  double beta, omega;       // β and 1 − β
-  double a_label, b_label;  // a and b of the label's class, if kExcludesLabel
+  const double* sums;           // of the first pass
+  const double* mixture;        // of the mixture pass
+  double beta, one_minus_beta;  // β and 1 − β
+  double a_label, b_label;      // a and b of the label's class, if kExcludesLabel
   // Set by `finish` where D is +inf because the teacher has no mass where the student has some. The gradient would be
   // infinite too; it is taken as 0, and to that end the driver sets kept[kUnbounded] of the row to 0.
   bool is_unbounded = false;
@@ -167,11 +167,11 @@ struct SymmetricKl : Defaults {
     const double centre = row.sums[3] / row.z_s();
     const double difference = log(row.z_s()) - log(row.z_t());
     row.is_unbounded = centre == kInf;
-    k[0] = scale * row.omega / row.z_s();
-    k[1] = scale * row.omega / row.z_t();
+    k[0] = scale * row.one_minus_beta / row.z_s();
+    k[1] = scale * row.one_minus_beta / row.z_t();
     k[2] = scale * row.beta * kLn2 / row.z_s();
     k[3] = row.is_unbounded ? 0 : centre;
-    return row.omega * (kLn2 * row.sums[2] / row.z_t() + difference) + row.beta * (kLn2 * centre - difference);
+    return row.one_minus_beta * (kLn2 * row.sums[2] / row.z_t() + difference) + row.beta * (kLn2 * centre - difference);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
     return (kept[0] * k[0] - kept[1] * k[1]) + kept[0] * k[2] * (kept[2] - k[3]);
@@ -197,7 +197,7 @@ struct SoftCrossEntropy : Defaults {
   }
 };
 
-// −Σ q y: the above with the roles exchanged, whose gradient is that of a teacher who learns.
+// −Σ q y: the above with the roles exchanged, whose gradient is that of a trainable teacher.
 //     sums      Z_s, Z_t, Σ e_s b
 //     gradient  −ln 2 · q (b − C),   C = sum / Z_s
 template <class V>
@@ -251,19 +251,19 @@ struct MixtureDefaults : Defaults {
 //     gradient  (1−β) q (log(q/m) − K_q)
 template <class V>
 struct Jsd : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
-    const V over_m = Jsd::over(fma(beta, p, omega * q));
+  static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
+    const V over_m = Jsd::over(fma(beta, p, one_minus_beta * q));
     const V z = (p - q) * over_m;
-    const V log_p = log_of_ratio(p * over_m, omega * z);
+    const V log_p = log_of_ratio(p * over_m, one_minus_beta * z);
     const V log_q = log_of_ratio(q * over_m, V(0) - beta * z);
     sums[0] = fma(p, log_p, sums[0]);
     sums[1] = fma(q, log_q, sums[1]);
     kept[1] = log_q;
   }
   static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = scale * row.omega / row.z_s();
+    k[0] = scale * row.one_minus_beta / row.z_s();
     k[1] = row.mixture[1];
-    return row.beta * row.mixture[0] + row.omega * row.mixture[1];
+    return row.beta * row.mixture[0] + row.one_minus_beta * row.mixture[1];
   }
 };
 
@@ -272,15 +272,15 @@ struct Jsd : MixtureDefaults<V> {
 //     gradient  −(1−β) (p q / m − q Σ p q / m) = −(1−β)² q (z − Σ q z)
 template <class V>
 struct SkewKl : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
-    const V over_m = SkewKl::over(fma(beta, p, omega * q));
+  static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
+    const V over_m = SkewKl::over(fma(beta, p, one_minus_beta * q));
     const V z = (p - q) * over_m;
-    sums[0] = fma(p, log_of_ratio(p * over_m, omega * z), sums[0]);
+    sums[0] = fma(p, log_of_ratio(p * over_m, one_minus_beta * z), sums[0]);
     sums[1] = fma(q, z, sums[1]);
     kept[1] = z;
   }
   static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = -scale * row.omega * row.omega / row.z_s();
+    k[0] = -scale * row.one_minus_beta * row.one_minus_beta / row.z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
   }
@@ -291,11 +291,11 @@ struct SkewKl : MixtureDefaults<V> {
 //     gradient  q (u − Σ q u):   ∂f/∂x = q (log(q/m) + 1 − β q/m), and q/m = 1 − (1−β) z
 template <class V>
 struct SkewReverseKl : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V beta, V omega, V (&sums)[2], V (&kept)[2]) {
-    const V over_m = SkewReverseKl::over(fma(beta, q, omega * p));
+  static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
+    const V over_m = SkewReverseKl::over(fma(beta, q, one_minus_beta * p));
     const V z = (p - q) * over_m;
-    const V log_q = log_of_ratio(q * over_m, V(0) - omega * z);
-    kept[1] = fma(beta * omega, z, log_q);
+    const V log_q = log_of_ratio(q * over_m, V(0) - one_minus_beta * z);
+    kept[1] = fma(beta * one_minus_beta, z, log_q);
     sums[0] = fma(q, log_q, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);
   }
@@ -316,7 +316,7 @@ struct Tvd : MixtureDefaults<V> {
   using Gradient = Tvd;
   static constexpr bool kMixtureKeeps = false;
   static constexpr int kCoefficients = 3;
-  static REPTILE_EXT_FN void mix(V q, V p, V /*beta*/, V /*omega*/, V (&sums)[2], V (& /*kept*/)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V /*beta*/, V /*one_minus_beta*/, V (&sums)[2], V (& /*kept*/)[2]) {
     const V d = q - p;
     sums[0] = sums[0] + max(d, V(0) - d);
     sums[1] = sums[1] + with_sign_of(d, q);
@@ -430,7 +430,7 @@ struct Dkd : ForwardKl<V> {
   }
 };
 
-// The above with the roles exchanged, whose gradient is that of a teacher who learns.
+// The above with the roles exchanged, whose gradient is that of a trainable teacher.
 //     sums      N_s, N_t, Σ e_s (a − b), all without the label's class
 //     gradient  γ = q_label (1 − q_label) (log-odds of s − log-odds of t) at the label,
 //               β ln 2 · q̂ (a − b − C) − γ q̂ elsewhere,   C = sum / N_s
@@ -465,37 +465,84 @@ struct MirroredDkd : ReverseKl<V> {
   }
 };
 
-// The registry: calls `visit` with the functor of a kind. A new divergence is one line here.
+// ----------------------------------------------------------------------------------------------------- hard labels
+
+// Cross entropy of a row's label at temperature 1, smoothed over the classes that are not masked, and its gradient:
+//     q_1 (1 / z at e_1)  −  uniform, of a class that is not masked  −  hit, of the label's class
+struct HardLabel {
+  double loss;
+  double to_q1, uniform, hit;  // times the row's factor
+};
+
+// Of z = Σ e_1, a_sum = Σ a_1 and count of the classes that are not masked (of use with smoothing alone), and a_1 of
+// the label's class; `factor` multiplies the gradient.
+REPTILE_EXT_FN HardLabel hard_label(double z, double a_sum, double count, double a_label, double smoothing,
+                                    double factor) {
+  const double log_z = log(z);
+  HardLabel result{log_z - kLn2 * a_label, factor / z, 0, factor * (1 - smoothing)};
+  if (smoothing > 0) {
+    const double uniformly = log_z - kLn2 * a_sum / count;  // the label may be masked: infinity, of which 0 parts
+    result.loss = smoothing < 1 ? (1 - smoothing) * result.loss + smoothing * uniformly : uniformly;
+    result.uniform = factor * smoothing / count;
+  }
+  return result;
+}
+
+// -------------------------------------------------------------------------------------------------------- the registry
+
+// THE REGISTRY: the name that Python knows a divergence by (options.py), and its functor. A new one is a functor above
+// and a line here.
+#define REPTILE_EXT_DIVERGENCES(X)                         \
+  X(forward_kl, ForwardKl)                                 \
+  X(reverse_kl, ReverseKl)                                 \
+  X(symmetric_kl, SymmetricKl)                             \
+  X(jsd, Jsd)                                              \
+  X(skew_kl, SkewKl)                                       \
+  X(skew_reverse_kl, SkewReverseKl)                        \
+  X(tvd, Tvd)                                              \
+  X(hellinger, Hellinger)                                  \
+  X(soft_cross_entropy, SoftCrossEntropy)                  \
+  X(mse, Mse)                                              \
+  X(dkd, Dkd)                                              \
+  X(mirrored_soft_cross_entropy, MirroredSoftCrossEntropy) \
+  X(mirrored_dkd, MirroredDkd)
+
+}  // namespace
+
+enum class Divergence : int {
+#define REPTILE_EXT_NUMBER(name, Functor) k##Functor,
+  REPTILE_EXT_DIVERGENCES(REPTILE_EXT_NUMBER)
+#undef REPTILE_EXT_NUMBER
+};
+
+namespace {
+
+#define REPTILE_EXT_NAME(name, Functor) #name,
+constexpr const char* kDivergenceNames[] = {REPTILE_EXT_DIVERGENCES(REPTILE_EXT_NAME)};
+#undef REPTILE_EXT_NAME
+constexpr int kNumDivergences = int(sizeof(kDivergenceNames) / sizeof(kDivergenceNames[0]));
+
+// Calls visit(functor) for a kind.
 template <class V, class Visitor>
 inline void with_divergence(Divergence kind, Visitor&& visit) {
   switch (kind) {
-    case Divergence::kForwardKl:
-      return visit(ForwardKl<V>{});
-    case Divergence::kReverseKl:
-      return visit(ReverseKl<V>{});
-    case Divergence::kSymmetricKl:
-      return visit(SymmetricKl<V>{});
-    case Divergence::kJsd:
-      return visit(Jsd<V>{});
-    case Divergence::kSkewKl:
-      return visit(SkewKl<V>{});
-    case Divergence::kSkewReverseKl:
-      return visit(SkewReverseKl<V>{});
-    case Divergence::kTvd:
-      return visit(Tvd<V>{});
-    case Divergence::kHellinger:
-      return visit(Hellinger<V>{});
-    case Divergence::kSoftCrossEntropy:
-      return visit(SoftCrossEntropy<V>{});
-    case Divergence::kMse:
-      return visit(Mse<V>{});
-    case Divergence::kDkd:
-      return visit(Dkd<V>{});
-    case Divergence::kMirroredSoftCrossEntropy:
-      return visit(MirroredSoftCrossEntropy<V>{});
-    case Divergence::kMirroredDkd:
-      return visit(MirroredDkd<V>{});
+#define REPTILE_EXT_CASE(name, Functor) \
+  case Divergence::k##Functor:          \
+    return visit(Functor<V>{});
+    REPTILE_EXT_DIVERGENCES(REPTILE_EXT_CASE)
+#undef REPTILE_EXT_CASE
   }
+}
+
+constexpr bool needs_labels(Divergence kind) {
+  switch (kind) {
+#define REPTILE_EXT_CASE(name, Functor) \
+  case Divergence::k##Functor:          \
+    return Functor<float>::kExcludesLabel;
+    REPTILE_EXT_DIVERGENCES(REPTILE_EXT_CASE)
+#undef REPTILE_EXT_CASE
+  }
+  return false;
 }
 
 }  // namespace

@@ -14,32 +14,32 @@ namespace reptile_ext {
 // PyTorch's limit is 64 dimensions; one of them holds the classes.
 constexpr int kMaxRowDims = 63;
 
-// Positions match KERNELS and REDUCTIONS in reptile_ext/arguments.py. The mirrored ones are a divergence with the roles
-// of student and teacher exchanged, for the gradient of a teacher who learns; the others are each other's mirror.
-enum class Divergence : int {
-  kForwardKl,
-  kReverseKl,
-  kSymmetricKl,
-  kJsd,
-  kSkewKl,
-  kSkewReverseKl,
-  kTvd,
-  kHellinger,
-  kSoftCrossEntropy,
-  kMse,
-  kDkd,
-  kMirroredSoftCrossEntropy,
-  kMirroredDkd,
-};
-constexpr int kNumDivergences = 13;
-static constexpr bool needs_labels(Divergence kind) {
-  return kind == Divergence::kDkd || kind == Divergence::kMirroredDkd;
-}
-enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
+// Which functor of divergence.h, where the registry that numbers them is.
+enum class Divergence : int;
+
+// What becomes of the rows' losses, and the names that Python knows these by, in the same order.
+enum class Reduction : int { kNone, kMean, kSum };
+constexpr const char* kReductionNames[] = {"none", "mean", "sum"};
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 static constexpr size_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// What a driver computes of a row. The loss is made of two named halves, row_stats and row_gradient; the fused call
+// does both in one go. Where something lies between them, such as the classes that other processes hold, they are
+// called apart, and what one call finds of the classes at hand is combined with the others' (the larger of the maxima,
+// the sum of the sums) before it goes into the next.
+enum class Part : int {
+  kLoss,         // both halves
+  kMaxima,       // row_stats: reference points
+  kSums,         // row_stats, from the combined maxima: sums over the classes
+  kMixtureSums,  // row_stats, from maxima and sums: the sums of divergences that go through a mixture of p and q
+  kGradient,     // row_gradient, from all of these: loss and gradient
+};
+// Numbers of a row. Maxima: of the student, of the teacher, and of the student once more for the cross entropy, whose
+// row has the label's class where the divergence leaves it out. Sums: the divergence's, the cross entropy's three, and
+// the two logits of the label's class. What a divergence does not use is 0.
+constexpr int kNumMaxima = 3, kMaxSums = 5, kNumSums = kMaxSums + 3 + 2, kNumMixtureSums = 2;
 
 // One [..., V] operand: where its first element is and how far apart its rows and classes are.
 struct Operand {
@@ -58,19 +58,24 @@ struct LossProblem {
   Operand student, teacher;
   Operand gradient;  // data == nullptr: the loss alone. May be the student's own memory.
 
-  Divergence divergence = Divergence::kForwardKl;
-  double beta = 0, omega = 1;  // β and 1 − β, both given: from one near 1 the other cannot be had
+  Divergence divergence = {};
+  double beta = 0, one_minus_beta = 1;  // both given: from one near 1 the other cannot be had
   double student_temperature = 1, teacher_temperature = 1;
   double soft_scale = 1;  // soft_weight · S
   double hard_weight = 0, label_smoothing = 0;
 
-  const int64_t* labels = nullptr;   // [num_rows]; if hard_weight > 0 or needs_labels; in range where a row is in
-  const double* weights = nullptr;   // [num_rows], nullptr: all 1. A row with weight 0 is out: never read, gradient 0
-  double gradient_scale = 1;         // on top of the row's weight: 1 / denominator
-  const double* upstream = nullptr;  // what comes from above and multiplies the gradient, one a row or one for all;
-  bool upstream_is_uniform = true;   // nullptr: 1
+  const int64_t* labels = nullptr;  // [num_rows]; if hard_weight > 0 or needs_labels; in range where a row counts
+  const double* weights = nullptr;  // [num_rows], nullptr: all 1. A row of weight 0 is ignored: never read, gradient 0
+  double gradient_scale = 1;        // on top of the row's weight: 1 / denominator
+  const double* grad_output = nullptr;  // multiplies the gradient, one a row or one for all; nullptr: 1
+  bool grad_output_is_uniform = true;
 
   double* row_losses = nullptr;  // [num_rows], written: weight · loss of the row
+
+  // If the halves are called apart: numbers of every row, each [num_rows, count]. A label is then −1 where its class is
+  // not among those at hand.
+  Part part = Part::kLoss;
+  double *maxima = nullptr, *sums = nullptr, *mixture_sums = nullptr;
 };
 
 // What an instruction set brings. Each function does rows [begin, end).
@@ -79,8 +84,7 @@ struct Kernels {
   size_t (*scratch_bytes)(const LossProblem& problem);
   // `scratch` is the calling thread's own, of that size, aligned to 64.
   void (*loss_rows)(const LossProblem& problem, int64_t begin, int64_t end, void* scratch);
-  // gradient row n times factors[n], or times factors[0] if is_uniform; of the problem only the shape and `gradient`
-  // are looked at.
+  // gradient row n times factors[n], or times factors[0] if is_uniform; reads the problem's shape and `gradient` alone.
   void (*scale_rows)(const LossProblem& problem, const double* factors, bool is_uniform, int64_t begin, int64_t end);
 };
 

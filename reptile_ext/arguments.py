@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _C
+
 DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
@@ -30,23 +32,9 @@ DIVERGENCES = (
     "mse",
     "dkd",
 )
-# What there are kernels and reference functions for, in the order of the `Divergence` enumeration of csrc/rows.h: the
-# divergences but scaled_jsd, which is jsd times a number, and two whose gradient is that of a teacher who learns.
-KERNELS = (
-    "forward_kl",
-    "reverse_kl",
-    "symmetric_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "hellinger",
-    "soft_cross_entropy",
-    "mse",
-    "dkd",
-    "mirrored_soft_cross_entropy",
-    "mirrored_dkd",
-)
+# What there are kernels and reference functions for: the divergences but scaled_jsd, which is jsd times a number, and two
+# whose gradient is that of a trainable teacher. The numbers are the registry's in csrc/divergence.h.
+KERNELS: tuple[str, ...] = _C.divergences()
 _MIRRORS = {
     "forward_kl": "reverse_kl",
     "skew_kl": "skew_reverse_kl",
@@ -65,8 +53,7 @@ _BETAS: dict[str, tuple[float, Callable[[float], bool], str]] = {
     "skew_reverse_kl": (0.1, lambda v: v == 0 or _SMALLEST_BETA <= v < 1, "0 or a number from 1e-30 to 1, 1 excluded"),
     "dkd": (8.0, lambda v: 0 <= v < math.inf, "a finite number >= 0"),
 }
-# The order is the `Reduction` enumeration of csrc/rows.h.
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS: tuple[str, ...] = _C.reductions()
 TEMPERATURE_SCALINGS = ("t2", "none")
 VOCABS = ("error", "truncate")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -122,11 +109,11 @@ def _is_non_negative(v: float) -> bool:
     return 0 <= v < math.inf
 
 
-def mirror(kind: int, beta: float, omega: float) -> tuple[int, float, float]:
+def mirror(kind: int, beta: float, one_minus_beta: float) -> tuple[int, float, float]:
     """The kernel, β and 1 − β of the same divergence with the roles of student and teacher exchanged."""
     name = KERNELS[kind]
     swap = name in ("symmetric_kl", "jsd")
-    return (KERNELS.index(_MIRRORS.get(name, name)), omega if swap else beta, beta if swap else omega)
+    return (KERNELS.index(_MIRRORS.get(name, name)), one_minus_beta if swap else beta, beta if swap else one_minus_beta)
 
 
 def _resolve(divergence: str, beta: float | None) -> tuple[str, float, float]:
@@ -155,7 +142,7 @@ class Options(NamedTuple):
 
     kind: int  # position of the divergence's kernel in KERNELS
     beta: float
-    omega: float  # 1 − beta
+    one_minus_beta: float  # 1 − beta
     student_temperature: float
     teacher_temperature: float
     soft_scale: float  # soft_weight · S, S = T_s·T_t or 1, times what the divergence's kernel is multiplied with
@@ -170,11 +157,11 @@ class Options(NamedTuple):
     def exchanged(self) -> Options:
         """Student and teacher with their roles exchanged, and no hard labels: the student's gradient is then that of a
         teacher who learns."""
-        kind, beta, omega = mirror(self.kind, self.beta, self.omega)
+        kind, beta, one_minus_beta = mirror(self.kind, self.beta, self.one_minus_beta)
         return self._replace(
             kind=kind,
             beta=beta,
-            omega=omega,
+            one_minus_beta=one_minus_beta,
             student_temperature=self.teacher_temperature,
             teacher_temperature=self.student_temperature,
             hard_weight=0.0,
@@ -216,7 +203,7 @@ def _make_options(
     return Options(
         kind=KERNELS.index(kernel),
         beta=kernel_beta,
-        omega=1.0 - kernel_beta,
+        one_minus_beta=1.0 - kernel_beta,
         student_temperature=t_s,
         teacher_temperature=t_t,
         soft_scale=soft * factor * (t_s * t_t if temperature_scaling == _T2 else 1.0),

@@ -83,8 +83,8 @@ class _FusedLoss(torch.autograd.Function):
             ctx.is_done = True
             if gradient is None:
                 student, *others = ctx.saved_tensors
-                upstream = grad_output.to(torch.float64).contiguous()
-                ops.distillation_loss_(student, *others, upstream, *options.operator_arguments(ctx.scale, ctx.dim))
+                grad_output = grad_output.to(torch.float64).contiguous()
+                ops.distillation_loss_(student, *others, grad_output, *options.operator_arguments(ctx.scale, ctx.dim))
                 torch.autograd.graph.increment_version(student)
                 return (student.detach(), *[None] * 7)
             if gradient._version != ctx.version:

@@ -346,7 +346,7 @@ def _run_chunks(
     task: Task,
     sides: tuple[Side, Side],
     rows: tuple[Tensor | None, Tensor | None, Tensor | None],
-    upstream: Tensor | None,
+    grad_output: Tensor | None,
     needed: tuple[bool, ...],
     out: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -393,7 +393,7 @@ def _run_chunks(
         if looks_at_teacher:
             t = cut_teacher.logits_of(part, t_product, of_product)
         of_rows = tuple(x if x is None else x[part] for x in (labels, weight))
-        above = upstream if upstream is None or upstream.dim() == 0 else upstream[part]
+        above = grad_output if grad_output is None or grad_output.dim() == 0 else grad_output[part]
         out_here = None if out is None else out[part]
         if needs_teacher:
             g = ops.distillation_loss(t, s, *of_rows, denominator, above, *exchanged, True)[1]
@@ -457,7 +457,7 @@ def run(
     task: Task,
     tensors: tuple[Any, ...],
     rows: tuple[Tensor | None, Tensor | None, Tensor | None],
-    upstream: Tensor | None,
+    grad_output: Tensor | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss, and the gradients that are needed of the six tensors, times what comes from above."""
@@ -467,15 +467,15 @@ def run(
     if teacher.weight is None and teacher.hidden.dim() != 2:  # rows that no matrix has without a copy
         teacher = teacher._replace(rows=torch.arange(student.hidden.shape[0], device=student.hidden.device))
     if is_in is None:
-        return _run_chunks(task, (student, teacher), rows, upstream, needed)
+        return _run_chunks(task, (student, teacher), rows, grad_output, needed)
     # Finding the rows that are in would make the host wait for a GPU. There they cost their products.
     if not _can_look(is_in):
-        return _run_chunks(task, (student, teacher), rows, upstream, needed, ~is_in)
+        return _run_chunks(task, (student, teacher), rows, grad_output, needed, ~is_in)
     if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
         wrong = weight[~((weight >= 0) & weight.isfinite())][0].item()
         raise ValueError(f"weight must be finite and not negative; got {wrong}")
     if bool(is_in.all()):
-        return _run_chunks(task, (student, teacher), rows, upstream, needed)
+        return _run_chunks(task, (student, teacher), rows, grad_output, needed)
 
     def put_back(part: Tensor | None) -> Tensor | None:
         return part if part is None else part.new_zeros(is_in.shape[0], *part.shape[1:]).index_copy_(0, kept, part)
@@ -487,7 +487,7 @@ def run(
     else:
         teacher = teacher._replace(hidden=teacher.hidden.index_select(0, kept))
     labels, weight = (x if x is None else x.index_select(0, kept) for x in (labels, weight))
-    above = upstream if upstream is None or upstream.dim() == 0 else upstream.index_select(0, kept)
+    above = grad_output if grad_output is None or grad_output.dim() == 0 else grad_output.index_select(0, kept)
     loss, gradients = _run_chunks(task, (student, teacher), (labels, weight, denominator), above, needed)
     if task.options.reduction == _NONE:
         loss = put_back(loss)  # type: ignore[assignment]
@@ -538,8 +538,8 @@ class _FusedLinear(torch.autograd.Function):
         if by_reference:
             found = _reference_gradients(ctx.task, tensors, rows, grad_output, needed)
         else:
-            upstream = grad_output.to(torch.float64).contiguous()
-            found = run(ctx.task, tensors, rows, upstream, needed)[1]
+            grad_output = grad_output.to(torch.float64).contiguous()
+            found = run(ctx.task, tensors, rows, grad_output, needed)[1]
         return (None, None, None, None, *found)
 
 
@@ -576,10 +576,10 @@ def _operator(
     labels: Tensor | None,
     weight: Tensor | None,
     denominator: Tensor | None,
-    upstream: Tensor | None,
+    grad_output: Tensor | None,
     kind: int,
     beta: float,
-    omega: float,
+    one_minus_beta: float,
     student_temperature: float,
     teacher_temperature: float,
     soft_scale: float,
@@ -597,10 +597,10 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What traced programs see: the loss, and the gradients of the six tensors, empty where they are not needed."""
     tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    of_options = (kind, beta, omega, student_temperature, teacher_temperature, soft_scale, hard_weight)
+    of_options = (kind, beta, one_minus_beta, student_temperature, teacher_temperature, soft_scale, hard_weight)
     of_linear = (memory_budget, student_softcap, teacher_softcap, student_scale, teacher_scale)
     task = Task.of((*of_options, label_smoothing, ignore_index, reduction, scale, *of_linear))
-    loss, gradients = run(task, tensors, (labels, weight, denominator), upstream, tuple(needed))
+    loss, gradients = run(task, tensors, (labels, weight, denominator), grad_output, tuple(needed))
     return (loss, *(student_hidden.new_empty(0) if g is None else g for g in gradients))  # type: ignore[return-value]
 
 
@@ -634,8 +634,8 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         copies = [g.clone() if need else None for g, need in zip(gradients, needed, strict=True)]
         found = _scaled(copies, grad_loss, _vocab_size(task, tensors), _mask(task, rows))
     else:
-        upstream = grad_loss.to(torch.float64).contiguous()
-        results = _operator(*tensors, *rows, upstream, *ctx.numbers, list(needed))[1:]
+        grad_output = grad_loss.to(torch.float64).contiguous()
+        results = _operator(*tensors, *rows, grad_output, *ctx.numbers, list(needed))[1:]
         found = [g if need else None for g, need in zip(results, needed, strict=True)]
     return (*found, *[None] * 21)
 

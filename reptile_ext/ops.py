@@ -130,10 +130,10 @@ def _(
     labels: Tensor | None,
     weight: Tensor | None,
     denominator: Tensor | None,
-    upstream: Tensor | None,
-    kind: int,
+    grad_output: Tensor | None,
+    divergence: int,
     beta: float,
-    omega: float,
+    one_minus_beta: float,
     student_temperature: float,
     teacher_temperature: float,
     soft_scale: float,
@@ -156,10 +156,10 @@ def _(
     labels: Tensor | None,
     weight: Tensor | None,
     denominator: Tensor | None,
-    upstream: Tensor | None,
-    kind: int,
+    grad_output: Tensor | None,
+    divergence: int,
     beta: float,
-    omega: float,
+    one_minus_beta: float,
     student_temperature: float,
     teacher_temperature: float,
     soft_scale: float,
@@ -234,13 +234,13 @@ def kernel_gradients(
     """The same, once, by the kernel. The teacher's is the student's of the mirrored divergence: student and teacher
     with their roles exchanged, and no hard labels."""
     student, teacher = inputs
-    upstream = grad_output.to(torch.float64).contiguous()
+    grad_output = grad_output.to(torch.float64).contiguous()
     numbers = options.operator_arguments(scale, options.dim)
-    of_student = distillation_loss(student, teacher, *rows, upstream, *numbers, True)[1] if needed[0] else None
+    of_student = distillation_loss(student, teacher, *rows, grad_output, *numbers, True)[1] if needed[0] else None
     if not needed[1]:
         return of_student, None
     exchanged = options.exchanged().operator_arguments(scale, options.dim)
-    return of_student, distillation_loss(teacher, student, *rows, upstream, *exchanged, True)[1]
+    return of_student, distillation_loss(teacher, student, *rows, grad_output, *exchanged, True)[1]
 
 
 def scale_gradient(
@@ -272,8 +272,8 @@ def scale_gradient(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, labels, weight, denominator, upstream, *numbers, needs_gradient = inputs
-    ctx.numbers = (*numbers, needs_gradient and upstream is None)
+    student, teacher, labels, weight, denominator, grad_output, *numbers, needs_gradient = inputs
+    ctx.numbers = (*numbers, needs_gradient and grad_output is None)
     ctx.save_for_backward(student, teacher, labels, weight, denominator, output[1])
     ctx.mark_non_differentiable(output[1])
 

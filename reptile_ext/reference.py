@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     y: Tensor  # log_softmax(t)
     labels: Tensor | None
     beta: float
-    omega: float  # 1 − β
+    one_minus_beta: float  # 1 − β
 
     def mirrored(self) -> Rows:
         """Student and teacher with their roles exchanged."""
@@ -79,7 +79,9 @@ def reverse_kl(rows: Rows) -> Result:
 def symmetric_kl(rows: Rows) -> Result:
     """(1−β) · forward_kl + β · reverse_kl"""
     forward, reverse = forward_kl(rows), reverse_kl(rows)
-    return rows.omega * forward[0] + rows.beta * reverse[0], rows.omega * forward[1] + rows.beta * reverse[1]
+    return rows.one_minus_beta * forward[0] + rows.beta * reverse[0], rows.one_minus_beta * forward[
+        1
+    ] + rows.beta * reverse[1]
 
 
 class Mixture(NamedTuple):
@@ -110,21 +112,21 @@ def _mixture(rows: Rows, a: float, b: float) -> Mixture:
 
 def jsd(rows: Rows) -> Result:
     """β Σ p (y − log m) + (1−β) Σ q (x − log m),  m = β p + (1−β) q"""
-    m = _mixture(rows, rows.beta, rows.omega)
-    value = rows.beta * (m.p * m.log_p).sum(-1) + rows.omega * (m.q * m.log_q).sum(-1)
-    return value, rows.omega * _centred(m.q, m.log_q)
+    m = _mixture(rows, rows.beta, rows.one_minus_beta)
+    value = rows.beta * (m.p * m.log_p).sum(-1) + rows.one_minus_beta * (m.q * m.log_q).sum(-1)
+    return value, rows.one_minus_beta * _centred(m.q, m.log_q)
 
 
 def skew_kl(rows: Rows) -> Result:
     """Σ p (y − log(β p + (1−β) q))"""
-    m = _mixture(rows, rows.beta, rows.omega)
-    return (m.p * m.log_p).sum(-1), -(rows.omega**2) * _centred(m.q, m.z)
+    m = _mixture(rows, rows.beta, rows.one_minus_beta)
+    return (m.p * m.log_p).sum(-1), -(rows.one_minus_beta**2) * _centred(m.q, m.z)
 
 
 def skew_reverse_kl(rows: Rows) -> Result:
     """Σ q (x − log(β q + (1−β) p))"""
-    m = _mixture(rows, rows.omega, rows.beta)
-    return (m.q * m.log_q).sum(-1), _centred(m.q, m.log_q + rows.beta * rows.omega * m.z)
+    m = _mixture(rows, rows.one_minus_beta, rows.beta)
+    return (m.q * m.log_q).sum(-1), _centred(m.q, m.log_q + rows.beta * rows.one_minus_beta * m.z)
 
 
 def tvd(rows: Rows) -> Result:
@@ -255,12 +257,12 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def _results(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...], teachers: bool) -> Result:
-        kind, beta, omega, student_temperature, teacher_temperature = of
+        kind, beta, one_minus_beta, student_temperature, teacher_temperature = of
         s, t = s / student_temperature, t / teacher_temperature
-        rows = Rows(s, t, _log_softmax(s), _log_softmax(t), labels, beta, omega)
+        rows = Rows(s, t, _log_softmax(s), _log_softmax(t), labels, beta, one_minus_beta)
         if teachers:
-            kind, beta, omega = mirror(kind, beta, omega)
-            rows = rows.mirrored()._replace(beta=beta, omega=omega)
+            kind, beta, one_minus_beta = mirror(kind, beta, one_minus_beta)
+            rows = rows.mirrored()._replace(beta=beta, one_minus_beta=one_minus_beta)
         value, gradient = ROW_DIVERGENCES[KERNELS[kind]](rows)
         gradient = gradient / (teacher_temperature if teachers else student_temperature)
         # All of a broken row's gradient is NaN, wherever in the row it broke.
@@ -329,7 +331,7 @@ def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
 
 def row_losses(s: Tensor, t: Tensor, labels: Tensor | None, options: Options) -> Tensor:
     """ℓ of every row of [N, V] logits of one floating dtype."""
-    of = (options.kind, options.beta, options.omega, options.student_temperature, options.teacher_temperature)
+    of = (options.kind, options.beta, options.one_minus_beta, options.student_temperature, options.teacher_temperature)
     if not options.soft_scale > 0:  # the teacher is not looked at; the student in its place gives D = 0, no gradient
         t, of = s.detach(), (KERNELS.index("forward_kl"), 0.0, 1.0, 1.0, 1.0)
     loss = options.soft_scale * _divergence(s, t, labels, of)

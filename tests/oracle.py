@@ -257,13 +257,15 @@ def exact(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **keyw
     return reference.distillation_loss(student.double(), teacher.double(), labels, **keywords)
 
 
-def run(loss_fn: Any, student: Tensor, teacher: Tensor, *args: Any, upstream: Tensor | None = None, **keywords: Any):
-    """Loss and gradient of the student, whose strides stay as they are. `upstream`: what backward() gets."""
+def run(loss_fn: Any, student: Tensor, teacher: Tensor, *args: Any, grad_output: Tensor | None = None, **keywords: Any):
+    """Loss and gradient of the student, whose strides stay as they are. `grad_output`: what backward() gets."""
     leaf = student.detach().requires_grad_()
     loss = loss_fn(leaf, teacher, *args, **keywords)
-    if upstream is None and loss.dim():
-        upstream = torch.ones_like(loss)
-    return loss.detach(), torch.autograd.grad(loss, leaf, None if upstream is None else upstream.to(loss.dtype))[0]
+    if grad_output is None and loss.dim():
+        grad_output = torch.ones_like(loss)
+    return loss.detach(), torch.autograd.grad(loss, leaf, None if grad_output is None else grad_output.to(loss.dtype))[
+        0
+    ]
 
 
 def _terms(
@@ -324,7 +326,7 @@ def sizes(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    upstream: Tensor | None,
+    grad_output: Tensor | None,
     exact_loss: Tensor,
     keywords: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,8 +352,8 @@ def sizes(
     loss_size = factor * (soft * loss_terms + hard)
     if keywords.get("reduction") != "none":
         loss_size = loss_size.sum()
-    if upstream is not None:
-        factor = factor * upstream.double()
+    if grad_output is not None:
+        factor = factor * grad_output.double()
 
     terms, slack = soft / t_s * terms, soft / t_s * slack
     if hard:
@@ -383,7 +385,7 @@ def check(
     teacher: Tensor,
     labels: Tensor | None = None,
     *,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     sets: list[str] | None = None,
     **keywords: Any,
 ) -> None:
@@ -396,10 +398,12 @@ def check(
     try:
         for name in sets or [before]:
             ops.instruction_set(name)
-            found[name] = run(reptile_ext.distillation_loss, student, teacher, labels, upstream=upstream, **keywords)
+            found[name] = run(
+                reptile_ext.distillation_loss, student, teacher, labels, grad_output=grad_output, **keywords
+            )
     finally:
         ops.instruction_set(before)
-    assert_near(found, student, teacher, labels, upstream=upstream, **keywords)
+    assert_near(found, student, teacher, labels, grad_output=grad_output, **keywords)
 
 
 def assert_near(
@@ -408,16 +412,16 @@ def assert_near(
     teacher: Tensor,
     labels: Tensor | None = None,
     *,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     **keywords: Any,
 ) -> None:
     """Asserts that these losses and gradients, however they came about, keep the tolerance rule."""
     # float64 from the leaf on, so that the oracle's gradient is not rounded to the logits' dtype.
-    right = run(exact, student.double(), teacher, labels, upstream=upstream, **keywords)
-    rival = run(plain, student, teacher, labels, upstream=upstream, **keywords)
-    loss_size, gradient_size, slack = sizes(student, teacher, labels, upstream, right[0], keywords)
+    right = run(exact, student.double(), teacher, labels, grad_output=grad_output, **keywords)
+    rival = run(plain, student, teacher, labels, grad_output=grad_output, **keywords)
+    loss_size, gradient_size, slack = sizes(student, teacher, labels, grad_output, right[0], keywords)
     # The kernel rounds its gradient to the logits' dtype; what backward() brings in comes on top of that.
-    half_unit = torch.finfo(student.dtype).eps / 2 if upstream is not None else 0.0
+    half_unit = torch.finfo(student.dtype).eps / 2 if grad_output is not None else 0.0
     plain_errors = error(rival[0], right[0], loss_size), error(rival[1], right[1], gradient_size, slack)
     for name, (loss, gradient) in found.items():
         assert loss.dtype == arithmetic_of(student, teacher)

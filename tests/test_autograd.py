@@ -127,24 +127,26 @@ def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.
     keywords = {**keywords, **keywords_of(divergence)}
     none = keywords.get("reduction") == "none"
     for factor in (3.0, 1 / 7, -1.0, 0.0, 1e-3):
-        upstream = torch.full((4,), factor, dtype=torch.float64) if none else torch.tensor(factor, dtype=torch.float64)
-        found = run(loss_of, student, teacher, labels, upstream=upstream, **keywords)
-        assert_near({"": found}, student, teacher, labels, upstream=upstream, **keywords)
+        grad_output = (
+            torch.full((4,), factor, dtype=torch.float64) if none else torch.tensor(factor, dtype=torch.float64)
+        )
+        found = run(loss_of, student, teacher, labels, grad_output=grad_output, **keywords)
+        assert_near({"": found}, student, teacher, labels, grad_output=grad_output, **keywords)
         leaf = student.clone().requires_grad_()
         (loss_of(leaf, teacher, labels, **keywords) * factor).sum().backward()
         torch.testing.assert_close(leaf.grad, found[1], rtol=torch.finfo(dtype).eps, atol=0)
     if none:
-        upstream = torch.randn(4)
-        found = run(loss_of, student, teacher, labels, upstream=upstream, **keywords)
-        assert_near({"": found}, student, teacher, labels, upstream=upstream, **keywords)
+        grad_output = torch.randn(4)
+        found = run(loss_of, student, teacher, labels, grad_output=grad_output, **keywords)
+        assert_near({"": found}, student, teacher, labels, grad_output=grad_output, **keywords)
 
 
 @every_dtype
-@pytest.mark.parametrize("upstream", [float("nan"), float("inf")])
+@pytest.mark.parametrize("grad_output", [float("nan"), float("inf")])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("way", ["eager", "inplace", "compiled", "batched", "reference", "create_graph"])
 def test_what_is_out_stays_zero_whatever_comes_from_above(
-    way: str, reduction: str, upstream: float, dtype: torch.dtype
+    way: str, reduction: str, grad_output: float, dtype: torch.dtype
 ) -> None:
     """A mean over each sequence is 0/0 in one that is all padding. Rows by label and by weight, and the classes that
     the teacher does not have; the rows that are in show what came."""
@@ -161,7 +163,7 @@ def test_what_is_out_stays_zero_whatever_comes_from_above(
         return loss_fn(s * 1, teacher, labels, **keywords)
 
     loss = (torch.compile(f, backend="aot_eager", fullgraph=True) if way == "compiled" else f)(leaf)
-    above = torch.full_like(loss, upstream)
+    above = torch.full_like(loss, grad_output)
     if way == "batched":
         gradient = torch.autograd.grad(loss, leaf, above.unsqueeze(0), is_grads_batched=True)[0][0]
     else:
@@ -196,11 +198,11 @@ def test_a_second_backward_gives_the_same_gradient(keywords: dict, dtype: torch.
     keywords = {**keywords, **keywords_of(divergence)}
     student.requires_grad_()
     loss = loss_of(student, teacher, labels, **keywords)
-    upstream = torch.full_like(loss, 1 / 3)
-    first = torch.autograd.grad(loss, student, upstream, retain_graph=True)[0]
+    grad_output = torch.full_like(loss, 1 / 3)
+    first = torch.autograd.grad(loss, student, grad_output, retain_graph=True)[0]
     kept = first.clone()
-    second = torch.autograd.grad(loss, student, upstream, retain_graph=True)[0]
-    third = torch.autograd.grad(loss, student, 3 * upstream)[0]
+    second = torch.autograd.grad(loss, student, grad_output, retain_graph=True)[0]
+    third = torch.autograd.grad(loss, student, 3 * grad_output)[0]
     assert torch.equal(first, kept), "a later backward wrote over an earlier gradient"
     # Rounded twice in the first, once in the second.
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6 if dtype != torch.float64 else 1e-15}
@@ -249,9 +251,9 @@ def test_float16_gradients_survive_a_loss_scaler() -> None:
     """Under a scale of 65,536, as under plain PyTorch, the gradient has float16's 11 bits."""
     for rows, vocab_size in ((3, 40), (64, 32_003)):
         student, teacher = make_logits("flat", rows, vocab_size, torch.float16)
-        upstream = torch.tensor(65536.0)
-        _, gradient = run(loss_of, student, teacher, upstream=upstream)
-        right = run(exact, student.double(), teacher, upstream=upstream)[1]
+        grad_output = torch.tensor(65536.0)
+        _, gradient = run(loss_of, student, teacher, grad_output=grad_output)
+        right = run(exact, student.double(), teacher, grad_output=grad_output)[1]
         relative = (gradient.double() - right).norm() / right.norm()
         assert gradient.isfinite().all()
         assert relative < 2**-10, (rows, vocab_size, relative)
@@ -372,16 +374,16 @@ def test_the_operators_autograd_is_the_functions(sample: dict[str, Any]) -> None
     """torch.ops.reptile_ext.distillation_loss, which a traced program runs, has the gradient of the eager path."""
     arguments = op_arguments(**sample)
     student, teacher, labels, weight, denominator = arguments[:5]
-    upstream = None
+    grad_output = None
     loss, _ = ops.distillation_loss(*arguments, True)
-    upstream = torch.rand_like(loss)
+    grad_output = torch.rand_like(loss)
     wanted = [x for x in (student, teacher) if x.requires_grad]
-    found = torch.autograd.grad(loss, wanted, upstream)
+    found = torch.autograd.grad(loss, wanted, grad_output)
     keywords = {"temperature": (2.0, 1.0), "hard_weight": 0.5 if labels is not None else 0.0, "label_smoothing": 0.1}
     keywords |= {"reduction": ("none", "mean", "sum")[arguments[15]], "dim": arguments[17], "weight": weight}
     keywords |= keywords_of(sample.get("divergence", "forward_kl"))
     right_loss = reference.distillation_loss(student, teacher, labels, denominator=denominator, **keywords)
-    right = torch.autograd.grad(right_loss, wanted, upstream.to(right_loss.dtype))
+    right = torch.autograd.grad(right_loss, wanted, grad_output.to(right_loss.dtype))
     torch.testing.assert_close(loss, right_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found, right, rtol=2 * torch.finfo(student.dtype).eps, atol=1e-6)
 

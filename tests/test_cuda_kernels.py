@@ -401,8 +401,8 @@ def test_what_comes_from_above(configure: Configure, reduction: str, dtype: torc
         labels, weight = torch.arange(6), torch.ones(6)
         labels[0], weight[1] = -100, 0
         keywords = {"vocab": "truncate", "weight": weight, "reduction": reduction}
-        upstream = torch.rand(6) if reduction == "none" else torch.tensor(1 / 3)
-        check(student, teacher, labels, upstream=upstream.double(), **keywords)
+        grad_output = torch.rand(6) if reduction == "none" else torch.tensor(1 / 3)
+        check(student, teacher, labels, grad_output=grad_output.double(), **keywords)
         for factor in (NAN, INF, 1.0):
             leaf = student.clone().requires_grad_()
             loss = reptile_ext.distillation_loss(leaf * 1, teacher, labels, **keywords)

@@ -59,20 +59,22 @@ def make_case(
     return case
 
 
-def gradients(loss: Any, case: dict[str, Tensor], wanted: list[str], upstream: Tensor | None = None, **keywords: Any):
+def gradients(
+    loss: Any, case: dict[str, Tensor], wanted: list[str], grad_output: Tensor | None = None, **keywords: Any
+):
     """Loss, and gradients of the tensors of those names."""
     case = {name: x.detach().clone().requires_grad_(name in wanted) for name, x in case.items()}
     result = loss(**case, **keywords)
-    above = torch.ones_like(result) if upstream is None else upstream.to(result.dtype)
+    above = torch.ones_like(result) if grad_output is None else grad_output.to(result.dtype)
     return result.detach(), torch.autograd.grad(result, [case[name] for name in wanted], above)
 
 
-def check(case: dict[str, Tensor], wanted: list[str], upstream: Tensor | None = None, **keywords: Any) -> None:
+def check(case: dict[str, Tensor], wanted: list[str], grad_output: Tensor | None = None, **keywords: Any) -> None:
     """Against the reference in float64; no worse than the reference in the case's own dtype, and a little."""
-    found = gradients(linear_distillation_loss, case, wanted, upstream, **keywords)
-    plain = gradients(reference.linear_distillation_loss, case, wanted, upstream, **keywords)
+    found = gradients(linear_distillation_loss, case, wanted, grad_output, **keywords)
+    plain = gradients(reference.linear_distillation_loss, case, wanted, grad_output, **keywords)
     right = gradients(
-        reference.linear_distillation_loss, {k: x.double() for k, x in case.items()}, wanted, upstream, **keywords
+        reference.linear_distillation_loss, {k: x.double() for k, x in case.items()}, wanted, grad_output, **keywords
     )
     dtype = case["student_hidden"].dtype
     assert found[0].dtype == plain[0].dtype
@@ -97,8 +99,8 @@ def test_it_is_the_loss_of_the_logits(keywords: dict[str, Any], divergence: str,
     wanted = ["student_hidden", "student_weight", "student_bias"]
     labels, weight = make_labels(23, 40), torch.rand(23)
     weight[3] = 0
-    upstream = torch.rand(23) if keywords.get("reduction") == "none" else torch.tensor(1 / 3)
-    check(case, wanted, upstream, labels=labels, weight=weight, **keywords, **keywords_of(divergence))
+    grad_output = torch.rand(23) if keywords.get("reduction") == "none" else torch.tensor(1 / 3)
+    check(case, wanted, grad_output, labels=labels, weight=weight, **keywords, **keywords_of(divergence))
     no_bias = {name: x for name, x in case.items() if "bias" not in name}
     check(no_bias, wanted[:2], labels=labels, **keywords, **keywords_of(divergence))
 
@@ -369,9 +371,9 @@ def test_what_is_out_is_not_looked_at_where_it_is_computed() -> None:
     task = linear.Task(options, 0.2, 3000, (3.0, None), (1.0, 0.5))
     order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
     sides, rows, needed = task.sides(tuple(case[name] for name in order)), (labels, None, None), (True,) * 6
-    upstream = torch.tensor(1.0, dtype=torch.float64)
-    found = linear._run_chunks(task, sides, rows, upstream, needed, labels == -100)
-    right = linear.run(task, tuple(case[name] for name in order), rows, upstream, needed)
+    grad_output = torch.tensor(1.0, dtype=torch.float64)
+    found = linear._run_chunks(task, sides, rows, grad_output, needed, labels == -100)
+    right = linear.run(task, tuple(case[name] for name in order), rows, grad_output, needed)
     torch.testing.assert_close(found, right)
     # And derivatives of derivatives, which have logits in full.
     wanted = [name for name in SIX if name.startswith("student")]
@@ -550,8 +552,8 @@ def test_a_teacher_given_as_logits() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("upstream", [float("nan"), float("inf"), 1.0])
-def test_rows_that_are_out(upstream: float, reduction: str) -> None:
+@pytest.mark.parametrize("grad_output", [float("nan"), float("inf"), 1.0])
+def test_rows_that_are_out(grad_output: float, reduction: str) -> None:
     """Neither their hidden states nor what comes from above reaches anybody."""
     case = make_case()
     labels, weight = make_labels(23, 40).clamp_min(0), torch.rand(23) + 0.5
@@ -559,13 +561,13 @@ def test_rows_that_are_out(upstream: float, reduction: str) -> None:
     for name in ("student_hidden", "teacher_hidden"):
         case[name][4], case[name][7] = float("nan"), float("inf")
     keywords = {"labels": labels, "weight": weight, "reduction": reduction, "memory_budget": 3000}
-    above = torch.full((23,) if reduction == "none" else (), upstream)
+    above = torch.full((23,) if reduction == "none" else (), grad_output)
     loss, (of_hidden, of_head) = gradients(
         linear_distillation_loss, case, ["student_hidden", "student_weight"], above, **keywords
     )
     assert loss.isfinite().all()
     assert (of_hidden[[4, 7]] == 0).all()
-    if upstream == 1:
+    if grad_output == 1:
         assert of_hidden.isfinite().all()
         assert of_head.isfinite().all()
     others = [i for i in range(23) if i not in (4, 7)]

@@ -55,9 +55,9 @@ def test_oracle_equals_pytorchs_own_losses(kind: str, keywords: dict, divergence
     student, teacher = make_logits(kind, 9, 50, torch.float64)
     labels = make_labels(9, 50)
     keywords = {**keywords, **keywords_of(divergence)}
-    upstream = torch.randn(9) if keywords.get("reduction") == "none" else None
-    found = run(exact, student, teacher, labels, upstream=upstream, **keywords)
-    right = run(plain, student, teacher, labels, upstream=upstream, **keywords)
+    grad_output = torch.randn(9) if keywords.get("reduction") == "none" else None
+    found = run(exact, student, teacher, labels, grad_output=grad_output, **keywords)
+    right = run(plain, student, teacher, labels, grad_output=grad_output, **keywords)
     torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-13)  # F.kl_div cancels; near_equal's D is 1e-9
 
 
@@ -184,8 +184,8 @@ def test_keywords(keywords: dict, reduction: str, weighted: bool, divergence: st
         keywords["temperature"] = tuple(keywords["temperature"])
         assert torch.equal(loss, reptile_ext.distillation_loss(student, teacher, labels, **keywords))
     for dtype in DTYPES:
-        upstream = torch.randn(3, 4) if reduction == "none" else None
-        check(student.to(dtype), teacher.to(dtype), labels, upstream=upstream, **keywords)
+        grad_output = torch.randn(3, 4) if reduction == "none" else None
+        check(student.to(dtype), teacher.to(dtype), labels, grad_output=grad_output, **keywords)
 
 
 def test_mean_is_the_weighted_mean_over_rows_that_are_in() -> None:
@@ -297,7 +297,7 @@ def test_every_dim(shape: tuple[int, ...], divergence: str) -> None:
         leading = [n for d, n in enumerate(shape) if d != dim % len(shape)]
         keywords = {"dim": dim, **keywords_of(divergence)}
         labels = torch.randint(shape[dim], leading) if divergence == "dkd" else None
-        check(student, teacher, labels, reduction="none", upstream=torch.randn(leading), **keywords)
+        check(student, teacher, labels, reduction="none", grad_output=torch.randn(leading), **keywords)
         check(student, teacher, labels, weight=torch.rand(leading) + 0.1, **keywords)
 
 
@@ -352,7 +352,7 @@ def test_many_rows_in_many_chunks() -> None:
     student, teacher = make_logits("random", (50, 70), 40)
     student, teacher = LAYOUTS["rows_transposed"](student), LAYOUTS["padded_rows"](teacher)
     labels = make_labels((50, 70), 40)
-    check(student, teacher, labels, hard_weight=0.5, reduction="none", upstream=torch.randn(50, 70))
+    check(student, teacher, labels, hard_weight=0.5, reduction="none", grad_output=torch.randn(50, 70))
 
 
 # ------------------------------------------------------------------------------------------------------- in place

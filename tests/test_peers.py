@@ -69,9 +69,9 @@ def compare(
     """Asserts that the peer and `distillation_loss` with these keywords have one loss and one gradient, as the top of
     this file says. `loss_in`, `gradient_in`: the arithmetic in which the peer has them for float64 logits."""
     leading = student.movedim(keywords.get("dim", -1), -1).shape[:-1]
-    upstream = torch.full(leading if keywords.get("reduction") == "none" else (), -2.5, dtype=torch.float64)
-    if upstream.dim():  # what backward() gets: a number of its own for each row
-        upstream += torch.arange(upstream.numel()).view(leading)
+    grad_output = torch.full(leading if keywords.get("reduction") == "none" else (), -2.5, dtype=torch.float64)
+    if grad_output.dim():  # what backward() gets: a number of its own for each row
+        grad_output += torch.arange(grad_output.numel()).view(leading)
     before = ops.instruction_set()
 
     def both(dtype: torch.dtype) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
@@ -80,15 +80,15 @@ def compare(
         try:
             for name in INSTRUCTION_SETS:
                 ops.instruction_set(name)
-                ours[name] = run(distillation_loss, s, t, labels, upstream=upstream, **keywords)
+                ours[name] = run(distillation_loss, s, t, labels, grad_output=grad_output, **keywords)
         finally:
             ops.instruction_set(before)
-        return ours, run(peer, s, t, upstream=upstream)
+        return ours, run(peer, s, t, grad_output=grad_output)
 
     ours64, theirs64 = both(torch.float64)
     ours32, theirs32 = both(torch.float32)
     right = ours64[before]
-    loss_size, gradient_size, slack = sizes(student, teacher, labels, upstream, right[0], keywords)
+    loss_size, gradient_size, slack = sizes(student, teacher, labels, grad_output, right[0], keywords)
     for i, what, arithmetic, size in (
         (0, "loss", loss_in, (loss_size,)),
         (1, "gradient", gradient_in, (gradient_size, slack)),

@@ -191,12 +191,12 @@ def test_bug_09_row_losses_pass_on_a_gradient_of_their_own(dtype: torch.dtype, d
     gradient times its own factor; a row with factor 0 gets 0."""
     student, teacher = make_logits("random", (3, 4), 33, dtype)
     labels = make_labels((3, 4), 33)
-    upstream = torch.tensor([[1.0, -2.0, 0.0, 0.5], [3.0, 1e-3, -1.0, 1.0], [0.0, 7.0, 1.0, 100.0]])
+    grad_output = torch.tensor([[1.0, -2.0, 0.0, 0.5], [3.0, 1e-3, -1.0, 1.0], [0.0, 7.0, 1.0, 100.0]])
     keywords = {"reduction": "none", "hard_weight": 0.5, **keywords_of(divergence)}
-    found = run(reptile_ext.distillation_loss, student, teacher, labels, upstream=upstream, **keywords)
-    assert_near({"": found}, student, teacher, labels, upstream=upstream, **keywords)
-    assert (found[1][upstream == 0] == 0).all()
-    assert found[1][upstream * (labels >= 0) != 0].any(-1).all()
+    found = run(reptile_ext.distillation_loss, student, teacher, labels, grad_output=grad_output, **keywords)
+    assert_near({"": found}, student, teacher, labels, grad_output=grad_output, **keywords)
+    assert (found[1][grad_output == 0] == 0).all()
+    assert found[1][grad_output * (labels >= 0) != 0].any(-1).all()
     # The rows' mean, taken by hand, is reduction="mean".
     leaf = student.clone().requires_grad_()
     losses = reptile_ext.distillation_loss(leaf, teacher, labels, **keywords)

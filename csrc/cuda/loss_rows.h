@@ -375,7 +375,7 @@ struct RegisterRow {
 
 template <class V>
 struct Numbers {  // of a call, in the arithmetic's type
-  V k_s, k_t, beta, omega;
+  V k_s, k_t, beta, one_minus_beta;
   bool hard, smooth;
 };
 
@@ -520,7 +520,7 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
         for (int i = 0; i < kChunk; ++i) {
           V unused[D::kSums] = {}, kept[D::kKept];
           first<D>(call, row, place.first_class(chunk) + i, s[i], t[i], unused, kept);
-          D::mix(kept[0], kept[1] * row.ratio, call.beta, call.omega, block, kept);
+          D::mix(kept[0], kept[1] * row.ratio, call.beta, call.one_minus_beta, block, kept);
         }
         if (++filled == kBlockChunks) {
           for (int i = 0; i < D::kMixtureSums; ++i) mixture[i] = mixture[i] + block[i];
@@ -541,11 +541,11 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
   if (team.rank == 0 && is_in) {
     double scale = weight * p.gradient_scale;
     if (device.divisor) scale /= load(device.divisor);
-    if (p.upstream) scale *= load(p.upstream + (p.upstream_is_uniform ? 0 : n));
+    if (p.grad_output) scale *= load(p.grad_output + (p.grad_output_is_uniform ? 0 : n));
     double of_pass[D::kSums], of_mixture[D::kMixtureSums + 1];
     for (int i = 0; i < D::kSums; ++i) of_pass[i] = double(sums[i]);
     for (int i = 0; i < D::kMixtureSums; ++i) of_mixture[i] = double(mixture[i]) / of_pass[0];
-    Row of_row{of_pass, of_mixture, p.beta, p.omega, 0, 0};
+    Row of_row{of_pass, of_mixture, p.beta, p.one_minus_beta, 0, 0};
     if (D::kExcludesLabel) {
       of_row.a_label = (double(s_label) - double(m[0])) * (kLog2E / p.student_temperature);
       of_row.b_label = (double(t_label) - double(m[1])) * (kLog2E / p.teacher_temperature);
@@ -598,7 +598,7 @@ REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Numbers<V>& 
         first<D>(call, row, v, s[i], t[i], unused, kept);
         if constexpr (D::kMixtureKeeps) {
           V unused_too[D::kMixtureSums] = {};
-          D::mix(kept[0], kept[1] * row.ratio, call.beta, call.omega, unused_too, kept);
+          D::mix(kept[0], kept[1] * row.ratio, call.beta, call.one_minus_beta, unused_too, kept);
         }
         if constexpr (D::kUnbounded >= 0) {
           if (row.bounded == V(0)) kept[D::kUnbounded] = V(0);
@@ -637,7 +637,7 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   call.k_s = V((D::kRawLogits ? 1 : kLog2E) / p.student_temperature);
   call.k_t = V((D::kRawLogits ? 1 : kLog2E) / p.teacher_temperature);
   call.beta = V(p.beta);
-  call.omega = V(p.omega);
+  call.one_minus_beta = V(p.one_minus_beta);
   call.hard = p.hard_weight > 0;
   call.smooth = p.label_smoothing > 0;
 

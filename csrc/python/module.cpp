@@ -15,6 +15,7 @@
 #endif
 
 #include "../cpu/instruction_sets.h"
+#include "../divergence.h"
 
 namespace py = pybind11;
 
@@ -34,6 +35,16 @@ py::dict build_info() {
   for (const auto& set : reptile_ext::kInstructionSets) names.emplace_back(set.name);
   info["instruction_sets"] = names;
   return info;
+}
+
+py::tuple names_of(const char* const* names, size_t count) {
+  py::tuple result(count);
+  for (size_t i = 0; i < count; ++i) result[i] = py::str(names[i]);
+  return result;
+}
+template <size_t kCount>
+py::tuple names_of(const char* const (&names)[kCount]) {
+  return names_of(names, kCount);
 }
 
 py::dict cpu_info() {
@@ -89,6 +100,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and processor information of reptile_ext.";
   m.def("build_info", &build_info,
         "How this build was made: version, compiler, torch ABI, instruction sets compiled in.");
+  m.def(
+      "divergences", [] { return names_of(reptile_ext::kDivergenceNames); },
+      "The names of the registry, in the order of the operators' numbers.");
+  m.def(
+      "reductions", [] { return names_of(reptile_ext::kReductionNames); },
+      "The names of the reductions, in the order of the operators' numbers.");
   m.def("cpu_info", &cpu_info, "This processor: its machine name and the compiled-in instruction sets it can run.");
   m.def("stream_limit", &stream_limit, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("num_bytes"),
         py::arg("threads"),

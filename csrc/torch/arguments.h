@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../rows.h"
+#include "../divergence.h"
 
 namespace reptile_ext {
 namespace {
@@ -57,19 +57,61 @@ DType dtype_of(const View& view, const char* name) {
   fail(std::string(name) + " must be float32, bfloat16, float16 or float64");
 }
 
+// THE ARGUMENTS of the operators, once: C++ type, name, type in the schema. From this list come the struct below, the
+// operators' parameters and their schemas; Python reads names and order from the schema (ops.py).
+using OptionalTensor = std::optional<Tensor>;
+#define REPTILE_EXT_SHARED(X)               \
+  X(Tensor, teacher, "Tensor")              \
+  X(OptionalTensor, labels, "Tensor?")      \
+  X(OptionalTensor, weight, "Tensor?")      \
+  X(OptionalTensor, denominator, "Tensor?") \
+  X(OptionalTensor, grad_output, "Tensor?") \
+  X(int64_t, divergence, "int")             \
+  X(double, beta, "float")                  \
+  X(double, one_minus_beta, "float")        \
+  X(double, student_temperature, "float")   \
+  X(double, teacher_temperature, "float")   \
+  X(double, soft_scale, "float")            \
+  X(double, hard_weight, "float")           \
+  X(double, label_smoothing, "float")       \
+  X(int64_t, ignore_index, "int")           \
+  X(int64_t, reduction, "int")              \
+  X(double, scale, "float")                 \
+  X(int64_t, dim, "int")
+
+#define REPTILE_EXT_FIELD(type, name, schema) const type& name;
 struct Arguments {
   const Tensor& student;
-  const Tensor& teacher;
-  const std::optional<Tensor>& labels;
-  const std::optional<Tensor>& weight;
-  const std::optional<Tensor>& denominator;
-  const std::optional<Tensor>& upstream;
-  int64_t divergence;
-  double beta, omega, student_temperature, teacher_temperature, soft_scale, hard_weight, label_smoothing;
-  int64_t ignore_index, reduction;
-  double scale;
-  int64_t dim;
+  REPTILE_EXT_SHARED(REPTILE_EXT_FIELD)
 };
+#undef REPTILE_EXT_FIELD
+#define REPTILE_EXT_PARAMETER(type, name, schema) , const type& name
+#define REPTILE_EXT_PARAMETERS const Tensor& student REPTILE_EXT_SHARED(REPTILE_EXT_PARAMETER)
+#define REPTILE_EXT_VALUE_OF(type, name, schema) , name
+#define REPTILE_EXT_ARGUMENTS \
+  Arguments { student REPTILE_EXT_SHARED(REPTILE_EXT_VALUE_OF) }
+#define REPTILE_EXT_SCHEMA_OF(type, name, schema) ", " schema " " #name
+#define REPTILE_EXT_SCHEMA REPTILE_EXT_SHARED(REPTILE_EXT_SCHEMA_OF)
+
+#define REPTILE_EXT_DEFINE(m)                                                                                         \
+  m.def("distillation_loss(Tensor student" REPTILE_EXT_SCHEMA                                                         \
+        ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");                                                  \
+  m.def("distillation_loss_(Tensor(a!) student" REPTILE_EXT_SCHEMA ") -> Tensor");                                    \
+  m.def("row_stats(Tensor student" REPTILE_EXT_SCHEMA ", Tensor? maxima, Tensor? sums) -> Tensor");                   \
+  m.def("row_gradient(Tensor student" REPTILE_EXT_SCHEMA                                                              \
+        ", Tensor maxima, Tensor sums, Tensor mixture_sums, bool needs_gradient) -> (Tensor loss, Tensor gradient)"); \
+  m.def("row_gradient_(Tensor(a!) student" REPTILE_EXT_SCHEMA                                                         \
+        ", Tensor maxima, Tensor sums, Tensor mixture_sums) -> Tensor");                                              \
+  m.def(                                                                                                              \
+      "scale_gradient_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, int "    \
+      "vocab_size, int dim) -> ()")
+#define REPTILE_EXT_IMPLEMENT(m)                                             \
+  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));   \
+  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_)); \
+  m.impl("row_stats", TORCH_BOX(&reptile_ext::row_stats));                   \
+  m.impl("row_gradient", TORCH_BOX(&reptile_ext::row_gradient));             \
+  m.impl("row_gradient_", TORCH_BOX(&reptile_ext::row_gradient_));           \
+  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_))
 
 // The leading shape of the operands, class dimension left out and neighbours merged where every operand allows it.
 void set_rows(LossProblem& p, const View& student, const View& teacher, const View* gradient, int64_t dim) {
@@ -149,9 +191,10 @@ Tensor new_gradient(const Tensor& student) {
   }
 }
 
-// All but the weights and what the sum is divided by. The values of labels may be on a device that the host cannot look
-// at. `leading` becomes the shape without the class dimension.
-LossProblem problem_of(const Arguments& a, const View& student, const View* gradient, std::vector<int64_t>& leading) {
+// All but the weights and what the sum is divided by. The values of labels may be on a device that the host cannot
+// read. `leading` becomes the shape without the class dimension.
+LossProblem problem_of(const Arguments& a, const View& student, const View* gradient, std::vector<int64_t>& leading,
+                       Part part) {
   const View teacher(a.teacher);
   const int64_t ndim = student.ndim, dim = a.dim < 0 ? a.dim + ndim : a.dim;
   if (ndim < 1 || teacher.ndim != ndim || dim < 0 || dim >= ndim) fail("teacher or dim does not fit student");
@@ -161,7 +204,10 @@ LossProblem problem_of(const Arguments& a, const View& student, const View* grad
     if (teacher.sizes[d] != student.sizes[d]) fail("teacher must have the shape of student outside dim");
     leading.push_back(student.sizes[d]);
   }
-  if (student.sizes[dim] < 1 || teacher.sizes[dim] < 1) fail("student and teacher need at least one class");
+  p.part = part;
+  if (part == Part::kLoss && (student.sizes[dim] < 1 || teacher.sizes[dim] < 1)) {
+    fail("student and teacher need at least one class");
+  }
   p.vocab_size = std::min(student.sizes[dim], teacher.sizes[dim]);
   p.gradient_size = student.sizes[dim];
   set_rows(p, student, teacher, gradient, dim);
@@ -180,7 +226,7 @@ LossProblem problem_of(const Arguments& a, const View& student, const View* grad
   if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
   p.divergence = Divergence(a.divergence);
   p.beta = a.beta;
-  p.omega = a.omega;
+  p.one_minus_beta = a.one_minus_beta;
   if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
   p.student_temperature = a.student_temperature;
   p.teacher_temperature = a.teacher_temperature;
@@ -191,12 +237,12 @@ LossProblem problem_of(const Arguments& a, const View& student, const View* grad
     fail("labels are needed for hard_weight > 0 and for dkd");
   }
   if (a.labels) p.labels = label_data(*a.labels, p.num_rows);
-  if (a.upstream) {
-    const View view(*a.upstream);
-    if (view.dtype != aoti_torch_dtype_float64()) fail("upstream must be float64");
-    p.upstream_is_uniform = view.ndim == 0;
-    check_vector(view, p.upstream_is_uniform ? 1 : p.num_rows, "upstream");
-    p.upstream = static_cast<const double*>(view.data);
+  if (a.grad_output) {
+    const View view(*a.grad_output);
+    if (view.dtype != aoti_torch_dtype_float64()) fail("grad_output must be float64");
+    p.grad_output_is_uniform = view.ndim == 0;
+    check_vector(view, p.grad_output_is_uniform ? 1 : p.num_rows, "grad_output");
+    p.grad_output = static_cast<const double*>(view.data);
   }
   return p;
 }
@@ -221,6 +267,46 @@ LossProblem scale_problem(const View& gradient, const View& factor, int64_t voca
 bool is_double(const LossProblem& p) {
   return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
 }
+
+// What is combined from the row stats of several calls: [rows, count] in float64.
+double* stats_data(const Tensor& stats, int64_t num_rows, int count, const char* name) {
+  const View view(stats);
+  if (view.dtype != aoti_torch_dtype_float64() || view.ndim != 2 || view.sizes[0] != num_rows ||
+      view.sizes[1] != count || !view.is_contiguous()) {
+    fail(std::string(name) + " must be contiguous float64 [rows, " + std::to_string(count) + "]");
+  }
+  return static_cast<double*>(view.data);
+}
+
+// A tensor for row stats of one part, and where the problem has it and what it starts from.
+struct Stats {
+  Tensor tensor;
+  double* data;
+};
+Stats stats_of(LossProblem& p, Part part, int count, const std::optional<Tensor>& maxima,
+               const std::optional<Tensor>& sums, Device device) {
+  const int64_t sizes[2] = {p.num_rows, count};
+  Stats stats{new_tensor(device, 2, sizes, aoti_torch_dtype_float64()), nullptr};
+  stats.data = static_cast<double*>(View(stats.tensor).data);
+  p.maxima = part == Part::kMaxima ? stats.data : stats_data(*maxima, p.num_rows, kNumMaxima, "maxima");
+  if (part == Part::kSums) p.sums = stats.data;
+  if (part == Part::kMixtureSums) {
+    p.sums = stats_data(*sums, p.num_rows, kNumSums, "sums");
+    p.mixture_sums = stats.data;
+  }
+  return stats;
+}
+
+// Row stats of all classes, which row_gradient starts from.
+struct Combined {
+  const Tensor &maxima, &sums, &mixture_sums;
+
+  void put_into(LossProblem& p) const {
+    p.maxima = stats_data(maxima, p.num_rows, kNumMaxima, "maxima");
+    p.sums = stats_data(sums, p.num_rows, kNumSums, "sums");
+    p.mixture_sums = stats_data(mixture_sums, p.num_rows, kNumMixtureSums, "mixture_sums");
+  }
+};
 
 const double* denominator_data(const Tensor& denominator) {
   const View view(denominator);
@@ -270,27 +356,3 @@ void check_inplace(const View& view, const View& other) {
 
 }  // namespace
 }  // namespace reptile_ext
-
-#define REPTILE_EXT_PARAMETERS                                                                                         \
-  const Tensor &student, const Tensor &teacher, const std::optional<Tensor>&labels,                                    \
-      const std::optional<Tensor>&weight, const std::optional<Tensor>&denominator,                                     \
-      const std::optional<Tensor>&upstream, int64_t divergence, double beta, double omega, double student_temperature, \
-      double teacher_temperature, double soft_scale, double hard_weight, double label_smoothing, int64_t ignore_index, \
-      int64_t reduction, double scale, int64_t dim
-#define REPTILE_EXT_ARGUMENTS                                                                              \
-  Arguments {                                                                                              \
-    student, teacher, labels, weight, denominator, upstream, divergence, beta, omega, student_temperature, \
-        teacher_temperature, soft_scale, hard_weight, label_smoothing, ignore_index, reduction, scale, dim \
-  }
-
-#define REPTILE_EXT_SCHEMA_TAIL                                                                                    \
-  "Tensor teacher, Tensor? labels, Tensor? weight, Tensor? denominator, Tensor? upstream, int kind, float beta, "  \
-  "float omega, float student_temperature, float teacher_temperature, float soft_scale, float hard_weight, float " \
-  "label_smoothing, int ignore_index, int reduction, float scale, int dim"
-#define REPTILE_EXT_DEFINE(m)                                                                                      \
-  m.def("distillation_loss(Tensor student, " REPTILE_EXT_SCHEMA_TAIL                                               \
-        ", bool needs_gradient) -> (Tensor loss, Tensor gradient)");                                               \
-  m.def("distillation_loss_(Tensor(a!) student, " REPTILE_EXT_SCHEMA_TAIL ") -> Tensor");                          \
-  m.def(                                                                                                           \
-      "scale_gradient_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, int " \
-      "vocab_size, int dim) -> ()")

@@ -1,10 +1,6 @@
-// The operators: schemas, and on the CPU allocation and threads. The work is done by the row drivers of csrc/cpu.
-//
-// distillation_loss returns the loss and d loss / d student, computed in one go; distillation_loss_ writes that
-// gradient over the student's logits and returns the loss; scale_gradient_ is the backward pass, what is left of it.
-// Where a gradient is computed in the backward pass only, `upstream` is what comes from above and multiplies it.
+// The operators on the CPU: memory and threads. The work is done by the row drivers of csrc/cpu.
 
-#include "arguments.h"
+#include "operators.h"
 
 #include <algorithm>
 #include <atomic>
@@ -29,6 +25,7 @@ namespace reptile_ext {
 namespace {
 
 const Device kCpu = {aoti_torch_device_type_cpu(), 0};
+Device device_of(const Tensor&) { return kCpu; }
 
 // Memory of this thread that is kept from call to call: a few rows of exponentials.
 void* thread_scratch(size_t bytes) {
@@ -49,11 +46,12 @@ void* thread_scratch(size_t bytes) {
 }
 
 // A fresh gradient costs more in page faults than in arithmetic; with huge pages there are 512 times fewer of them.
-void advise_huge_pages(void* data, size_t bytes) {
+void prepare(const View& gradient) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  const uintptr_t data = reinterpret_cast<uintptr_t>(gradient.data);
+  const uintptr_t begin = (data + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (data + bytes_of(gradient, "gradient")) & ~(kHugePage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: errors are fine
 #endif
 }
@@ -89,8 +87,7 @@ void parallel_rows(int64_t n, int64_t chunk, const F& f) {
   if (shared.error) std::rethrow_exception(shared.error);
 }
 
-// Weights of the rows, 0 for those that are out; empty if all are in with weight 1. Checks the labels, before
-// anything is written.
+// Weights of the rows, 0 for ignored ones; empty if all are 1. Checks the labels, before anything is written.
 std::vector<double> row_weights(const Arguments& a, const LossProblem& p, double* total) {
   const int64_t n = p.num_rows;
   *total = double(n);
@@ -105,11 +102,12 @@ std::vector<double> row_weights(const Arguments& a, const LossProblem& p, double
     }
   }
   if (p.labels) {
+    const int64_t least = p.part == Part::kLoss ? 0 : -1;  // −1: its class is not among those at hand
     for (int64_t r = 0; r < n; ++r) {
       const int64_t label = p.labels[r];
       if (label == a.ignore_index) {
         weights[r] = 0;
-      } else if (weights[r] != 0 && (label < 0 || label >= p.vocab_size)) {
+      } else if (weights[r] != 0 && (label < least || label >= p.vocab_size)) {
         fail("labels must lie in [0, " + std::to_string(p.vocab_size) +
              ") or equal ignore_index=" + std::to_string(a.ignore_index) + "; got " + std::to_string(label));
       }
@@ -127,10 +125,17 @@ int64_t rows_per_task(int64_t vocab_size) {
   return rows > 64 ? rows / 64 * 64 : rows;  // whole pairs of vectors of rows that lie side by side
 }
 
-// The loss; the gradient goes to `gradient` (the student's own view: in place) unless that is null.
-Tensor run(const Arguments& a, const View& student, const View* gradient) {
+void run_rows(const LossProblem& p) {
+  const Kernels& kernels = *current_instruction_set().kernels;
+  const size_t scratch = kernels.scratch_bytes(p);
+  parallel_rows(p.num_rows, rows_per_task(std::max<int64_t>(1, p.vocab_size)),
+                [&](int64_t begin, int64_t end) { kernels.loss_rows(p, begin, end, thread_scratch(scratch)); });
+}
+
+Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
   std::vector<int64_t> leading;
-  LossProblem p = problem_of(a, student, gradient, leading);
+  LossProblem p = problem_of(a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
+  if (combined) combined->put_into(p);
 
   double total = 0;
   const std::vector<double> weights = row_weights(a, p, &total);
@@ -140,12 +145,12 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   if (a.denominator) {
     divisor = *denominator_data(*a.denominator);
     if (total == 0) {
-      divisor = 1;  // no row in: the loss is 0, whatever it is to be divided by
+      divisor = 1;  // no row counts: the loss is 0, whatever it is to be divided by
     } else if (!(divisor > 0 && divisor < std::numeric_limits<double>::infinity())) {
       fail("denominator must be positive and finite; got " + std::to_string(divisor));
     }
   } else if (a.reduction == int64_t(Reduction::kMean)) {
-    divisor = total == 0 ? 1 : total;  // no row in: the loss is 0, not NaN
+    divisor = total == 0 ? 1 : total;  // no row counts: the loss is 0, not NaN
   }
   p.gradient_scale = a.scale / divisor;
 
@@ -153,12 +158,9 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   const bool none = a.reduction == int64_t(Reduction::kNone);
   Tensor loss = new_tensor(kCpu, none ? int64_t(leading.size()) : 0, leading.data(), loss_dtype);
 
-  const Kernels& kernels = *current_instruction_set().kernels;
   std::vector<double> row_losses(static_cast<size_t>(p.num_rows));
   p.row_losses = row_losses.data();
-  const size_t scratch = kernels.scratch_bytes(p);
-  parallel_rows(p.num_rows, rows_per_task(p.vocab_size),
-                [&](int64_t begin, int64_t end) { kernels.loss_rows(p, begin, end, thread_scratch(scratch)); });
+  run_rows(p);
 
   void* out = View(loss).data;
   const auto write = [&](int64_t i, double value) {
@@ -178,28 +180,21 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   return loss;
 }
 
-std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_gradient) {
-  const Arguments arguments = REPTILE_EXT_ARGUMENTS;
-  const View view(student);
-  if (!needs_gradient) {
-    const int64_t nothing[1] = {0};
-    return {run(arguments, view, nullptr), new_tensor(kCpu, 1, nothing, view.dtype)};
-  }
-  Tensor gradient = new_gradient(student);
-  const View gradient_view(gradient);
-  advise_huge_pages(gradient_view.data, bytes_of(view, "student"));
-  Tensor loss = run(arguments, view, &gradient_view);
-  return {std::move(loss), std::move(gradient)};
+Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
+                 const OptionalTensor& sums) {
+  std::vector<int64_t> leading;
+  LossProblem p = problem_of(a, student, nullptr, leading, part);
+  double total = 0;
+  const std::vector<double> weights = row_weights(a, p, &total);
+  if (!weights.empty()) p.weights = weights.data();
+  Stats stats = stats_of(p, part, count, maxima, sums, kCpu);
+  std::memset(stats.data, 0, size_t(p.num_rows) * size_t(count) * sizeof(double));  // of rows that are ignored
+  run_rows(p);
+  return std::move(stats.tensor);
 }
 
-Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
-  const View view(student);
-  check_inplace(view, View(teacher));
-  return run(REPTILE_EXT_ARGUMENTS, view, &view);
-}
-
-// gradient · factor, where the gradient lies: one factor for all, or one a row. Nothing to do where it is 1. What is
-// out, rows by `labels` and `weight` and classes from `vocab_size` on, is 0 and stays 0, even times an infinity or NaN.
+// gradient · factor, where the gradient lies: one factor for all, or one a row. Nothing to do where it is 1. Ignored
+// rows (by `labels` and `weight`) and the classes from `vocab_size` on are 0 and stay 0, even times an infinity or NaN.
 void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
                      const std::optional<Tensor>& weight, int64_t ignore_index, int64_t vocab_size, int64_t dim) {
   const View view(gradient), factor_view(factor);
@@ -235,11 +230,7 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
 
 STABLE_TORCH_LIBRARY(reptile_ext, m) { REPTILE_EXT_DEFINE(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
-  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
-  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
-  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
-}
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
 
 // For the test-suite and `reptile doctor`, through ctypes: the set in use; with a name, use that one from now on. Null
 // if there is no such set on this machine; `error`, of `size` bytes, then says so.

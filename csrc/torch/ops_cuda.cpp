@@ -7,7 +7,7 @@
 // REPTILE_EXT_ON_HOST and the kernels for tests/cuda/host.h: the same operators, of tensors on the CPU, in a namespace
 // of their own.
 
-#include "arguments.h"
+#include "operators.h"
 
 #include <optional>
 
@@ -83,23 +83,24 @@ void name_view(const OnDevice& place, const View& view, const char* name) {
   place.names(begin, size_t(end - begin));
 }
 
-Tensor run(const Arguments& a, const View& student, const View* gradient) {
+Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
   check_device(a.student, a.teacher, "teacher");
   if (a.labels) check_device(a.student, *a.labels, "labels");
   if (a.weight) check_device(a.student, *a.weight, "weight");
   if (a.denominator) check_device(a.student, *a.denominator, "denominator");
-  if (a.upstream) check_device(a.student, *a.upstream, "upstream");
+  if (a.grad_output) check_device(a.student, *a.grad_output, "grad_output");
   const OnDevice place(a.student);
   std::vector<int64_t> leading;
   DeviceLoss loss;
   LossProblem& p = loss.problem;
-  p = problem_of(a, student, gradient, leading);
+  p = problem_of(a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
+  if (combined) combined->put_into(p);
   const size_t rows = size_t(p.num_rows);
   name_view(place, student, "student");
   name_view(place, View(a.teacher), "teacher");
   if (gradient) name_view(place, *gradient, "gradient");
   place.names(p.labels, rows * 8);
-  place.names(p.upstream, (p.upstream_is_uniform ? 1 : rows) * 8);
+  place.names(p.grad_output, (p.grad_output_is_uniform ? 1 : rows) * 8);
   loss.ignore_index = a.ignore_index;
   if (a.weight) {
     p.weights = weight_data(*a.weight, p.num_rows);
@@ -130,25 +131,12 @@ Tensor run(const Arguments& a, const View& student, const View* gradient) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, bool needs_gradient) {
-  const Arguments arguments = REPTILE_EXT_ARGUMENTS;
-  const View view(student);
-  if (!needs_gradient) {
-    const OnDevice place(student);
-    const int64_t nothing[1] = {0};
-    return {run(arguments, view, nullptr), new_tensor(place.device, 1, nothing, view.dtype)};
-  }
-  Tensor gradient = new_gradient(student);
-  const View gradient_view(gradient);
-  Tensor loss = run(arguments, view, &gradient_view);
-  return {std::move(loss), std::move(gradient)};
+Tensor run_stats(const Arguments&, const View&, Part, int, const OptionalTensor&, const OptionalTensor&) {
+  fail("row_stats is not there for CUDA tensors yet");
 }
 
-Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) {
-  const View view(student);
-  check_inplace(view, View(teacher));
-  return run(REPTILE_EXT_ARGUMENTS, view, &view);
-}
+Device device_of(const Tensor& tensor) { return OnDevice(tensor).device; }
+void prepare(const View&) {}
 
 void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
                      const std::optional<Tensor>& weight, int64_t ignore_index, int64_t vocab_size, int64_t dim) {
@@ -176,18 +164,10 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
 }  // namespace reptile_ext
 
 #if !defined(REPTILE_EXT_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CUDA, m) {
-  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
-  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
-  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
-}
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CUDA, m) { REPTILE_EXT_IMPLEMENT(m); }
 #else
 STABLE_TORCH_LIBRARY(reptile_ext_on_host, m) { REPTILE_EXT_DEFINE(m); }
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext_on_host, CPU, m) {
-  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));
-  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));
-  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));
-}
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext_on_host, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
 #endif
 
 #if !defined(REPTILE_EXT_ON_HOST)

@@ -99,7 +99,7 @@ class SoftPart {
       case Divergence::kReverseKl:
         return kullback_leibler(0, 1);
       case Divergence::kSymmetricKl:
-        return kullback_leibler(problem_.omega, problem_.beta);
+        return kullback_leibler(problem_.one_minus_beta, problem_.beta);
       case Divergence::kSoftCrossEntropy:
         return soft_cross_entropy();
       case Divergence::kMirroredSoftCrossEntropy:
@@ -231,36 +231,36 @@ class SoftPart {
   }
   // β Σ p (y − log m) + (1−β) Σ q (x − log m), m = β p + (1−β) q;   ∂f/∂x = (1−β) q log(q/m)
   void jsd() {
-    const double beta = problem_.beta, omega = problem_.omega;
+    const double beta = problem_.beta, one_minus_beta = problem_.one_minus_beta;
     Numbers u(n_);
-    through_mixture(beta, omega, [&](size_t v, double, double log_p, double log_q) {
-      value += beta * p[v] * log_p + omega * q[v] * log_q;
+    through_mixture(beta, one_minus_beta, [&](size_t v, double, double log_p, double log_q) {
+      value += beta * p[v] * log_p + one_minus_beta * q[v] * log_q;
       u[v] = log_q;
     });
-    add_centred(u, omega, 0);
-    add_size_of_mixture(beta * omega);
+    add_centred(u, one_minus_beta, 0);
+    add_size_of_mixture(beta * one_minus_beta);
   }
   // Σ p (y − log m), m = β p + (1−β) q;   ∂f/∂x = −(1−β) q p/m = −(1−β) q (1 + (1−β) z)
   void skew_kl() {
-    const double omega = problem_.omega;
+    const double one_minus_beta = problem_.one_minus_beta;
     Numbers u(n_);
-    through_mixture(problem_.beta, omega, [&](size_t v, double z, double log_p, double) {
+    through_mixture(problem_.beta, one_minus_beta, [&](size_t v, double z, double log_p, double) {
       value += p[v] * log_p;
       u[v] = z;
     });
-    add_centred(u, -omega * omega, 0);
-    add_size_of_mixture(omega);
+    add_centred(u, -one_minus_beta * one_minus_beta, 0);
+    add_size_of_mixture(one_minus_beta);
   }
   // Σ q (x − log m), m = β q + (1−β) p;   ∂f/∂x = q (log(q/m) + 1 − β q/m) = q (log(q/m) + β (1−β) z + 1 − β)
   void skew_reverse_kl() {
-    const double beta = problem_.beta, omega = problem_.omega;
+    const double beta = problem_.beta, one_minus_beta = problem_.one_minus_beta;
     Numbers u(n_);
-    through_mixture(omega, beta, [&](size_t v, double z, double, double log_q) {
+    through_mixture(one_minus_beta, beta, [&](size_t v, double z, double, double log_q) {
       value += q[v] * log_q;
-      u[v] = log_q + beta * omega * z;
+      u[v] = log_q + beta * one_minus_beta * z;
     });
     add_centred(u, 1, 0);
-    add_size_of_mixture(omega);
+    add_size_of_mixture(one_minus_beta);
   }
 
   // ½ Σ |p − q|;   ∂f/∂x = ½ q sign(q − p), which rounding may decide where they are equal but for that.
@@ -366,7 +366,7 @@ class SoftPart {
 // Of the problem, the numbers and the dtypes of student and teacher are looked at; of the teacher, nothing if there is
 // no soft part.
 inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, const Numbers& teacher, int64_t label,
-                          double weight, double upstream) {
+                          double weight, double grad_output) {
   ExactRow row;
   const size_t n = student.size();
   const bool is_soft = problem.soft_scale > 0, is_hard = problem.hard_weight > 0;
@@ -375,7 +375,7 @@ inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, co
   row.is_broken = s.is_broken || (is_soft && t.is_broken);
   if (row.is_broken) return row;
 
-  const double scale = weight * problem.gradient_scale * upstream;
+  const double scale = weight * problem.gradient_scale * grad_output;
   const double soft_scale = scale * problem.soft_scale / problem.student_temperature;
   const double of_dkd = needs_labels(problem.divergence) ? std::max(problem.beta, 1.0) : 1;
   const double hard_scale = scale * problem.hard_weight;

@@ -191,7 +191,7 @@ struct Case {
   GradientMode mode = GradientMode::kSeparate;
   bool teacher_is_student = false;  // one and the same tensor
   std::vector<int64_t> labels;      // empty: none
-  Numbers weights, upstream;        // empty: none
+  Numbers weights, grad_output;        // empty: none
   std::vector<int64_t> cuts;        // rows where a chunk ends and the next one begins; 0 and num_rows among them
 
   // The rows are those at one index of an outermost dimension of this size. Nobody asks for the others, and they have
@@ -208,7 +208,7 @@ struct Case {
     if (!is_in(row)) return {};
     return exact_row(p, student.row(row, p.vocab_size), is_soft() ? teacher_tensor().row(row, p.vocab_size) : Numbers(),
                      labels.empty() ? 0 : labels[row], weights.empty() ? 1 : weights[row],
-                     upstream.empty() ? 1 : upstream[p.upstream_is_uniform ? 0 : row]);
+                     grad_output.empty() ? 1 : grad_output[p.grad_output_is_uniform ? 0 : row]);
   }
 };
 
@@ -235,13 +235,13 @@ void describe(const char* name, const Tensor& t, const Case& c) {
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
   std::fprintf(stderr,
-               "\n  divergence %d, beta %.17g, omega %.17g, temperatures %g %g, soft %g, hard %g, smoothing %g\n",
-               int(p.divergence), p.beta, p.omega, p.student_temperature, p.teacher_temperature, p.soft_scale,
+               "\n  divergence %d, beta %.17g, one_minus_beta %.17g, temperatures %g %g, soft %g, hard %g, smoothing %g\n",
+               int(p.divergence), p.beta, p.one_minus_beta, p.student_temperature, p.teacher_temperature, p.soft_scale,
                p.hard_weight, p.label_smoothing);
-  std::fprintf(stderr, "  gradient_scale %g, %s upstream, %s weights; index %lld of %lld; %lld classes; cut at",
+  std::fprintf(stderr, "  gradient_scale %g, %s grad_output, %s weights; index %lld of %lld; %lld classes; cut at",
                p.gradient_scale,
-               c.upstream.empty()      ? "no"
-               : p.upstream_is_uniform ? "one"
+               c.grad_output.empty()      ? "no"
+               : p.grad_output_is_uniform ? "one"
                                        : "row by row",
                c.weights.empty() ? "no" : "with", (long long)c.outer_index, (long long)c.outer,
                (long long)p.vocab_size);
@@ -375,14 +375,14 @@ void read_numbers(LossProblem& p, Input& in) {
     default:
       break;
   }
-  p.omega = 1 - p.beta;
+  p.one_minus_beta = 1 - p.beta;
   // The mirrors of these two, which the teacher's gradient is computed with, have β and 1 − β exchanged.
   const bool may_swap = p.divergence == Divergence::kSymmetricKl || p.divergence == Divergence::kJsd;
-  if (may_swap && in.one_in(2)) std::swap(p.beta, p.omega);
+  if (may_swap && in.one_in(2)) std::swap(p.beta, p.one_minus_beta);
   const double t_s = p.student_temperature = in.pick({1.0, 1.0, 2.0, 0.5, 7.3, 1e-2, 1e2, 1e-30, 1e30});
   const double t_t = p.teacher_temperature = in.one_in(2) ? in.pick({1.0, 2.0, 0.5, 7.3, 1e-2, 1e2, 1e-30, 1e30}) : t_s;
   p.soft_scale = in.pick({1.0, t_s * t_t, 0.5, 0.0});
-  if (p.divergence == Divergence::kJsd && in.one_in(2)) p.soft_scale /= p.beta * p.omega;  // scaled_jsd
+  if (p.divergence == Divergence::kJsd && in.one_in(2)) p.soft_scale /= p.beta * p.one_minus_beta;  // scaled_jsd
   p.hard_weight = in.pick({0.0, 0.0, 1.0, 0.3});
   p.label_smoothing = in.pick({0.0, 0.0, 0.1, 1.0});
   p.gradient_scale = in.pick({1.0, 1 / 7.0, 1e-4, 1024.0});
@@ -433,9 +433,9 @@ Case read_case(Input& in) {
     scramble_labels(c, random);
   }
   if (in.one_in(2)) {
-    p.upstream_is_uniform = in.one_in(2);
-    c.upstream.resize(size_t(p.upstream_is_uniform ? 1 : p.num_rows));
-    for (double& u : c.upstream) u = random.pick({1.0, -1.0, 0.0, 65536.0, 1e-3});
+    p.grad_output_is_uniform = in.one_in(2);
+    c.grad_output.resize(size_t(p.grad_output_is_uniform ? 1 : p.num_rows));
+    for (double& u : c.grad_output) u = random.pick({1.0, -1.0, 0.0, 65536.0, 1e-3});
   }
   if (in.one_in(4)) {
     c.outer = in.pick({int64_t(3), int64_t(1) << 20, int64_t(1) << 32});
@@ -508,10 +508,10 @@ Result run(const Case& c, const Kernels& kernels, char garbage) {
   if (c.mode != GradientMode::kNone) p.gradient = operand_of(layout, gradient, c);
 
   const std::vector<int64_t> labels(c.labels);
-  const Numbers weights(c.weights), upstream(c.upstream);
+  const Numbers weights(c.weights), grad_output(c.grad_output);
   if (!labels.empty()) p.labels = row_0(labels.data(), c);
   if (!weights.empty()) p.weights = row_0(weights.data(), c);
-  if (!upstream.empty()) p.upstream = p.upstream_is_uniform ? upstream.data() : row_0(upstream.data(), c);
+  if (!grad_output.empty()) p.grad_output = p.grad_output_is_uniform ? grad_output.data() : row_0(grad_output.data(), c);
   Result result;
   result.losses.assign(size_t(c.p.num_rows), garbage);
   p.row_losses = row_0(result.losses.data(), c);

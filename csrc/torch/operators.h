@@ -1,0 +1,69 @@
+// The operators, as every device has them, over what ops.cpp and ops_cuda.cpp define for theirs: `run` and `run_stats`.
+//
+//     distillation_loss     the loss and d loss / d student, in one go
+//     distillation_loss_    the same, the gradient over the student's logits
+//     row_stats             the first half: numbers of the rows, of the classes at hand (Part in rows.h)
+//     row_gradient          the second half: loss and gradient, from the row stats of all classes
+//     row_gradient_         the same, the gradient over the student's logits
+//     scale_gradient_       the backward pass of a gradient that is there: times grad_output, where it lies
+#pragma once
+
+#include "arguments.h"
+
+namespace reptile_ext {
+namespace {
+
+// The loss; the gradient goes to `gradient` (the student's own view: in place) unless that is null. With `combined`,
+// the second half of it alone.
+Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined);
+// Writes row stats of one part, [rows, count], to `stats`; `maxima` and `sums` are those that the part starts from.
+Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
+                 const OptionalTensor& sums);
+Device device_of(const Tensor& tensor);
+void prepare(const View& new_gradient);
+
+std::tuple<Tensor, Tensor> loss_and_gradient(const Arguments& a, bool needs_gradient, const Combined* combined) {
+  const View view(a.student);
+  if (!needs_gradient) {
+    const int64_t nothing[1] = {0};
+    return {run(a, view, nullptr, combined), new_tensor(device_of(a.student), 1, nothing, view.dtype)};
+  }
+  Tensor gradient = new_gradient(a.student);
+  const View gradient_view(gradient);
+  prepare(gradient_view);
+  Tensor loss = run(a, view, &gradient_view, combined);
+  return {std::move(loss), std::move(gradient)};
+}
+
+Tensor loss_and_gradient_in_place(const Arguments& a, const Combined* combined) {
+  const View view(a.student);
+  check_inplace(view, View(a.teacher));
+  return run(a, view, &view, combined);
+}
+
+std::tuple<Tensor, Tensor> distillation_loss(REPTILE_EXT_PARAMETERS, const bool& needs_gradient) {
+  return loss_and_gradient(REPTILE_EXT_ARGUMENTS, needs_gradient, nullptr);
+}
+
+Tensor distillation_loss_(REPTILE_EXT_PARAMETERS) { return loss_and_gradient_in_place(REPTILE_EXT_ARGUMENTS, nullptr); }
+
+Tensor row_stats(REPTILE_EXT_PARAMETERS, const OptionalTensor& maxima, const OptionalTensor& sums) {
+  if (sums && !maxima) fail("sums need the maxima that they start from");
+  const Part part = !maxima ? Part::kMaxima : !sums ? Part::kSums : Part::kMixtureSums;
+  const int count = !maxima ? kNumMaxima : !sums ? kNumSums : kNumMixtureSums;
+  return run_stats(REPTILE_EXT_ARGUMENTS, View(student), part, count, maxima, sums);
+}
+
+std::tuple<Tensor, Tensor> row_gradient(REPTILE_EXT_PARAMETERS, const Tensor& maxima, const Tensor& sums,
+                                        const Tensor& mixture_sums, const bool& needs_gradient) {
+  const Combined combined{maxima, sums, mixture_sums};
+  return loss_and_gradient(REPTILE_EXT_ARGUMENTS, needs_gradient, &combined);
+}
+
+Tensor row_gradient_(REPTILE_EXT_PARAMETERS, const Tensor& maxima, const Tensor& sums, const Tensor& mixture_sums) {
+  const Combined combined{maxima, sums, mixture_sums};
+  return loss_and_gradient_in_place(REPTILE_EXT_ARGUMENTS, &combined);
+}
+
+}  // namespace
+}  // namespace reptile_ext
