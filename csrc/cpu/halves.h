@@ -44,10 +44,6 @@ struct TileRows {
   bool has_label(int r) const { return labels && counts[r] && labels[r] >= 0; }
 };
 
-// The rest of this part is for halves that are called apart. It is kept out of line, so that there is one of each and
-// the fused call does not feel it.
-#define REPTILE_EXT_OUT_OF_LINE __attribute__((noinline))
-
 // Halves that are called apart read and write the problem's row stats.
 
 template <int kCount>
@@ -190,95 +186,118 @@ void row_stats(const Call<typename V::Scalar>& call, const LossProblem& p, const
 
 // ------------------------------------------------------------------------------------------------ the second half
 
-// What is written as the gradient of ignored rows has no meaning.
-template <class D, class In, class V = Arithmetic<In>>
-void row_gradient(const Call<typename V::Scalar>& call, const LossProblem& p, const Tile<In>& tile,
-                  const TileRows& rows, const RowStats<V>& stats) {
-  using Scalar = typename V::Scalar;
-  using G = typename D::Gradient;
-  constexpr int kPair = 2 * V::kLanes;
-  const int64_t first = rows.first;
+// What the last pass needs of the rows of a tile.
+template <int kCount>
+struct Coefficients {
+  double k[kCount][kMaxLanes];                                            // of the divergence's gradient
+  double to_q1[kMaxLanes], uniform[kMaxLanes], hard_at_label[kMaxLanes];  // of the cross entropy's (HardLabel)
+  bool is_unbounded[kMaxLanes];
+};
 
-  double top_s[kMaxLanes], top_t[kMaxLanes], top_1[kMaxLanes];
-  if (D::kExcludesLabel) {
-    gather(tile, stats.maxima[0], top_s);
-    gather(tile, stats.maxima[1], top_t);
-  }
-  if (call.hard) gather(tile, stats.maxima[2], top_1);
-  double k[G::kCoefficients][kMaxLanes], at_label[kMaxLanes], to_q1[kMaxLanes], uniform[kMaxLanes];
-  for (int r = 0; r < tile.rows; ++r) {
-    const double weight = p.weights ? p.weights[first + r] : 1.0;
-    p.row_losses[first + r] = to_q1[r] = uniform[r] = 0;
-    for (auto& coefficient : k) coefficient[r] = 0;
+// From the sums to the loss of each row and the coefficients of its gradient.
+template <class D, class V>
+void finish_rows(const LossProblem& p, const TileRows& rows, const RowStats<V>& stats,
+                 const double (&reference)[kNumMaxima][kMaxLanes], Coefficients<D::Gradient::kCoefficients>& out) {
+  constexpr int kCount = D::Gradient::kCoefficients;
+  for (int r = 0; r < rows.num; ++r) {
+    const int64_t n = rows.first + r;
+    p.row_losses[n] = out.to_q1[r] = out.uniform[r] = 0;
+    out.is_unbounded[r] = false;
+    for (auto& coefficient : out.k) coefficient[r] = 0;
     if (!rows.counts[r]) continue;
+    const double weight = p.weights ? p.weights[n] : 1.0;
     double scale = weight * p.gradient_scale;
-    if (p.grad_output) scale *= p.grad_output[p.grad_output_is_uniform ? 0 : first + r];
+    if (p.grad_output) scale *= p.grad_output[p.grad_output_is_uniform ? 0 : n];
 
-    Row row{stats.sums[r], stats.mixture[r], p.beta, p.one_minus_beta, 0, 0};
+    const double* sums = stats.sums[r];
+    Row row{sums, stats.mixture[r], p.beta, p.one_minus_beta, 0, 0};
     if (D::kExcludesLabel) {
-      row.a_label = (stats.sums[r][kStudentLabel] - top_s[r]) * (kLog2E / p.student_temperature);
-      row.b_label = (stats.sums[r][kTeacherLabel] - top_t[r]) * (kLog2E / p.teacher_temperature);
+      row.a_label = (sums[kStudentLabel] - reference[0][r]) * (kLog2E / p.student_temperature);
+      row.b_label = (sums[kTeacherLabel] - reference[1][r]) * (kLog2E / p.teacher_temperature);
     }
-    double of_row[G::kCoefficients];
-    double value = D::finish(row, scale * p.soft_scale / p.student_temperature, of_row);
+    double k[kCount];
+    double value = D::finish(row, scale * p.soft_scale / p.student_temperature, k);
     if (value < 0) value = 0;  // rounding alone; a NaN stays
     double loss = p.soft_scale * value;
     // All of a broken row's gradient is NaN, wherever in the row it broke.
-    for (int i = 0; i < G::kCoefficients; ++i) k[i][r] = value == value ? of_row[i] : value;
-    if constexpr (D::kUnbounded >= 0) {
-      for (int64_t i = 0; row.is_unbounded && i < tile.num_pairs * kPair; ++i) {
-        if (tile.folded || i % kPair == lane_of_element<In>(r)) call.kept[D::kUnbounded][i] = 0;
-      }
-    }
+    for (int i = 0; i < kCount; ++i) out.k[i][r] = value == value ? k[i] : value;
+    out.is_unbounded[r] = row.is_unbounded;
 
-    if (call.hard) {
-      const double* of = stats.sums[r];
-      const double a_label = (of[kStudentLabel] - top_1[r]) * kLog2E;
+    if (p.hard_weight > 0) {
+      const double a_label = (sums[kStudentLabel] - reference[2][r]) * kLog2E;
       const HardLabel hard =
-          hard_label(of[kZ1], of[kA1], of[kCount1], a_label, p.label_smoothing, scale * p.hard_weight);
-      to_q1[r] = hard.to_q1;
-      uniform[r] = hard.uniform;
-      at_label[r] = __builtin_exp2(a_label) * hard.to_q1 - hard.hit - (of[kStudentLabel] == kNegInf ? 0 : hard.uniform);
+          hard_label(sums[kZ1], sums[kA1], sums[kCount1], a_label, p.label_smoothing, scale * p.hard_weight);
+      out.to_q1[r] = hard.to_q1;
+      out.uniform[r] = hard.uniform;
+      out.hard_at_label[r] =
+          __builtin_exp2(a_label) * hard.to_q1 - hard.hit - (sums[kStudentLabel] == kNegInf ? 0 : hard.uniform);
       loss += p.hard_weight * hard.loss;
     }
-    p.row_losses[first + r] = weight * loss;
+    p.row_losses[n] = weight * loss;
   }
-  if (!tile.gradient) return;
+}
 
-  // The last pass does not know where the label is; its class gets a gradient of its own, in one rounding.
-  if (call.hard || D::kExcludesLabel) {
-    for (int r = 0; r < tile.rows; ++r) {
-      if (!rows.has_label(r)) continue;
-      double of_divergence;
-      if constexpr (D::kExcludesLabel) {
-        of_divergence = k[G::kCoefficients - 1][r];
-      } else {
-        const int64_t label = rows.labels[r], element = tile.folded ? label % kPair : r;
-        const int64_t at = (tile.folded ? label / kPair : label) * kPair + lane_of_element<In>(int(element));
-        V kept[G::kKept], coefficient[G::kCoefficients];
-        for (int i = 0; i < G::kKept; ++i) kept[i] = V(call.kept[i][at]);
-        for (int i = 0; i < G::kCoefficients; ++i) coefficient[i] = V(Scalar(k[i][r]));
-        Scalar lanes[V::kLanes];
-        G::gradient(kept, coefficient).store(lanes);
-        of_divergence = lanes[0];
-      }
-      at_label[r] = of_divergence + (call.hard ? at_label[r] : 0);
+// The last pass does not know where the label is; its class gets a gradient of its own, in one rounding. The last
+// coefficient of a divergence that leaves the label out of its sums is that gradient. What is written as the gradient
+// of ignored rows has no meaning.
+template <class G, bool kExcludesLabel, class In, class V = Arithmetic<In>>
+void write_gradient(const Call<typename V::Scalar>& call, const Tile<In>& tile, const TileRows& rows,
+                    const Coefficients<G::kCoefficients>& of) {
+  using Scalar = typename V::Scalar;
+  constexpr int kPair = 2 * V::kLanes;
+  double at_label[kMaxLanes];
+  for (int r = 0; (call.hard || kExcludesLabel) && r < tile.rows; ++r) {
+    if (!rows.has_label(r)) continue;
+    if constexpr (kExcludesLabel) {
+      at_label[r] = of.k[G::kCoefficients - 1][r];
+    } else {
+      const int64_t label = rows.labels[r], element = tile.folded ? label % kPair : r;
+      const int64_t at = (tile.folded ? label / kPair : label) * kPair + lane_of_element<In>(int(element));
+      V kept[G::kKept], coefficient[G::kCoefficients];
+      for (int i = 0; i < G::kKept; ++i) kept[i] = V(call.kept[i][at]);
+      for (int i = 0; i < G::kCoefficients; ++i) coefficient[i] = V(Scalar(of.k[i][r]));
+      Scalar lanes[V::kLanes];
+      G::gradient(kept, coefficient).store(lanes);
+      at_label[r] = lanes[0];
     }
+    if (call.hard) at_label[r] += of.hard_at_label[r];
   }
   Pair<V> coefficients[G::kCoefficients];
-  for (int i = 0; i < G::kCoefficients; ++i) coefficients[i] = spread(tile, k[i]);
+  for (int i = 0; i < G::kCoefficients; ++i) coefficients[i] = spread(tile, of.k[i]);
   if (call.hard) {
-    last_pass<G, true>(call, tile, coefficients, spread(tile, to_q1), spread(tile, uniform));
+    last_pass<G, true>(call, tile, coefficients, spread(tile, of.to_q1), spread(tile, of.uniform));
   } else {
     last_pass<G, false>(call, tile, coefficients, Pair<V>(), Pair<V>());
   }
-  if (call.hard || D::kExcludesLabel) {
+  for (int r = 0; (call.hard || kExcludesLabel) && r < tile.rows; ++r) {
+    if (!rows.has_label(r)) continue;  // an ignored row's may be any number
+    const int64_t label = tile.folded ? rows.labels[r] : rows.labels[r] * tile.gradient_step + r;
+    from_float(Scalar(at_label[r]), tile.gradient + label);
+  }
+}
+
+template <class D, class In, class V = Arithmetic<In>>
+void row_gradient(const Call<typename V::Scalar>& call, const LossProblem& p, const Tile<In>& tile,
+                  const TileRows& rows, const RowStats<V>& stats) {
+  using G = typename D::Gradient;
+  double reference[kNumMaxima][kMaxLanes];
+  if (D::kExcludesLabel) {
+    gather(tile, stats.maxima[0], reference[0]);
+    gather(tile, stats.maxima[1], reference[1]);
+  }
+  if (call.hard) gather(tile, stats.maxima[2], reference[2]);
+  Coefficients<G::kCoefficients> of;
+  finish_rows<D>(p, rows, stats, reference, of);
+  if (!tile.gradient) return;
+  if constexpr (D::kUnbounded >= 0) {
+    constexpr int kPair = 2 * V::kLanes;
     for (int r = 0; r < tile.rows; ++r) {
-      if (!rows.has_label(r)) continue;  // an ignored row's may be any number
-      const int64_t label = tile.folded ? rows.labels[r] : rows.labels[r] * tile.gradient_step + r;
-      from_float(Scalar(at_label[r]), tile.gradient + label);
+      for (int64_t i = 0; of.is_unbounded[r] && i < tile.num_pairs * kPair; ++i) {
+        if (tile.folded || i % kPair == lane_of_element<In>(r)) call.kept[D::kUnbounded][i] = 0;
+      }
     }
   }
+  write_gradient<G, D::kExcludesLabel>(call, tile, rows, of);
 }
 
 template <class D, class In, class V = Arithmetic<In>>

@@ -8,6 +8,9 @@
 namespace reptile_ext {
 namespace {
 
+// What does not depend on the divergence is kept out of line: one of each is enough, and takes less time to compile.
+#define REPTILE_EXT_OUT_OF_LINE __attribute__((noinline))
+
 constexpr int64_t kProbe = 512;
 constexpr int64_t kBlock = 128;  // pairs of vectors between roundings into the row's sums
 constexpr double kTame = 0x1p60;
@@ -64,22 +67,33 @@ struct Pair {
 };
 
 template <class In, class V = Arithmetic<In>>
-Pair<V> spread(const Tile<In>& tile, const double* rows) {
+REPTILE_EXT_OUT_OF_LINE Pair<V> spread_over_lanes(int num_rows, const double* rows) {
   using Scalar = typename V::Scalar;
-  if (tile.folded) return Pair<V>(Scalar(rows[0]));
   Scalar lanes[2 * V::kLanes] = {};
-  for (int r = 0; r < tile.rows; ++r) lanes[lane_of_element<In>(r)] = Scalar(rows[r]);
+  for (int r = 0; r < num_rows; ++r) lanes[lane_of_element<In>(r)] = Scalar(rows[r]);
   Pair<V> result;
   for (int h = 0; h < 2; ++h) result.half[h] = V::load(lanes + h * V::kLanes);
   return result;
 }
+template <class In, class V = Arithmetic<In>>
+Pair<V> spread(const Tile<In>& tile, const double* rows) {
+  if (tile.folded) return Pair<V>(typename V::Scalar(rows[0]));
+  return spread_over_lanes<In>(tile.rows, rows);
+}
 
 // The other way round: one number a row, `stride` apart.
 template <class In, class V>
-void gather(const Tile<In>& tile, const Pair<V>& pair, double* rows, int stride = 1) {
+REPTILE_EXT_OUT_OF_LINE void gather_from_lanes(int num_rows, const Pair<V>& pair, double* rows, int stride) {
   typename V::Scalar lanes[2 * V::kLanes];
   for (int h = 0; h < 2; ++h) pair.half[h].store(lanes + h * V::kLanes);
-  for (int r = 0; r < tile.rows; ++r) rows[r * stride] = lanes[lane_of_element<In>(r)];
+  for (int r = 0; r < num_rows; ++r) rows[r * stride] = lanes[lane_of_element<In>(r)];
+}
+template <class In, class V>
+void gather(const Tile<In>& tile, const Pair<V>& pair, double* rows, int stride = 1) {
+  if (!tile.folded) return gather_from_lanes<In>(tile.rows, pair, rows, stride);
+  typename V::Scalar lanes[V::kLanes];
+  pair.half[0].store(lanes);
+  rows[0] = lanes[0];
 }
 
 // Reference points of rows in which no class is left, the label's being hidden: all exponentials are to be 0, not NaN.
@@ -116,7 +130,7 @@ void load2_without(const In* z, int live, int hidden, V& a, V& b) {
 
 // The maximum of a folded row's first n classes, `hidden` (−1: none) left out.
 template <class In, class V = Arithmetic<In>>
-typename V::Scalar row_max(const In* z, int64_t n, int64_t hidden) {
+REPTILE_EXT_OUT_OF_LINE typename V::Scalar row_max(const In* z, int64_t n, int64_t hidden) {
   using Scalar = typename V::Scalar;
   V m0 = V(Scalar(kNegInf)), m1 = m0, u, v;
   constexpr int kPair = 2 * V::kLanes;
@@ -137,7 +151,7 @@ typename V::Scalar row_max(const In* z, int64_t n, int64_t hidden) {
 
 // The maxima of rows side by side.
 template <class In, class V = Arithmetic<In>>
-Pair<V> column_max(const Tile<In>& tile, const In* z, int64_t step) {
+REPTILE_EXT_OUT_OF_LINE Pair<V> column_max(const Tile<In>& tile, const In* z, int64_t step) {
   Pair<V> m{typename V::Scalar(kNegInf)};
   V u, v;
   for (int64_t j = 0; j < tile.num_pairs; ++j) {

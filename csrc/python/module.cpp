@@ -104,6 +104,18 @@ PYBIND11_MODULE(_C, m) {
       "divergences", [] { return names_of(reptile_ext::kDivergenceNames); },
       "The names of the registry, in the order of the operators' numbers.");
   m.def(
+      "through_mixture",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < reptile_ext::kNumDivergences; ++i) {
+          reptile_ext::with_divergence<float>(reptile_ext::Divergence(i), [&](auto functor) {
+            if (decltype(functor)::kMixtureSums > 0) names.emplace_back(reptile_ext::kDivergenceNames[i]);
+          });
+        }
+        return names;
+      },
+      "Names of the divergences that go through a mixture of both distributions: their row stats have a third part.");
+  m.def(
       "reductions", [] { return names_of(reptile_ext::kReductionNames); },
       "The names of the reductions, in the order of the operators' numbers.");
   m.def("cpu_info", &cpu_info, "This processor: its machine name and the compiled-in instruction sets it can run.");
