@@ -1,0 +1,425 @@
+"""Vocabulary-parallel losses: each process of a group holds a range of the classes of both logits.
+
+A loss is made of two halves, `row_stats` and `row_gradient` (csrc/rows.h). Here the processes combine what the first
+half finds of their own classes, and each goes on to the second half with the result:
+
+    maxima          of each row, the largest over the processes
+    sums            over the classes, from the common maxima, added up
+    mixture sums    of divergences that go through a mixture of both distributions, added up
+    loss, gradient  from these: the same loss in every process, and the gradient of the process's own classes
+
+So a call communicates some 15 numbers a row, however many classes there are, and its backward pass nothing. The gradient
+is neither summed nor averaged over the processes: all of them have the same loss, and each the classes of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _C, ops, reference
+from .arguments import KERNELS, REDUCTIONS, Options
+
+__all__ = ["own_classes", "vocabulary_parallel_loss"]
+
+_MEAN, _NONE, _SUM = (REDUCTIONS.index(name) for name in ("mean", "none", "sum"))
+_THROUGH_MIXTURE = frozenset(KERNELS.index(name) for name in _C.through_mixture())
+_MIXTURE_SUMS = 2  # a row
+_NO_LABEL_IS_IGNORED = -(2**63)  # ignored rows have weight 0 already
+_ELSEWHERE, _WRONG = -1, -2  # labels, as the operators take them: of another process's class; of no class
+
+
+class Ranges(NamedTuple):
+    """Which classes this process holds."""
+
+    sizes: tuple[tuple[int, ...], tuple[int, ...]] | None  # of each process, student's and teacher's; None on a GPU
+    first: Tensor  # 0-d: the first class of this process
+    vocab_size: Tensor  # 0-d: how many classes are compared, over all processes
+    agree: Tensor  # 0-d: whether the processes were called alike
+
+
+def check_group(group: Any) -> Any:
+    """A process group that this process is in.
+
+    Raises:
+        TypeError: something else; ValueError: this process is not in it.
+    """
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        wanted = "a torch.distributed.ProcessGroup (of a DeviceMesh, mesh.get_group())"
+        raise TypeError(f"group must be {wanted} or None; got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must have this process in it; got one that this process is not a member of")
+    return group
+
+
+# ------------------------------------------------------------------------------------------------------- DTensor
+
+
+def is_dtensor(x: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # where it was not imported there is no DTensor
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def own_classes(
+    student_logits: Any, teacher_logits: Any, labels: Any, weight: Any, denominator: Any, dim: int, group: Any
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """The arguments with the local part of each DTensor in its place, and the group that their classes are sharded over.
+
+    Raises:
+        ValueError: DTensors that are not sharded over their classes alone, or not alike; the message says what to do.
+    """
+    named = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    rows = {"labels": labels, "weight": weight, "denominator": denominator}
+    if not any(is_dtensor(x) for x in (*named.values(), *rows.values())):
+        return student_logits, teacher_logits, labels, weight, denominator, group
+    rows = {name: _whole_rows(name, x) for name, x in rows.items()}
+    sharded = {name: x for name, x in named.items() if is_dtensor(x) and not _is_replicated(x)}
+    if sharded and group is not None:
+        name = next(iter(sharded))
+        raise ValueError(f"{name} is a sharded DTensor, which says its group itself; got a group too: pass group=None")
+    for name, x in sharded.items():
+        group = _group_of_classes(name, x, dim)
+    if len(sharded) == 1:
+        name, other = next(iter(sharded)), next(x for x in named if x not in sharded)
+        raise ValueError(
+            f"{other} must be a DTensor sharded as {name} is, {tuple(sharded[name].placements)}; got "
+            f"{'a replicated DTensor' if is_dtensor(named[other]) else 'a plain tensor'}: distribute it, or pass "
+            f"{name}.full_tensor()"
+        )
+    if sharded and (
+        student_logits.device_mesh != teacher_logits.device_mesh
+        or student_logits.placements != teacher_logits.placements
+    ):
+        raise ValueError(
+            f"teacher_logits must be sharded as student_logits is, {tuple(student_logits.placements)} on "
+            f"{student_logits.device_mesh}; got {tuple(teacher_logits.placements)} on {teacher_logits.device_mesh}"
+        )
+    student, teacher = (
+        x.to_local(grad_placements=x.placements) if is_dtensor(x) else x for x in (student_logits, teacher_logits)
+    )
+    return student, teacher, *rows.values(), group
+
+
+def _is_replicated(x: Any) -> bool:
+    return all(placement.is_replicate() for placement in x.placements)
+
+
+def _whole_rows(name: str, x: Any) -> Any:
+    if not is_dtensor(x):
+        return x
+    if not _is_replicated(x):
+        raise ValueError(
+            f"{name} must be the same in every process; got a DTensor with placements {tuple(x.placements)}: pass "
+            f"{name}.full_tensor()"
+        )
+    return x.to_local()
+
+
+def _group_of_classes(name: str, x: Any, dim: int) -> Any:
+    """The group of the mesh dimension that the classes are sharded over."""
+    class_dim, found = dim % max(x.ndim, 1), None
+    for mesh_dim, placement in enumerate(x.placements):
+        if placement.is_replicate():
+            continue
+        if placement.is_partial():
+            raise ValueError(
+                f"{name} is a DTensor of sums that are still to be added up, {tuple(x.placements)}: pass "
+                f"{name}.full_tensor(), or redistribute it over the classes"
+            )
+        if not placement.is_shard(class_dim):
+            raise ValueError(
+                f"{name} is a DTensor sharded over its rows, {tuple(x.placements)}: pass {name}.to_local(), and the "
+                "labels of those rows; each process's loss is then that of its own rows (denominator= divides by a "
+                "count of all)"
+            )
+        if found is not None:
+            raise ValueError(
+                f"{name} is a DTensor whose classes are sharded over two dimensions of its mesh, "
+                f"{tuple(x.placements)}: redistribute it over one, or pass {name}.full_tensor()"
+            )
+        found = x.device_mesh.get_group(mesh_dim)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the loss
+
+
+def _from_all(x: Tensor, group: Any) -> list[Tensor]:
+    """This tensor of every process, in the order of their ranks."""
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, x, group=group)
+    return everyone
+
+
+def _num_rows(logits: Tensor, dim: int) -> int:
+    return math.prod(size for d, size in enumerate(logits.shape) if d != dim)
+
+
+def _agree_on_ranges(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, options: Options, dim: int, group: Any
+) -> Ranges:
+    """Exchange how many classes each process holds, and what has to be the same in all of them."""
+    device, rank = student.device, dist.get_rank(group)
+    same = (
+        (_num_rows(student, dim), "rows"),
+        (zlib.crc32(repr((tuple(options), labels is None, weight is None)).encode()), "options"),
+    )
+    mine = torch.tensor([student.shape[dim], teacher.shape[dim], *(value for value, _ in same)], device=device)
+    checks = torch.zeros(2, dtype=torch.int64, device=device)
+    for i, x in enumerate((labels, weight)):
+        if x is not None:
+            bits = x.reshape(-1).to(torch.float64).view(torch.int64)
+            position = torch.arange(1, bits.numel() + 1, device=device)
+            checks[i] = (bits ^ (bits >> 17)).mul(2 * position + 1).sum()
+    mine = torch.cat([mine, checks])
+    everyone = torch.stack(_from_all(mine, group))
+    of_student, of_teacher = everyone[:, 0], everyone[:, 1]
+    starts = (of_student.cumsum(0) - of_student, of_teacher.cumsum(0) - of_teacher)
+    compared = torch.minimum(of_student, of_teacher)
+    # Where a process compares classes, its two ranges begin at the same class; and no class is left out.
+    fits = ((starts[0] == starts[1]) | (compared == 0)).all()
+    alike = (everyone[:, 2:] == everyone[0, 2:]).all()
+    vocab_size = torch.minimum(of_student.sum(), of_teacher.sum())
+    agree = fits & alike & (vocab_size == compared.sum()) & (vocab_size > 0)
+    if not options.truncate:
+        agree = agree & (of_student == of_teacher).all()
+    sizes = None
+    if device.type == "cpu":  # elsewhere a look would make the host wait; there the loss becomes NaN
+        sizes = (tuple(of_student.tolist()), tuple(of_teacher.tolist()))
+        _complain(everyone, sizes, bool(agree), options, [what for _, what in same], rank)
+    return Ranges(sizes, starts[0][rank], vocab_size, agree)
+
+
+def _complain(
+    everyone: Tensor, sizes: tuple[tuple[int, ...], tuple[int, ...]], agree: bool, options: Options, same: list[str], rank: int
+) -> None:
+    for i, what in enumerate([*same, "labels", "weights"], start=2):
+        column = everyone[:, i].tolist()
+        if len(set(column)) > 1:
+            values = f": {column}" if what == "rows" else ""
+            raise ValueError(f"every process of group must have the same {what}; they differ{values}")
+    if agree:
+        return
+    if not options.truncate and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the processes of group hold {list(sizes[0])} classes of student_logits and {list(sizes[1])} of "
+            "teacher_logits; each needs the same number of both, or pass vocab='truncate' to compare the classes they "
+            "share"
+        )
+    if sum(sizes[0]) == 0 or sum(sizes[1]) == 0:
+        raise ValueError("student_logits and teacher_logits need at least one class in some process of group; got none")
+    raise ValueError(
+        f"the processes of group hold {list(sizes[0])} classes of student_logits and {list(sizes[1])} of "
+        "teacher_logits: with vocab='truncate' both ranges of a process must begin at the same class, so only the last "
+        "that has classes may hold different numbers"
+    )
+
+
+class Call(NamedTuple):
+    """What the halves of a loss are called with, in every process."""
+
+    labels: Tensor | None
+    weight: Tensor | None
+    denominator: Tensor
+    options: Options  # reduction "none" or "sum"
+    dim: int
+    group: Any
+
+    def numbers(self) -> tuple[Any, ...]:
+        return self.options.operator_arguments(1.0, self.dim)
+
+    def exchanged(self) -> Call:
+        return self._replace(options=self.options.exchanged())
+
+    def stats(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maxima, sums and mixture sums of the rows, over the classes of all processes."""
+        rows, numbers = (self.labels, self.weight, None, None), self.numbers()
+        maxima = ops.row_stats(student, teacher, *rows, *numbers, None, None)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
+        sums = ops.row_stats(student, teacher, *rows, *numbers, maxima, None)
+        dist.all_reduce(sums, group=self.group)
+        if self.options.soft_scale > 0 and self.options.divergence in _THROUGH_MIXTURE:
+            mixture_sums = ops.row_stats(student, teacher, *rows, *numbers, maxima, sums)
+            dist.all_reduce(mixture_sums, group=self.group)
+        else:
+            mixture_sums = sums.new_zeros(sums.shape[0], _MIXTURE_SUMS)
+        return maxima, sums, mixture_sums
+
+    def loss(self, student: Tensor, teacher: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
+        rows = (self.labels, self.weight, self.denominator, None)
+        return ops.row_gradient(student, teacher, *rows, *self.numbers(), *stats, False)[0]
+
+    def gradient(
+        self, student: Tensor, teacher: Tensor, stats: tuple[Tensor, ...], grad_output: Tensor, inplace: bool
+    ) -> Tensor:
+        rows = (self.labels, self.weight, self.denominator, grad_output.to(torch.float64).contiguous())
+        if inplace:
+            ops.row_gradient_(student, teacher, *rows, *self.numbers(), *stats)
+            torch.autograd.graph.increment_version(student)
+            return student.detach()
+        return ops.row_gradient(student, teacher, *rows, *self.numbers(), *stats, True)[1]
+
+
+class _VocabularyParallel(torch.autograd.Function):
+    """The gradient is computed in the backward pass: from the row stats, which takes no communication and, as grad_output
+    is known there, no scaling of what is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, whole: _Whole) -> Tensor:
+        ctx.call, ctx.whole = call, whole
+        ctx.set_materialize_grads(False)
+        stats = call.stats(student, teacher)
+        # Of a trainable teacher too, now: were it left to the backward pass, a process that runs none would hold up
+        # the others.
+        of_teacher = ()
+        if ctx.needs_input_grad[1] and call.options.soft_scale > 0:
+            of_teacher = call.exchanged().stats(teacher, student)
+        ctx.save_for_backward(student, teacher, *stats, *of_teacher)
+        return call.loss(student, teacher, stats)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None
+        call: Call = ctx.call
+        student, teacher, *stats = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            if call.options.inplace:
+                raise RuntimeError("distillation_loss(inplace=True) has no double backward; pass inplace=False")
+            found = ops.gradients_by_autograd(
+                ctx.whole.loss, (student, teacher), grad_output, ctx.needs_input_grad[:2]
+            )
+            return found[0], found[1], None, None
+        of_student = of_teacher = None
+        if ctx.needs_input_grad[1]:
+            of_teacher = (
+                call.exchanged().gradient(teacher, student, tuple(stats[3:]), grad_output, False)
+                if len(stats) > 3
+                else torch.zeros_like(teacher)
+            )
+        if ctx.needs_input_grad[0]:
+            of_student = call.gradient(student, teacher, tuple(stats[:3]), grad_output, call.options.inplace)
+        return of_student, of_teacher, None, None
+
+
+def vocabulary_parallel_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    dim: int,
+    group: Any,
+) -> Tensor:
+    """`distillation_loss` of checked arguments, classes sharded over `group`. `dim` is not negative."""
+    ranges = _agree_on_ranges(student, teacher, labels, weight, options, dim, group)
+    device, classes = student.device, min(student.shape[dim], teacher.shape[dim])
+    # Ignored rows have weight 0, and labels are counted from this process's first class.
+    weights = None if weight is None else weight.detach().reshape(-1).to(torch.float64)
+    local = None
+    if labels is not None:
+        wanted = labels.reshape(-1).to(torch.int64)
+        counts = wanted != options.ignore_index
+        if weights is not None:
+            counts = counts & (weights != 0)
+        weights = torch.where(counts, 1.0 if weights is None else weights, 0.0).to(torch.float64)
+        wrong = counts & ((wanted < 0) | (wanted >= ranges.vocab_size))
+        if device.type == "cpu" and bool(wrong.any()):
+            raise ValueError(
+                f"labels must lie in [0, {int(ranges.vocab_size)}) or equal ignore_index={options.ignore_index}; got "
+                f"{wanted[wrong][0].item()}"
+            )
+        local = wanted - ranges.first
+        local = torch.where((local >= 0) & (local < classes), local, _ELSEWHERE)
+        local = torch.where(wrong, _WRONG, local)
+    divisor = count = weights.sum() if weights is not None else torch.full(
+        (), float(_num_rows(student, dim)), dtype=torch.float64, device=device
+    )
+    if denominator is not None:
+        divisor = torch.as_tensor(denominator, dtype=torch.float64).detach().to(device)
+        if device.type == "cpu" and count > 0 and not 0 < float(divisor) < torch.inf:
+            raise ValueError(f"denominator must be positive and finite; got {float(divisor)}")
+    elif options.reduction != _MEAN:
+        divisor = torch.ones_like(count)
+    divisor = torch.where(count == 0, 1.0, divisor)  # no row counts: the loss is 0
+    if ranges.sizes is None:
+        divisor = torch.where(ranges.agree, divisor, torch.nan)
+    of_rows = options._replace(
+        reduction=_NONE if options.reduction == _NONE else _SUM, ignore_index=_NO_LABEL_IS_IGNORED
+    )
+    call = Call(local, weights, divisor, of_rows, dim, group)
+    whole = _Whole(ranges, labels, weight, denominator, options, dim, group)
+    loss: Tensor = _VocabularyParallel.apply(student, teacher, call, whole)  # type: ignore[no-untyped-call]
+    return loss
+
+
+# ------------------------------------------------------------------------------------------- derivatives of derivatives
+
+
+class _Gathered(torch.autograd.Function):
+    """The classes of all processes, in each of them. What follows is the same in all of them, and so is the gradient that
+    comes back: each takes its own classes of it, and nothing is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, sizes: tuple[int, ...], dim: int, group: Any) -> Tensor:
+        ctx.of = (sizes, dim, group)
+        return _gather(own, *ctx.of)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Own.apply(gradient, *ctx.of), None, None, None  # type: ignore[no-untyped-call]
+
+
+class _Own(torch.autograd.Function):
+    """The other way round: a process's own classes."""
+
+    @staticmethod
+    def forward(ctx: Any, all_classes: Tensor, sizes: tuple[int, ...], dim: int, group: Any) -> Tensor:
+        ctx.of, rank = (sizes, dim, group), dist.get_rank(group)
+        return all_classes.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Gathered.apply(gradient, *ctx.of), None, None, None  # type: ignore[no-untyped-call]
+
+
+def _gather(own: Tensor, sizes: tuple[int, ...], dim: int, group: Any) -> Tensor:
+    own = own.detach().movedim(dim, 0).contiguous()
+    padded = own.new_zeros(max(sizes), *own.shape[1:])
+    padded[: own.shape[0]] = own
+    parts = [part[:size] for part, size in zip(_from_all(padded, group), sizes, strict=True)]
+    return torch.cat(parts).movedim(0, dim)
+
+
+class _Whole(NamedTuple):
+    """The loss in plain PyTorch, of all classes: for derivatives of derivatives. It gathers the logits, which the loss
+    itself and its first derivative never do."""
+
+    ranges: Ranges
+    labels: Tensor | None
+    weight: Tensor | None
+    denominator: float | Tensor | None
+    options: Options
+    dim: int
+    group: Any
+
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        sizes = self.ranges.sizes
+        if sizes is None:  # here a look is worth the wait
+            mine = torch.tensor([student.shape[self.dim], teacher.shape[self.dim]], device=student.device)
+            of_student, of_teacher = torch.stack(_from_all(mine, self.group)).t().tolist()
+            sizes = (tuple(of_student), tuple(of_teacher))
+        student, teacher = (
+            _Gathered.apply(x, size, self.dim, self.group)  # type: ignore[no-untyped-call]
+            for x, size in zip((student, teacher), sizes, strict=True)
+        )
+        options = self.options._replace(truncate=True, dim=self.dim, inplace=False)
+        rows = (self.labels, self.weight, self.denominator)
+        return reference.with_options(student, teacher, *rows, options, check_values=False)
