@@ -14,15 +14,32 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdlib>
 #include <vector>
 
-#include "../../csrc/rows.h"
+#include "../../csrc/divergence.h"
 
 namespace reptile_ext {
 
 using Numbers = std::vector<double>;
 using Sum = long double;  // of many terms, which in double would add up to more than a kernel's error
-constexpr double kInf = INFINITY, kNaN = NAN;
+
+// What is fuzzed: the divergences whose formulas stand here a second time. A new one joins by a case in `compute`.
+constexpr Divergence kKnown[] = {
+    Divergence::kForwardKl,
+    Divergence::kReverseKl,
+    Divergence::kSymmetricKl,
+    Divergence::kSoftCrossEntropy,
+    Divergence::kMirroredSoftCrossEntropy,
+    Divergence::kJsd,
+    Divergence::kSkewKl,
+    Divergence::kSkewReverseKl,
+    Divergence::kTvd,
+    Divergence::kHellinger,
+    Divergence::kMse,
+    Divergence::kDkd,
+    Divergence::kMirroredDkd,
+};
 
 struct ExactRow {
   bool is_broken = false;    // loss and gradient are NaN; nothing of what follows is set
@@ -92,6 +109,7 @@ class SoftPart {
   const Softmax s_, t_;  // without the label's class for dkd
   const Numbers &q = s_.p, &p = t_.p, &x = s_.log_p, &y = t_.log_p;
 
+  // The divergences of kKnown.
   void compute(const Numbers& student, const Numbers& teacher, int64_t label) {
     switch (problem_.divergence) {
       case Divergence::kForwardKl:
@@ -119,6 +137,8 @@ class SoftPart {
       case Divergence::kDkd:
       case Divergence::kMirroredDkd:
         return dkd(student, teacher, label);
+      default:
+        std::abort();
     }
   }
 

@@ -191,7 +191,7 @@ struct Case {
   GradientMode mode = GradientMode::kSeparate;
   bool teacher_is_student = false;  // one and the same tensor
   std::vector<int64_t> labels;      // empty: none
-  Numbers weights, grad_output;        // empty: none
+  Numbers weights, grad_output;     // empty: none
   std::vector<int64_t> cuts;        // rows where a chunk ends and the next one begins; 0 and num_rows among them
 
   // The rows are those at one index of an outermost dimension of this size. Nobody asks for the others, and they have
@@ -234,15 +234,16 @@ void describe(const char* name, const Tensor& t, const Case& c) {
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
   va_end(arguments);
-  std::fprintf(stderr,
-               "\n  divergence %d, beta %.17g, one_minus_beta %.17g, temperatures %g %g, soft %g, hard %g, smoothing %g\n",
-               int(p.divergence), p.beta, p.one_minus_beta, p.student_temperature, p.teacher_temperature, p.soft_scale,
-               p.hard_weight, p.label_smoothing);
+  std::fprintf(
+      stderr,
+      "\n  divergence %d, beta %.17g, one_minus_beta %.17g, temperatures %g %g, soft %g, hard %g, smoothing %g\n",
+      int(p.divergence), p.beta, p.one_minus_beta, p.student_temperature, p.teacher_temperature, p.soft_scale,
+      p.hard_weight, p.label_smoothing);
   std::fprintf(stderr, "  gradient_scale %g, %s grad_output, %s weights; index %lld of %lld; %lld classes; cut at",
                p.gradient_scale,
                c.grad_output.empty()      ? "no"
                : p.grad_output_is_uniform ? "one"
-                                       : "row by row",
+                                          : "row by row",
                c.weights.empty() ? "no" : "with", (long long)c.outer_index, (long long)c.outer,
                (long long)p.vocab_size);
   for (int64_t cut : c.cuts) std::fprintf(stderr, " %lld", (long long)cut);
@@ -358,9 +359,9 @@ std::vector<int64_t> read_cuts(Input& in, int64_t num_rows) {
   return cuts;
 }
 
-// What arguments.py lets through.
+// What options.py lets through.
 void read_numbers(LossProblem& p, Input& in) {
-  p.divergence = Divergence(in.below(kNumDivergences));
+  p.divergence = kKnown[in.below(sizeof(kKnown) / sizeof(kKnown[0]))];
   switch (p.divergence) {
     case Divergence::kDkd:
     case Divergence::kMirroredDkd:
@@ -511,7 +512,8 @@ Result run(const Case& c, const Kernels& kernels, char garbage) {
   const Numbers weights(c.weights), grad_output(c.grad_output);
   if (!labels.empty()) p.labels = row_0(labels.data(), c);
   if (!weights.empty()) p.weights = row_0(weights.data(), c);
-  if (!grad_output.empty()) p.grad_output = p.grad_output_is_uniform ? grad_output.data() : row_0(grad_output.data(), c);
+  if (!grad_output.empty())
+    p.grad_output = p.grad_output_is_uniform ? grad_output.data() : row_0(grad_output.data(), c);
   Result result;
   result.losses.assign(size_t(c.p.num_rows), garbage);
   p.row_losses = row_0(result.losses.data(), c);
