@@ -1,12 +1,12 @@
 """Has the loss become slower? `python benchmarks/compare.py REV [REV2]` compares a commit with another one, or with the
 working tree, on this machine.
 
-Both are built into temporary folders, and a process for each imports its build. The two take turns on every case, in
-pairs A B, B A, so that what slows the machine down slows both. A turn is some steps (forward and backward, at T = 2),
-the first of which does not count, large logits with caches full of other data. Its time is that of the fastest step:
-what disturbs a step makes it slower, never faster. Each pair gives a ratio of times, B / A. Reported are the medians of
-times and ratios, and the interval in which the true median of the ratios lies with 99 % confidence, whatever their
-distribution.
+Both are built into temporary folders, and a process for each imports its build. The two take turns on every case, A B
+and B A, so that what slows the machine down slows both. A turn is some steps (forward and backward, at T = 2), the
+first of which does not count, large logits with caches full of other data. Its time is that of the fastest step: what
+disturbs a step makes it slower, never faster. Two turns that follow each other give a ratio of times, B / A. Reported
+are the medians of times and ratios, and the interval in which the true median of the ratios lies with 99 % confidence,
+whatever their distribution.
 
 Where that interval is above 1, B is slower beyond the noise; if the median is above 1 by more than the tolerance as
 well, the exit code is 1. What the interval does not know is luck that lasts as long as a process, as where its memory
@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -30,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -39,16 +40,28 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(name: str) -> Any:
+    """A file of this tree's package, by its path: the package itself is another build's, or is not installed."""
+    spec = importlib.util.spec_from_file_location(f"_compare_{name}", ROOT / "reptile_ext" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+timing, files = load("timing"), load("files")
+
 SHAPES = ((64, 10), (1024, 1000), (256, 32_000), (64, 128_256))
 OF_EVERY_DIVERGENCE = (256, 32_000)
 
 TEMPERATURE = 2.0
-LARGE_PAIRS = 1 << 22  # from here on a step starts with cold caches
-FLUSH_BYTES = 1 << 27
 AT_LEAST, AT_MOST, TURN_NS = 5, 200, 30_000_000  # timed steps of a turn, and no more than AT_LEAST after so long
 CONFIDENCE = 0.99
-FEWEST_ROUNDS = 4  # of two pairs each: the fewest from which an interval of that confidence follows
+FEWEST_ROUNDS = 4  # of two ratios each: the fewest from which an interval of that confidence follows
 
 
 class CompareError(Exception):
@@ -64,7 +77,7 @@ class Case(NamedTuple):
 
     @property
     def is_large(self) -> bool:
-        return self.rows * self.vocab >= LARGE_PAIRS
+        return bool(self.rows * self.vocab >= timing.LARGE_PAIRS)
 
     def __str__(self) -> str:
         where = "in place" if self.inplace else "new gradient"
@@ -74,9 +87,12 @@ class Case(NamedTuple):
 def cases(divergences: Sequence[str], words: Sequence[str] = ()) -> list[Case]:
     """forward_kl at all shapes, the other divergences in place at one; of those the ones whose names have all words."""
     of_forward_kl = [
-        Case("forward_kl", dtype, *shape, inplace) for dtype in DTYPES for shape in SHAPES for inplace in (True, False)
+        Case("forward_kl", dtype, *shape, inplace)
+        for dtype in timing.DTYPES
+        for shape in SHAPES
+        for inplace in (True, False)
     ]
-    of_others = [Case(d, dtype, *OF_EVERY_DIVERGENCE, True) for dtype in DTYPES for d in divergences]
+    of_others = [Case(d, dtype, *OF_EVERY_DIVERGENCE, True) for dtype in timing.DTYPES for d in divergences]
     found = dict.fromkeys(of_forward_kl + of_others)
     return [case for case in found if all(word in str(case) for word in words)]
 
@@ -91,9 +107,8 @@ def serve(site: Path, requests: TextIO, replies: TextIO) -> None:
 
     verify(site)
     print(json.dumps(known_divergences(distillation_loss)), file=replies, flush=True)
-    data = Data()
     for line in requests:
-        ns, loss = turn(Case(*json.loads(line)), distillation_loss, data)
+        ns, loss = turn(Case(*json.loads(line)), distillation_loss)
         print(json.dumps({"ns": ns, "loss": loss}), file=replies, flush=True)
 
 
@@ -118,67 +133,38 @@ def known_divergences(loss_of: Callable[..., Tensor]) -> list[str]:
     raise SystemExit("distillation_loss accepts divergence='?'")
 
 
-class Data:
-    """Random logits, the same in both processes, and what is overwritten."""
-
-    def __init__(self) -> None:
-        self._pairs = max(n * v for n, v in SHAPES)
-        self._of_dtype: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._flush = torch.ones(FLUSH_BYTES // 4)
-
-    def logits(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-        """Student, teacher and a buffer of their size."""
-        if case.dtype not in self._of_dtype:
-            generator = torch.Generator().manual_seed(0)
-            student, teacher = (
-                torch.randn(self._pairs, generator=generator).mul_(2.0).to(DTYPES[case.dtype]) for _ in range(2)
-            )
-            self._of_dtype[case.dtype] = student, teacher, torch.empty_like(student)
-        shape = case.rows, case.vocab
-        student, teacher, buffer = (x[: math.prod(shape)].view(shape) for x in self._of_dtype[case.dtype])
-        return student, teacher, buffer
-
-    def flush_caches(self) -> None:
-        self._flush.sum()
+@functools.cache
+def logits_of(dtype: str) -> Any:
+    """Memory for the logits of all cases of a dtype, the same in both processes."""
+    return timing.Logits(dtype, max(n * v for n, v in SHAPES))
 
 
-class _Produced(torch.autograd.Function):
-    """Stands for the student: its output is a buffer that exists already, and it drops the gradient it gets."""
-
-    @staticmethod
-    def forward(ctx: Any, trigger: Tensor, values: list[Tensor]) -> Tensor:
-        return values[0].detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def turn(case: Case, loss_of: Callable[..., Tensor], data: Data) -> tuple[int, float]:
+def turn(case: Case, loss_of: Callable[..., Tensor]) -> tuple[int, float]:
     """Nanoseconds of the fastest timed step, and the loss."""
-    student, teacher, buffer = data.logits(case)
-    leaf, trigger = student.detach().requires_grad_(), torch.zeros((), requires_grad=True)
-    given = [student, teacher]
+    student, teacher, buffer = logits_of(case.dtype).of_shape(case.rows, case.vocab)
+    leaf = student.detach().requires_grad_()
+    others = [teacher]
     keywords: dict[str, Any] = {"temperature": TEMPERATURE, "inplace": case.inplace}
     if case.divergence != "forward_kl":
         keywords["divergence"] = case.divergence
-    if case.divergence == "dkd":
-        given.append(torch.arange(case.rows) % case.vocab)
+        if timing.needs_labels(loss_of, case.divergence):
+            others.append(torch.arange(case.rows) % case.vocab)
 
-    def step() -> tuple[int, Tensor]:
+    def setup() -> Tensor:
         leaf.grad = None
-        given[0] = _Produced.apply(trigger, [buffer.copy_(student)]) if case.inplace else leaf  # type: ignore[no-untyped-call]
+        logits: Tensor = timing.produced(buffer.copy_(student)) if case.inplace else leaf
         if case.is_large:
-            data.flush_caches()
-        start = time.perf_counter_ns()
-        loss = loss_of(*given, **keywords)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return time.perf_counter_ns() - start, loss
+            timing.flush_caches()
+        return logits
 
-    _, loss = step()
-    times: list[int] = []
-    while len(times) < AT_LEAST or (len(times) < AT_MOST and sum(times) < TURN_NS):
-        times.append(step()[0])
+    def step(logits: Tensor) -> Tensor:
+        loss = loss_of(logits, *others, **keywords)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    contender = timing.Contender(str(case), setup, step)
+    loss = contender.run()
+    times = timing.Stopwatch().in_a_row(contender, least=AT_LEAST, most=AT_MOST, enough_ns=TURN_NS)
     return min(times), loss.item()
 
 
@@ -287,24 +273,24 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Comparison(NamedTuple):
-    """One case; `pairs` are nanoseconds of A and B in turns that followed each other."""
+    """One case; `turns` are nanoseconds of A and B in turns that followed each other."""
 
     case: Case
-    pairs: list[tuple[int, int]]
+    turns: list[tuple[int, int]]
     losses: tuple[float, float]
 
     @property
     def ms(self) -> tuple[float, float]:
-        a, b = (statistics.median(times) / 1e6 for times in zip(*self.pairs, strict=True))
+        a, b = (statistics.median(times) / 1e6 for times in zip(*self.turns, strict=True))
         return a, b
 
     @property
     def ratio(self) -> float:
-        return statistics.median(b / a for a, b in self.pairs)
+        return statistics.median(b / a for a, b in self.turns)
 
     @property
     def interval(self) -> tuple[float, float]:
-        return interval_of_median([b / a for a, b in self.pairs])
+        return interval_of_median([b / a for a, b in self.turns])
 
     def verdict(self, tolerance: float) -> str:
         low, high = self.interval
@@ -320,13 +306,13 @@ class Comparison(NamedTuple):
             "interval": self.interval,
             "verdict": self.verdict(tolerance),
             "losses": self.losses,
-            "pairs_ns": self.pairs,
+            "turns_ns": self.turns,
         }
 
 
 def compare(a: Any, b: Any, chosen: Sequence[Case], rounds: int, progress: TextIO) -> list[Comparison]:
-    """Time all cases on sides `a` and `b`, `rounds` times over, two pairs of turns each time."""
-    pairs: dict[Case, list[tuple[int, int]]] = {case: [] for case in chosen}
+    """Time all cases on sides `a` and `b`, `rounds` times over, two turns of each side each time."""
+    turns: dict[Case, list[tuple[int, int]]] = {case: [] for case in chosen}
     losses: dict[Case, tuple[float, float]] = {}
     for round_ in range(rounds):
         print(f"round {round_ + 1} of {rounds}", file=progress, flush=True)
@@ -334,9 +320,9 @@ def compare(a: Any, b: Any, chosen: Sequence[Case], rounds: int, progress: TextI
             for first, second in ((a, b), (b, a)):
                 found = {side: side.time(case) for side in (first, second)}
                 (ns_a, loss_a), (ns_b, loss_b) = found[a], found[b]
-                pairs[case].append((ns_a, ns_b))
+                turns[case].append((ns_a, ns_b))
                 losses[case] = loss_a, loss_b
-    return [Comparison(case, pairs[case], losses[case]) for case in chosen]
+    return [Comparison(case, turns[case], losses[case]) for case in chosen]
 
 
 def report(results: Sequence[Comparison], tolerance: float) -> str:
@@ -360,17 +346,6 @@ def report(results: Sequence[Comparison], tolerance: float) -> str:
         if found := [r for r in results if r.verdict(tolerance) == verdict]:
             lines.append(f"{len(found)} of {len(results)} cases: {words}")
     return "\n".join(lines)
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    """All of the file or nothing of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def run(o: argparse.Namespace) -> int:
@@ -409,7 +384,7 @@ def run(o: argparse.Namespace) -> int:
             "confidence": CONFIDENCE,
             "results": [r.as_json(o.tolerance) for r in results],
         }
-        write(o.json, document)
+        files.write_json(o.json, document)
         print(f"wrote {o.json}")
     return int(any(r.verdict(o.tolerance) == "SLOWER" for r in results))
 
@@ -423,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cases", nargs="+", default=[], metavar="WORD", help="only those with all words in their name"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="of two pairs of turns each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="of two turns of each side (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="a share of the time (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     o = parser.parse_args(argv)

@@ -1,8 +1,7 @@
 """Times the fused linear loss: `python benchmarks/linear.py [--device cuda] [--rows N] [--hidden H] [--vocab V]`.
 
-Forward KL at T = 2, both heads, gradients of the student's hidden states and head. Contenders take turns in an order
-that is shuffled for every round; times are medians with quartiles, and extra memory is the peak of a step over what was
-resident before (on a GPU: allocated), dW (V · H) included.
+Forward KL at T = 2, both heads, gradients of the student's hidden states and head. Contenders take turns, as
+`reptile_ext/timing.py` says; extra memory includes dW (V · H).
 
     ours             linear_distillation_loss
     fused on logits  both logits in full, distillation_loss in place on the student's
@@ -10,19 +9,16 @@ resident before (on a GPU: allocated), dW (V · H) included.
     torch.compile    the same, compiled
     compiled chunks  the same, 512 rows (on a GPU 2,048) at a time under checkpoint
     Liger            on the CPU its chunked JSD with beta=0, compiled, which is forward KL; on a GPU its Triton kernel
-                     for the same (where liger-kernel is installed)
+                     for the same
     limit            no loss: the four matrix products, of all rows at once, into memory that is there
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import random
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +29,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
-from reptile_ext.benchmark import Contender, environment, peak_extra_bytes
+from reptile_ext.benchmark import environment
 from reptile_ext.eager import EAGER, TEMPERATURE
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from reptile_ext.files import write_json
+from reptile_ext.linear import release_scratch
+from reptile_ext.timing import DTYPES, Contender, Turns, made
 
 
 def liger(device: str, x: Tensor, head: Tensor, y: Tensor, teachers: Tensor, labels: Tensor) -> Callable[[], Tensor]:
@@ -77,7 +74,7 @@ def contenders(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: s
     def eager(kl: Callable[..., Tensor] = forward_kl) -> Tensor:
         return kl(F.linear(x, head), F.linear(y, teachers), labels)
 
-    def four_products() -> None:
+    def four_products(_: None) -> None:
         with torch.no_grad():
             torch.mm(y, teachers.t(), out=logits)
             torch.mm(x, head.t(), out=logits)
@@ -89,21 +86,24 @@ def contenders(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: s
         losses["torch.compile"] = torch.compile(eager, dynamic=False)
         in_chunks = compiled_in_chunks(rows, 512 if device == "cpu" else 2048, forward_kl)
         losses["compiled chunks"] = lambda: in_chunks(x, head, y, teachers, labels)
-        with contextlib.suppress(ImportError):
-            losses["Liger"] = liger(device, x, head, y, teachers, labels)
 
     def clear() -> None:
         x.grad = head.grad = None
 
-    def step_of(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def step() -> Tensor:
+    def forward_and_backward(name: str, loss: Callable[[], Tensor]) -> Contender:
+        def step(_: None) -> Tensor:
             result = loss()
             result.backward()
             return result.detach()
 
-        return step
+        return Contender(name, clear, step)
 
-    found = [Contender(name, clear, step_of(loss)) for name, loss in losses.items()]
+    def of_liger() -> Contender:
+        return forward_and_backward("Liger", liger(device, x, head, y, teachers, labels))
+
+    found = [forward_and_backward(name, loss) for name, loss in losses.items()]
+    if compile:
+        found.append(made("Liger", of_liger))
     return [*found, Contender("limit", clear, four_products)]
 
 
@@ -123,59 +123,23 @@ def compiled_in_chunks(rows: int, size: int, kl: Callable[..., Tensor]) -> Calla
     return loss
 
 
-def peak_bytes(c: Contender, device: str) -> int | None:
-    if device == "cpu":
-        return peak_extra_bytes(c)
-    c.setup()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    c.step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure(chosen: list[Contender], repeats: int, device: str) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {c.name: [] for c in chosen}
-    values: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for round_ in range(repeats + 1):  # the first is not counted
-        for c in random.sample(chosen, len(chosen)):
-            if c.name in failed:
-                continue
-            c.setup()
-            wait()
-            begin = time.perf_counter()
-            try:
-                loss = c.step()
-            except RuntimeError as error:  # out of memory
-                failed[c.name] = str(error).splitlines()[0]
-                continue
-            wait()
-            elapsed = time.perf_counter() - begin
-            if loss is not None:
-                values[c.name] = loss.item()
-            if round_:
-                times[c.name].append(1e3 * elapsed)
-    limit = statistics.median(times["limit"]) if times["limit"] else math.nan
-    results: list[dict[str, Any]] = []
-    for c in chosen:
-        if c.name in failed:
-            results.append({"contender": c.name, "failed": failed[c.name]})
-            continue
-        q1, median, q3 = statistics.quantiles(times[c.name], n=4)
-        results.append(
-            {
-                "contender": c.name,
-                "ms": {"q1": q1, "median": median, "q3": q3},
-                "share_of_limit": limit / median,
-                "extra_bytes": peak_bytes(c, device),
-                "loss": values.get(c.name),
-            }
-        )
+    turns = Turns(chosen, device)
+    first = {one.name: turns.run(one) for one in turns.measured}  # compiles, too
+    turns.take_turns(repeats)
+    turns.measure_peaks(release=release_scratch)
+    limit = next((one.ms[1] for one in turns.measured if one.name == "limit" and one.ns), math.nan)
+    results = []
+    for one in turns.measured:
+        found = one.as_json()
+        if one.ns:
+            loss = first[one.name]
+            found |= {"share_of_limit": limit / one.ms[1], "loss": None if loss is None else loss.item()}
+        results.append(found)
     return results
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, help="2,048 on the CPU, 8,192 on a GPU")
@@ -186,8 +150,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.repeats < 2:
-        parser.error(f"--repeats must be at least 2, for quartiles; got {options.repeats}")
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1; got {options.repeats}")
     usual = (2048, 512, 32_000) if options.device == "cpu" else (8192, 4096, 128_256)
     size = (options.rows or usual[0], options.hidden or usual[1], options.vocab or usual[2])
     about = {**environment(), "device": options.device, "rows": size[0], "hidden": size[1], "vocab": size[2]}
@@ -216,8 +180,9 @@ def main() -> None:
             )
         results += [{"dtype": name, **r} for r in found]
     if options.json:
-        options.json.write_text(json.dumps({"environment": about, "results": results}, indent=1))
+        write_json(options.json, {"environment": about, "results": results})
+    return int(any(r["contender"] in ("ours", "fused on logits") and "failed" in r for r in results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

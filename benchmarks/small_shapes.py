@@ -6,10 +6,10 @@ over calls that take turns. The lines nest, and the differences at the end are w
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
+import math
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from reptile_ext import ops
 from reptile_ext.arguments import check_tensors, make_options
-from reptile_ext.benchmark import TEMPERATURE, Case, Data, contenders, environment, ours, produced
+from reptile_ext.benchmark import TEMPERATURE, Case, Data, contenders, environment
+from reptile_ext.benchmark.losses import ours
 from reptile_ext.eager import forward_kl
+from reptile_ext.timing import Contender, Turns, produced
 
 ROUNDS, IN_A_ROW = 30, 100
 
@@ -36,17 +38,14 @@ class Nothing(torch.autograd.Function):
         return ctx.gradient, None, None
 
 
-def microseconds(stages: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]) -> dict[str, float]:
-    """Median time of step(setup()) for each stage's (setup, step), the stages in turn."""
-    times: dict[str, list[int]] = {name: [] for name in stages}
-    for _ in range(ROUNDS):
-        for name, (setup, step) in stages.items():
-            for _ in range(IN_A_ROW):
-                given = setup()
-                start = time.perf_counter_ns()
-                step(given)
-                times[name].append(time.perf_counter_ns() - start)
-    return {name: statistics.median(t) / 1e3 for name, t in times.items()}
+def microseconds(stages: Sequence[Contender]) -> dict[str, float]:
+    """Median times of the stages, which take turns."""
+    turns = Turns(stages)
+    turns.take_turns(ROUNDS, warm_up=True, in_a_row=IN_A_ROW, enough_ns=math.inf)
+    for one in turns.measured:
+        if one.failed is not None:  # what the others add up to would be wrong
+            raise RuntimeError(f"{one.name}: {one.failed}")
+    return {one.name: 1e3 * one.ms[1] for one in turns.measured}
 
 
 def main(rows: int = 64, vocab: int = 10) -> None:
@@ -90,30 +89,32 @@ def main(rows: int = 64, vocab: int = 10) -> None:
     def make_options_and_check(_: Any) -> None:
         check_tensors(plain, teacher, None, None, None, make_options(*keywords))
 
-    def step_of(name: str) -> tuple[Callable[[], None], Callable[[Any], Any]]:
-        c = next(c for c in contenders(case, data, compile=False) if c.name == name)
-        return c.setup, lambda _: c.step()
+    losses = {c.name: c for c in contenders(case, data, compile=False)}
 
-    stages: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-        "checks of the arguments": (nothing, make_options_and_check),
-        "operator on [1, 1]": (nothing, operator(one, one)),
-        "operator": (nothing, operator(plain, teacher)),
-        "operator below its autograd layer": (nothing, below_autograd),
-        "ours, forward under no_grad": (nothing, without_grad),
-        "ours, forward": (nothing, lambda _: ours(student, teacher)),
-        "ours, backward": (fresh(lambda: ours(student, teacher)), backward),
-        "ours, forward + backward": step_of("ours"),
-        "ours in place, forward + backward": step_of("ours in place"),
-        "a producer alone, backward": (lambda: produced(buffer), lambda x: torch.autograd.backward(x, gradient)),
-        "empty autograd.Function, forward": (nothing, lambda _: empty()),
-        "empty autograd.Function, backward": (fresh(empty), backward),
-        "eager, forward": (nothing, lambda _: forward_kl(student, teacher, None)),
-        "eager, backward": (fresh(lambda: forward_kl(student, teacher, None)), backward),
-        "eager, forward + backward": step_of("eager"),
-    }
-    for setup, step in stages.values():
-        step(setup())
-    us = microseconds(stages)
+    def whole(name: str) -> Contender:
+        return dataclasses.replace(losses[name], name=f"{name}, forward + backward")
+
+    us = microseconds(
+        [
+            Contender("checks of the arguments", nothing, make_options_and_check),
+            Contender("operator on [1, 1]", nothing, operator(one, one)),
+            Contender("operator", nothing, operator(plain, teacher)),
+            Contender("operator below its autograd layer", nothing, below_autograd),
+            Contender("ours, forward under no_grad", nothing, without_grad),
+            Contender("ours, forward", nothing, lambda _: ours(student, teacher)),
+            Contender("ours, backward", fresh(lambda: ours(student, teacher)), backward),
+            whole("ours"),
+            whole("ours in place"),
+            Contender(
+                "a producer alone, backward", lambda: produced(buffer), lambda x: torch.autograd.backward(x, gradient)
+            ),
+            Contender("empty autograd.Function, forward", nothing, lambda _: empty()),
+            Contender("empty autograd.Function, backward", fresh(empty), backward),
+            Contender("eager, forward", nothing, lambda _: forward_kl(student, teacher, None)),
+            Contender("eager, backward", fresh(lambda: forward_kl(student, teacher, None)), backward),
+            whole("eager"),
+        ]
+    )
     print("\n".join(f"{key:<16}{value}" for key, value in environment().items()))
     print(f"\n{case}, microseconds")
     for name, value in us.items():

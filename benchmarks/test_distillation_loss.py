@@ -26,8 +26,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             "limit": case.is_large,
         }.get(name, True)
 
-    pairs = [(case, name) for case in chosen for name in NAMES if takes_part(case, name)]
-    metafunc.parametrize(("case", "name"), pairs, ids=[f"{case} {name}" for case, name in pairs])
+    found = [(case, name) for case in chosen for name in NAMES if takes_part(case, name)]
+    metafunc.parametrize(("case", "name"), found, ids=[f"{case} {name}" for case, name in found])
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,16 @@ def contender(request: pytest.FixtureRequest) -> Callable[[Case, str], Contender
     """Finds a contender; the data of a dtype and the contenders of a case are made once."""
     chosen = chosen_cases(request.config)
     data: dict[str, Data] = {}
-    of_case: dict[Case, dict[str, Contender]] = {}
+    made: dict[Case, dict[str, Contender]] = {}
 
     def find(case: Case, name: str) -> Contender:
         if case.dtype not in data:
             data.clear()
             data[case.dtype] = Data(case.dtype, max(c.pairs for c in chosen))
-        if case not in of_case:
-            of_case.clear()
-            of_case[case] = {c.name: c for c in contenders(case, data[case.dtype])}
-        return of_case[case][name]
+        if case not in made:
+            made.clear()
+            made[case] = {c.name: c for c in contenders(case, data[case.dtype])}
+        return made[case][name]
 
     return find
 
@@ -56,7 +56,12 @@ def test_forward_and_backward(
     benchmark.group = f"{case!s:44} forward + backward"
     benchmark.name = name
     rounds = 9 if case.is_large else 500
-    benchmark.pedantic(runner.step, setup=runner.setup, rounds=rounds, warmup_rounds=2)  # type: ignore[no-untyped-call]
+
+    def setup() -> tuple[tuple[object], dict[str, object]]:
+        """The step's arguments."""
+        return (runner.setup(),), {}
+
+    benchmark.pedantic(runner.step, setup=setup, rounds=rounds, warmup_rounds=2)  # type: ignore[no-untyped-call]
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         benchmark.extra_info.update(

@@ -288,7 +288,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _write_toml(path: Path, values: dict[str, Any]) -> None:
     """Numbers, strings and booleans are written alike in TOML and JSON."""
-    from .training.checkpoint import write_atomically
+    from .files import write_atomically
 
     text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

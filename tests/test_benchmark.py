@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from reptile_ext import benchmark, cli, reference
+from reptile_ext import benchmark, cli, eager, reference
 from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.benchmark import data as benchmark_data
+from reptile_ext.benchmark import losses, measuring, report
+from reptile_ext.timing import LARGE_PAIRS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -22,7 +25,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 def test_run_writes_tables_figures_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "new" / "figures.json", tmp_path / "chart.png"
     threads = torch.get_num_threads()
-    pairs = benchmark.LARGE_PAIRS + 32_000  # enough for the limit and the peak of memory
+    pairs = LARGE_PAIRS + 32_000  # enough for the limit and the peak of memory
     code = benchmark.run(
         vocab=(100, 32_000),
         pairs=pairs,
@@ -72,7 +75,7 @@ def test_run_writes_tables_figures_and_chart(tmp_path: Path, capsys: pytest.Capt
     for r in document["results"]:
         assert f"[{r['rows']}, {r['vocab']}]" in printed
         assert f"{r['times_as_fast_as']['eager']:.2f}x" in printed
-    assert printed.count(benchmark.HEADER) == 2
+    assert printed.count(report.HEADER) == 2
 
 
 def test_every_divergence_is_measured_against_forward_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,14 +133,14 @@ def test_turns_start_with_a_step_that_does_not_count_and_have_every_contender_in
 
     def counted(case: benchmark.Case, *_: Any) -> list[benchmark.Contender]:
         return [
-            benchmark.Contender(name, lambda: None, lambda name=name: steps.append(f"{case.divergence} {name}"))
+            benchmark.Contender(name, lambda: None, lambda _, name=name: steps.append(f"{case.divergence} {name}"))
             for name in ("ours", "eager")
         ]
 
-    monkeypatch.setattr(benchmark, "contenders", counted)
-    monkeypatch.setattr(benchmark, "IN_A_ROW", 1)
+    monkeypatch.setattr(measuring, "contenders", counted)
+    monkeypatch.setattr(measuring, "IN_A_ROW", 1)
     chosen = benchmark.cases("small", ("float32",), (10,), 640, ("jsd", "tvd"))
-    benchmark.measure(chosen, benchmark.Data("float32", 640), 20, False)
+    measuring.measure(chosen, benchmark.Data("float32", 640), 20, False)
     names = ["jsd ours", "jsd eager", "tvd ours", "tvd eager"]
     assert steps[:4] == names  # the checked ones
     assert steps[4::2] == steps[5::2]
@@ -145,6 +148,52 @@ def test_turns_start_with_a_step_that_does_not_count_and_have_every_contender_in
     assert len(rounds) == 20
     assert all(sorted(r) == sorted(names) for r in rounds)
     assert len(set(rounds)) > 1
+
+
+def test_a_contender_that_cannot_run_is_in_the_table_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And in the figures; the chart and the others' ratios do without it. One of ours that fails is an error, too."""
+
+    def out_of_memory(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    def results(out: Path) -> dict[str, Any]:
+        return {r["contender"]: r for r in json.loads(out.read_text())["results"]}
+
+    def run(out: Path, plot: Path | None = None) -> int:
+        return benchmark.run(dtypes=("float32",), vocab=(1000,), pairs=5000, repeats=1, out=out, plot=plot)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: out_of_memory)
+    assert run(tmp_path / "1.json", tmp_path / "chart.png") == 0
+    found = results(tmp_path / "1.json")
+    assert found["torch.compile"]["failed"] == "OutOfMemoryError: tried to allocate 2 GiB"
+    assert set(found["ours"]["times_as_fast_as"]) == {"eager"}
+    assert "torch.compile  OutOfMemoryError: tried to allocate 2 GiB" in capsys.readouterr().out
+
+    monkeypatch.setattr(losses, "ours", out_of_memory)
+    assert run(tmp_path / "2.json") == 1
+    found = results(tmp_path / "2.json")
+    assert {name for name, r in found.items() if "failed" in r} == {"ours in place", "ours", "torch.compile"}
+    assert found["eager"]["share_of_forward_kl"] == 1
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_baseline_without_a_function_of_its_own_is_the_reference_s_formula(
+    divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same loss and gradient, so that a new divergence is timed against something without an edit here."""
+    student, teacher, labels = torch.randn(6, 11).mul(2).requires_grad_(), torch.randn(6, 11) * 2, torch.arange(6)
+    written = eager.eager_loss_of(divergence)
+    assert eager.EAGER[divergence] is written
+    monkeypatch.delattr(eager, divergence)
+    fallback = eager.eager_loss_of(divergence)
+    assert fallback is not written
+    found, wanted = fallback(student, teacher, labels), written(student, teacher, labels)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (found, wanted)]
+    assert gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", benchmark.SHAPES)
@@ -155,7 +204,7 @@ def test_cases_are_of_the_named_set(name: str) -> None:
         assert [c.vocab for c in chosen] == sorted(c.vocab for c in chosen)
         for c in chosen:
             if name == "large":
-                assert c.pairs == pytest.approx(benchmark.PAIRS, rel=0.005)
+                assert c.pairs == pytest.approx(benchmark_data.PAIRS, rel=0.005)
 
 
 def test_vocab_and_pairs_choose_the_cases() -> None:
@@ -188,7 +237,7 @@ def test_bad_arguments_are_named(keywords: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_a_wrong_result_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = benchmark.ours
+    ours = losses.ours
 
     def broken(*args: Any, inplace: bool = False) -> torch.Tensor:
         right = ours(*args, inplace=inplace)
@@ -196,7 +245,7 @@ def test_a_wrong_result_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch
             return right
         return right * 1.01 if wrong == "loss" else right.detach() + (right - right.detach()) * 1.01
 
-    monkeypatch.setattr(benchmark, "ours", broken)
+    monkeypatch.setattr(losses, "ours", broken)
     with pytest.raises(RuntimeError, match=rf"ours computes a wrong {wrong} for skew_kl float32 \[8, 100\]"):
         benchmark.run(dtypes=("float32",), vocab=(100,), pairs=800, repeats=1, divergences=("forward_kl", "skew_kl"))
 
@@ -236,33 +285,85 @@ def test_the_same_cases_on_pytest_benchmark() -> None:
         assert f"[{divergence} bfloat16 [64, 1000] eager fp32] PASSED" in result.stdout
 
 
+def script(name: str) -> Any:
+    """A file of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_small_shapes_accounts_for_all_of_a_call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("small_shapes", BENCHMARKS / "small_shapes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    small_shapes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small_shapes)
-    monkeypatch.setattr(small_shapes, "microseconds", lambda stages: dict.fromkeys(stages, 100.0))
+    small_shapes = script("small_shapes")
+    monkeypatch.setattr(small_shapes, "microseconds", lambda stages: {stage.name: 100.0 for stage in stages})
     small_shapes.main(4, 10)
     printed = capsys.readouterr().out
     assert "forward_kl float32 [4, 10], microseconds" in printed
     assert "ours, 100.0 microseconds, 1.00 of eager's:" in printed
 
 
+def test_small_shapes_times_all_of_its_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_shapes = script("small_shapes")
+    monkeypatch.setattr(small_shapes, "ROUNDS", 1)
+    monkeypatch.setattr(small_shapes, "IN_A_ROW", 2)
+    small_shapes.main(4, 10)
+    assert "of eager's:" in capsys.readouterr().out
+
+    def refuse(_: None) -> None:
+        raise RuntimeError("no such operator")
+
+    with pytest.raises(RuntimeError, match="operator: RuntimeError: no such operator"):
+        small_shapes.microseconds([benchmark.Contender("operator", lambda: None, refuse)])
+
+
+def test_the_linear_benchmark_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear, out = script("linear"), tmp_path / "linear.json"
+    size = ["--rows", "8", "--hidden", "4", "--vocab", "50", "--repeats", "2", "--no-compile", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["linear.py", *size])
+    assert linear.main() == 0
+    results = json.loads(out.read_text())["results"]
+    names = ["ours", "fused on logits", "eager", "limit"]
+    assert [(r["dtype"], r["contender"]) for r in results] == [(d, name) for d in linear.DTYPES for name in names]
+    for dtype in linear.DTYPES:
+        values = [r["loss"] for r in results if r["dtype"] == dtype and r["loss"] is not None]
+        assert values == pytest.approx([values[0]] * 3, rel=2e-2 if dtype == "bfloat16" else 1e-5)
+
+    # What is not installed, or needs too much memory, is named.
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
+    assert [c.name for c in linear.contenders(8, 4, 50, torch.float32, "cpu", True)][-2:] == ["Liger", "limit"]
+
+    def out_of_memory(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(linear.reptile_ext, "distillation_loss", out_of_memory)
+    capsys.readouterr()
+    assert linear.main() == 1
+    assert "fused on logits  OutOfMemoryError: tried to allocate 2 GiB" in capsys.readouterr().out
+
+
 def test_the_gpus_benchmark_runs(tmp_path: Path) -> None:
     """Without a GPU, its figures mean nothing; that it has not rotted does."""
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--rows", "4", "--vocab", "100", "--repeats", "2"]
-    command += ["--no-compile", "--out", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--out", str(tmp_path)]
+    command += ["--rows", "4", "--vocab", "100", "--repeats", "2", "--no-compile"]
     subprocess.run(command, check=True, capture_output=True)
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    losses: dict[tuple[str, ...], list[float]] = {}
+    found, table = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    assert "share of copy bandwidth" in table
+    by_case: dict[tuple[str, ...], list[float]] = {}
     for result in found["results"]:
-        if result["contender"] not in ("copy", "eager"):
-            losses.setdefault((result["dtype"], result["divergence"]), []).append(result["loss"])
-    assert len(losses) == 4
-    for of_case in losses.values():
+        if result["contender"] not in ("copy", "eager", "Liger"):
+            by_case.setdefault((result["dtype"], result["divergence"]), []).append(result["loss"])
+    assert len(by_case) == 4
+    for of_case in by_case.values():
         assert of_case == pytest.approx([of_case[0]] * len(of_case), rel=1e-5)
-    assert "share of copy bandwidth" in (tmp_path / "gpu.md").read_text()
+    of_liger = [result for result in found["results"] if result["contender"] == "Liger"]  # has no kernels for a CPU
+    assert [result["divergence"] for result in of_liger] == ["forward_kl"] * 2
+    assert all("ms" not in result and result["failed"] in table for result in of_liger)

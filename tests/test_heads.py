@@ -590,7 +590,7 @@ def test_the_measurement_leaves_everything_as_it_was() -> None:
     assert (measured["rows"], measured["classes"]) == (24, CLASSES)
     assert measured["milliseconds"].keys() == measured["peak_bytes"].keys() == {"logits", "fused_linear"}
     assert all(value > 0 for value in measured["milliseconds"].values())
-    assert reptile.student_head is None
+    assert reptile.objective.student_head is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     assert all((parameter.grad == 7.0).all() for parameter in student.parameters() if parameter.grad is not None)
     assert torch.equal(random_state()["torch"], numbers)

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import reptile_ext
+from reptile_ext.files import write_atomically
 from reptile_ext.training import Reptile, Until
 from reptile_ext.training.batches import Sampler, random_state, set_random_state, split
-from reptile_ext.training.checkpoint import Log, latest_checkpoint, read_log, save_checkpoint, write_atomically
+from reptile_ext.training.checkpoint import Log, latest_checkpoint, read_log, save_checkpoint
 from reptile_ext.training.metrics import Evaluation
 
 
@@ -355,7 +356,7 @@ def test_until_patience_gives_the_best_student_back(tmp_path: Path) -> None:
         (lambda: Reptile(perceptron(8, 0), None, precision="int4"), "precision must be one of .*got 'int4'"),
         (lambda: Reptile(perceptron(8, 0), None, schedule="sine"), "schedule must be .*got 'sine'"),
         (lambda: Reptile(perceptron(8, 0), None, temperature=2.0), r"no meaning to \['temperature'\]"),
-        (lambda: Reptile(perceptron(8, 0), perceptron(8, 1), reduction="sum"), "reduction is the loop's own"),
+        (lambda: Reptile(perceptron(8, 0), perceptron(8, 1), reduction="sum"), "reduction is set by the training step"),
         (lambda: fitted(Until(metric="accuracy", target=0.5)), "until.metric='accuracy' is not among"),
     ],
 )

@@ -5,8 +5,11 @@
     reptile = Reptile(student, teacher, temperature=2.0, hard_weight=0.5)
     result = reptile.fit(train_loader, eval_loader, until=Until(metric="accuracy", target=0.9, steps=10_000))
 
-Read top-down: `reptile` is the loop, `batches` what it samples from, `heads` how it does without logits, `metrics` what
-it measures, `checkpoint` how it survives a kill, `report` its curves, `recipes` the runs that `reptile distill` starts.
+Read top-down: `reptile` is the loop, `objective` what a step of it computes, `batches` what it samples from, `heads`
+how it does without logits, `until` when it stops, `metrics` what it measures, `checkpoint` how it survives a kill,
+`costs` what a step takes, `report` the table and the curves, `recipes` the runs that `reptile distill` starts.
+
+`Objective` is the step without the loop, for a trainer of another library or a loop of your own.
 Needs the extra `train`.
 """
 
@@ -22,6 +25,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .metrics import METRICS
-from .reptile import Reptile, Result, Until
+from .objective import Objective
+from .reptile import Reptile
+from .until import Result, Until
 
-__all__ = ["METRICS", "Reptile", "Result", "Until"]
+__all__ = ["METRICS", "Objective", "Reptile", "Result", "Until"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def split(batch: Any, shift_labels: bool, ignore_index: int) -> tuple[Any, Tensor | None]:
-    """A batch as (what the models take, labels or None).
+class Batch(NamedTuple):
+    """What the models take, and the labels, if there are any."""
+
+    inputs: Any
+    labels: Tensor | None
+
+
+def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:
+    """A batch in its two parts.
 
     A tensor is input alone; a pair is (inputs, labels); a mapping goes to the models as keywords, its "labels" apart,
     so that an HF model does not compute a loss of its own. `shift_labels` turns the labels of a causal language model
@@ -37,7 +44,7 @@ def split(batch: Any, shift_labels: bool, ignore_index: int) -> tuple[Any, Tenso
         if labels is None:
             raise ValueError("shift_labels=True needs labels in every batch; got a batch without")
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    return inputs, labels
+    return Batch(inputs, labels)
 
 
 def logits_of(model: nn.Module, inputs: Any) -> Tensor:

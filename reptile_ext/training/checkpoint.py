@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, checkpoints that survive a kill at any moment, a metrics log.
+"""Checkpoints that survive a kill at any moment, and a log of metrics that can be cut back to one.
 
 A checkpoint is a folder `checkpoints/<step>` that is written under another name, flushed to disk and then renamed,
 which the operating system does at once or not at all. Older ones are deleted after that, so that at every moment the
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +18,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-_TEMPORARY = ".tmp-"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then put it in the place of `path` in one go."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders, and needs no flush of one
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from ..files import TEMPORARY, flush
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -64,7 +34,7 @@ def save_checkpoint(
     parent = folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     final = parent / f"{step:09d}"
-    temporary = parent / f"{_TEMPORARY}{final.name}"
+    temporary = parent / f"{TEMPORARY}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
     temporary.mkdir()
     save_model(student, str(temporary / "student.safetensors"))
@@ -72,10 +42,10 @@ def save_checkpoint(
         save_file(best, temporary / "best.safetensors")
     torch.save(state, temporary / "state.pt")
     for file in temporary.iterdir():
-        _flush(file)
-    _flush(temporary)
+        flush(file)
+    flush(temporary)
     os.rename(temporary, final)
-    _flush(parent)
+    flush(parent)
     for other in parent.iterdir():
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
@@ -109,7 +79,7 @@ class Log:
         """Bytes written; they are on disk when this returns."""
         if self._path is None:
             return 0
-        _flush(self._path)
+        flush(self._path)
         return self._path.stat().st_size
 
 

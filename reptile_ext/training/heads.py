@@ -79,7 +79,8 @@ class Head:
 
     def keywords(self, side: str) -> dict[str, Any]:
         """Of `linear_distillation_loss`; `side` is "student" or "teacher"."""
-        return {f"{side}_bias": self.layer.bias, f"{side}_softcap": self.softcap, f"{side}_scale": self.scale}
+        found = {"weight": self.weight, "bias": self.layer.bias, "softcap": self.softcap, "scale": self.scale}
+        return {f"{side}_{name}": value for name, value in found.items()}
 
     def hidden_states(self, run: Callable[[], Tensor]) -> Tensor:
         """[..., H]: what the head is given while `run` calls the model, which may be wrapped, and returns its logits.

@@ -1,74 +1,13 @@
-"""What a run leaves for the eye: the table, the curves, and what a step costs with each loss."""
+"""What a run leaves for the eye: the table and the curves."""
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from ..functional import distillation_loss
-from .batches import logits_of
-
-
-def eager_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """The mean forward KL as it is usually written in PyTorch."""
-    x = F.log_softmax(student_logits / temperature, -1).flatten(0, -2)
-    y = F.log_softmax(teacher_logits / temperature, -1).flatten(0, -2)
-    return F.kl_div(x, y, log_target=True, reduction="batchmean") * temperature**2
-
-
-def time_losses(
-    student: nn.Module, teacher: nn.Module, inputs: Any, temperature: float, repeats: int = 15
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds of the loss alone (value and gradient) and of a whole training step, fused and eager.
-
-    The two take turns, so that whatever else the machine does falls on both. The step is teacher forward, student
-    forward, loss, backward and AdamW, on a copy of the student.
-    """
-    device = next(student.parameters()).device
-    inputs = inputs.to(device)
-    student = copy.deepcopy(student).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=device.type in ("cpu", "cuda"))
-    with torch.no_grad():
-        student_logits, teacher_logits = logits_of(student, inputs), logits_of(teacher.eval(), inputs)
-    student_logits.requires_grad_()
-
-    def loss_alone(loss: Callable[..., Tensor]) -> None:
-        student_logits.grad = None
-        torch.autograd.backward(loss(student_logits, teacher_logits, temperature=temperature))
-
-    def step(loss: Callable[..., Tensor]) -> None:
-        with torch.no_grad():
-            answers = logits_of(teacher, inputs)
-        torch.autograd.backward(loss(logits_of(student, inputs), answers, temperature=temperature))
-        optimizer.step()
-        optimizer.zero_grad()
-
-    losses = {"fused": distillation_loss, "eager": eager_loss}
-    taken: dict[str, dict[str, list[float]]] = {what: {name: [] for name in losses} for what in ("loss", "step")}
-    for repeat in range(-2, repeats):  # two rounds to warm up
-        for what, run in (("loss", loss_alone), ("step", step)):
-            for name, loss in losses.items():
-                started = time.perf_counter()
-                run(loss)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if repeat >= 0:
-                    taken[what][name].append(1000 * (time.perf_counter() - started))
-    return {
-        what: {name: statistics.median(values) for name, values in of.items()}
-        | {"rows": student_logits[..., 0].numel()}
-        for what, of in taken.items()
-    }
 
 
 def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
@@ -86,7 +25,8 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     lines += ["", f"{'median ms, fwd KL':<20}{'fused loss':>12}{'eager loss':>15}{'eager / fused':>15}"]
     for what, of in report["milliseconds"].items():
         title = "loss fwd + bwd" if what == "loss" else "training step"
-        lines.append(f"{title:<20}{of['fused']:>12.2f}{of['eager']:>15.2f}{of['eager'] / of['fused']:>15.2f}")
+        compared = _cells(of["fused"], of["eager"], lambda fused, eager: f"{eager / fused:.2f}")
+        lines.append(f"{title:<20}{compared}")
     if "fused_linear" in report:
         lines += ["", *format_fused_linear(report["fused_linear"])]
     return "\n".join([*lines, "", *report["notes"]])
@@ -95,16 +35,22 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
 def format_fused_linear(measured: dict[str, Any]) -> list[str]:
     """What `Reptile.measure_fused_linear` returns as the lines of a table; a saving below 0 % is a loss."""
     rows = {"fwd + bwd, ms": measured["milliseconds"]}
-    if None not in measured["peak_bytes"].values():
-        rows["peak memory, MB"] = {name: value / 1e6 for name, value in measured["peak_bytes"].items()}
+    megabytes = {name: None if value is None else value / 1e6 for name, value in measured["peak_bytes"].items()}
+    if set(megabytes.values()) != {None}:
+        rows["peak memory, MB"] = megabytes
     shape = f"{measured['rows']:,} × {measured['classes']:,}"
-    return [
-        f"{shape:<20}{'all logits':>12}{'fused linear':>15}{'saved':>15}",
-        *(
-            f"{title:<20}{of['logits']:>12.2f}{of['fused_linear']:>15.2f}{1 - of['fused_linear'] / of['logits']:>15.0%}"
-            for title, of in rows.items()
-        ),
-    ]
+    lines = [f"{shape:<20}{'all logits':>12}{'fused linear':>15}{'saved':>15}"]
+    for title, of in rows.items():
+        compared = _cells(of["logits"], of["fused_linear"], lambda logits, fused: f"{1 - fused / logits:.0%}")
+        lines.append(f"{title:<20}{compared}")
+    return lines + [f"{name}: {why}" for name, why in measured.get("failed", {}).items()]
+
+
+def _cells(first: float | None, second: float | None, compare: Callable[[float, float], str]) -> str:
+    """Two numbers and how they compare; what could not be measured is a dash."""
+    one, other = ("-" if value is None else f"{value:.2f}" for value in (first, second))
+    compared = "-" if first is None or second is None else compare(first, second)
+    return f"{one:>12}{other:>15}{compared:>15}"
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:

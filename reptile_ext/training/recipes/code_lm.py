@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..checkpoint import write_atomically
+from ...files import write_atomically
 from .comparison import Recipe, Settings, Task
 
 # Tests and other people's packages, and what is no code: tables of characters and of help texts.

@@ -21,10 +21,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from safetensors.torch import load_model
 from torch import nn
 
+from ...files import write_atomically, write_json
 from ...modules import DistillationLoss
 from .. import Reptile, Until
-from ..checkpoint import read_log, write_atomically, write_json
-from ..report import draw_curves, format_table, time_losses
+from ..checkpoint import read_log
+from ..costs import time_losses
+from ..report import draw_curves, format_table
 
 
 class Settings(BaseSettings):

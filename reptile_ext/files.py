@@ -1,0 +1,41 @@
+"""Files that are whole or not there. Imports nothing of this package: `benchmarks/compare.py` loads it by its path."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"  # begins the name of what is not whole yet
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then put it in the place of `path` in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders, and needs no flush of one
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
