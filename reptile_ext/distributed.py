@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 import sys
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _C, ops, reference
-from .arguments import KERNELS, REDUCTIONS, Options
+from . import _C, autograd, compat, ops, reference
+from .options import KERNELS, REDUCTIONS, Options
 
 __all__ = ["own_classes", "vocabulary_parallel_loss"]
 
@@ -67,18 +69,19 @@ def is_dtensor(x: Any) -> bool:
 
 
 def own_classes(
-    student_logits: Any, teacher_logits: Any, labels: Any, weight: Any, denominator: Any, dim: int, group: Any
-) -> tuple[Any, Any, Any, Any, Any, Any]:
-    """The arguments with the local part of each DTensor in its place, and the group that their classes are sharded over.
+    logits: tuple[Any, Any], constants: tuple[Any, Any, Any], dim: int, group: Any
+) -> tuple[Any, Any, tuple[Any, Any, Any], Any]:
+    """Student's and teacher's logits and the constants, with the local part of each DTensor in its place, and the group
+    that the classes are sharded over; None: each process has all of them.
 
     Raises:
         ValueError: DTensors that are not sharded over their classes alone, or not alike; the message says what to do.
     """
-    named = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    rows = {"labels": labels, "weight": weight, "denominator": denominator}
-    if not any(is_dtensor(x) for x in (*named.values(), *rows.values())):
-        return student_logits, teacher_logits, labels, weight, denominator, group
-    rows = {name: _whole_rows(name, x) for name, x in rows.items()}
+    if group is not None:
+        check_group(group)
+    names = ("labels", "weight", "denominator")
+    labels, weight, denominator = map(_whole_rows, names, constants)
+    named = dict(zip(("student_logits", "teacher_logits"), logits, strict=True))
     sharded = {name: x for name, x in named.items() if is_dtensor(x) and not _is_replicated(x)}
     if sharded and group is not None:
         name = next(iter(sharded))
@@ -93,17 +96,14 @@ def own_classes(
             f"{name}.full_tensor()"
         )
     if sharded and (
-        student_logits.device_mesh != teacher_logits.device_mesh
-        or student_logits.placements != teacher_logits.placements
+        logits[0].device_mesh != logits[1].device_mesh or logits[0].placements != logits[1].placements
     ):
         raise ValueError(
-            f"teacher_logits must be sharded as student_logits is, {tuple(student_logits.placements)} on "
-            f"{student_logits.device_mesh}; got {tuple(teacher_logits.placements)} on {teacher_logits.device_mesh}"
+            f"teacher_logits must be sharded as student_logits is, {tuple(logits[0].placements)} on "
+            f"{logits[0].device_mesh}; got {tuple(logits[1].placements)} on {logits[1].device_mesh}"
         )
-    student, teacher = (
-        x.to_local(grad_placements=x.placements) if is_dtensor(x) else x for x in (student_logits, teacher_logits)
-    )
-    return student, teacher, *rows.values(), group
+    student, teacher = (x.to_local(grad_placements=x.placements) if is_dtensor(x) else x for x in logits)
+    return student, teacher, (labels, weight, denominator), group
 
 
 def _is_replicated(x: Any) -> bool:
@@ -162,13 +162,13 @@ def _num_rows(logits: Tensor, dim: int) -> int:
 
 
 def _agree_on_ranges(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, options: Options, dim: int, group: Any
+    student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, options: Options, group: Any
 ) -> Ranges:
     """Exchange how many classes each process holds, and what has to be the same in all of them."""
-    device, rank = student.device, dist.get_rank(group)
+    device, rank, dim = student.device, dist.get_rank(group), options.dim
     same = (
         (_num_rows(student, dim), "rows"),
-        (zlib.crc32(repr((tuple(options), labels is None, weight is None)).encode()), "options"),
+        (zlib.crc32(repr((options._replace(inplace=False), labels is None, weight is None)).encode()), "options"),
     )
     mine = torch.tensor([student.shape[dim], teacher.shape[dim], *(value for value, _ in same)], device=device)
     checks = torch.zeros(2, dtype=torch.int64, device=device)
@@ -221,93 +221,109 @@ def _complain(
     )
 
 
-class Call(NamedTuple):
-    """What the halves of a loss are called with, in every process."""
+@dataclass
+class Call:
+    """What the halves of a loss are called with in every process, and the row stats that they found."""
 
-    labels: Tensor | None
+    labels: Tensor | None  # counted from this process's first class
     weight: Tensor | None
     denominator: Tensor
     options: Options  # reduction "none" or "sum"
-    dim: int
     group: Any
+    whole: Whole
+    stats: tuple[Tensor, ...] = ()
+    exchanged: Call | None = None  # with the roles exchanged, for a trainable teacher
 
     def numbers(self) -> tuple[Any, ...]:
-        return self.options.operator_arguments(1.0, self.dim)
+        return ops.numbers(self.options)
 
-    def exchanged(self) -> Call:
-        return self._replace(options=self.options.exchanged())
-
-    def stats(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def find_stats(self, student: Tensor, teacher: Tensor) -> None:
         """Maxima, sums and mixture sums of the rows, over the classes of all processes."""
-        rows, numbers = (self.labels, self.weight, None, None), self.numbers()
-        maxima = ops.row_stats(student, teacher, *rows, *numbers, None, None)
+        given = (student, teacher, self.labels, self.weight, None, None, *self.numbers())
+        maxima = ops.row_stats(*given, None, None)
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
-        sums = ops.row_stats(student, teacher, *rows, *numbers, maxima, None)
+        sums = ops.row_stats(*given, maxima, None)
         dist.all_reduce(sums, group=self.group)
         if self.options.soft_scale > 0 and self.options.divergence in _THROUGH_MIXTURE:
-            mixture_sums = ops.row_stats(student, teacher, *rows, *numbers, maxima, sums)
+            mixture_sums = ops.row_stats(*given, maxima, sums)
             dist.all_reduce(mixture_sums, group=self.group)
         else:
             mixture_sums = sums.new_zeros(sums.shape[0], _MIXTURE_SUMS)
-        return maxima, sums, mixture_sums
+        self.stats = (maxima, sums, mixture_sums)
 
-    def loss(self, student: Tensor, teacher: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
-        rows = (self.labels, self.weight, self.denominator, None)
-        return ops.row_gradient(student, teacher, *rows, *self.numbers(), *stats, False)[0]
-
-    def gradient(
-        self, student: Tensor, teacher: Tensor, stats: tuple[Tensor, ...], grad_output: Tensor, inplace: bool
-    ) -> Tensor:
-        rows = (self.labels, self.weight, self.denominator, grad_output.to(torch.float64).contiguous())
-        if inplace:
-            ops.row_gradient_(student, teacher, *rows, *self.numbers(), *stats)
+    def second_half(self, student: Tensor, teacher: Tensor, grad_output: Tensor | None, how: str) -> Tensor:
+        """By `how`: "loss"; "gradient"; or "in place", the gradient over the student's logits."""
+        given = (student, teacher, self.labels, self.weight, self.denominator, grad_output, *self.numbers())
+        if how == "in place":
+            ops.row_gradient_(*given, *self.stats)
             torch.autograd.graph.increment_version(student)
             return student.detach()
-        return ops.row_gradient(student, teacher, *rows, *self.numbers(), *stats, True)[1]
+        return ops.row_gradient(*given, *self.stats, how == "gradient")[how == "gradient"]
 
 
-class _VocabularyParallel(torch.autograd.Function):
-    """The gradient is computed in the backward pass: from the row stats, which takes no communication and, as grad_output
-    is known there, no scaling of what is there already."""
+class VocabularyParallelLoss:
+    """`autograd.Loss` of (student, teacher), each process's own classes.
 
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, whole: _Whole) -> Tensor:
-        ctx.call, ctx.whole = call, whole
-        ctx.set_materialize_grads(False)
-        stats = call.stats(student, teacher)
-        # Of a trainable teacher too, now: were it left to the backward pass, a process that runs none would hold up
-        # the others.
-        of_teacher = ()
-        if ctx.needs_input_grad[1] and call.options.soft_scale > 0:
-            of_teacher = call.exchanged().stats(teacher, student)
-        ctx.save_for_backward(student, teacher, *stats, *of_teacher)
-        return call.loss(student, teacher, stats)
+    Nothing is kept of a gradient: it is computed in the backward pass, from the row stats, which takes no communication.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None, None
-        call: Call = ctx.call
-        student, teacher, *stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            if call.options.inplace:
-                raise RuntimeError("distillation_loss(inplace=True) has no double backward; pass inplace=False")
-            found = ops.gradients_by_autograd(
-                ctx.whole.loss, (student, teacher), grad_output, ctx.needs_input_grad[:2]
-            )
-            return found[0], found[1], None, None
+    def forward(
+        call: Call, tensors: tuple[Any, ...], constants: autograd.Constants, needed: Sequence[bool]
+    ) -> tuple[Tensor, Any]:
+        student, teacher = tensors
+        call.find_stats(student, teacher)
+        # A trainable teacher's too, now: were it left to the backward pass, a process that runs none would hold up the
+        # others.
+        options = call.options.exchanged() if needed[1] and call.options.soft_scale > 0 else None
+        if options is not None:
+            call.exchanged = replace(call, options=options, stats=())
+            call.exchanged.find_stats(teacher, student)
+        return call.second_half(student, teacher, None, "loss"), None
+
+    @staticmethod
+    def by_kernel(
+        call: Call,
+        tensors: tuple[Any, ...],
+        constants: autograd.Constants,
+        grad_output: Tensor,
+        needed: Sequence[bool],
+    ) -> autograd.Gradients:
+        student, teacher = tensors
         of_student = of_teacher = None
-        if ctx.needs_input_grad[1]:
-            of_teacher = (
-                call.exchanged().gradient(teacher, student, tuple(stats[3:]), grad_output, False)
-                if len(stats) > 3
-                else torch.zeros_like(teacher)
-            )
-        if ctx.needs_input_grad[0]:
-            of_student = call.gradient(student, teacher, tuple(stats[:3]), grad_output, call.options.inplace)
-        return of_student, of_teacher, None, None
+        if needed[1] and call.exchanged is not None:
+            of_teacher = call.exchanged.second_half(teacher, student, grad_output, "gradient")
+        elif needed[1] and call.options.soft_scale > 0:  # no kernel has it
+            of_teacher = autograd.by_reference(
+                VocabularyParallelLoss, call, tensors, constants, grad_output, (False, True)
+            )[1]
+        elif needed[1]:
+            of_teacher = torch.zeros_like(teacher)
+        if needed[0]:
+            how = "in place" if call.options.inplace else "gradient"
+            of_student = call.second_half(student, teacher, grad_output, how)
+        return of_student, of_teacher
+
+    @staticmethod
+    def reference(call: Call, tensors: tuple[Any, ...], constants: autograd.Constants) -> Tensor:
+        return call.whole.loss(*tensors)
+
+    @staticmethod
+    def keep(
+        call: Call, gradients: autograd.Gradients, tensors: tuple[Any, ...], constants: autograd.Constants
+    ) -> Any:
+        raise NotImplementedError("nothing is kept")
+
+    @staticmethod
+    def scaled(call: Call, kept: Any, grad_output: Tensor, is_ours: bool) -> autograd.Gradients:
+        raise NotImplementedError("nothing is kept")
+
+    @staticmethod
+    def config_of(given: Mapping[str, Any]) -> Any:
+        raise NotImplementedError("in traced programs there is no operator of this loss")
 
 
+@compat.not_compiled  # collectives between operators: the compiler leaves them as they are
 def vocabulary_parallel_loss(
     student: Tensor,
     teacher: Tensor,
@@ -315,49 +331,69 @@ def vocabulary_parallel_loss(
     weight: Tensor | None,
     denominator: float | Tensor | None,
     options: Options,
-    dim: int,
     group: Any,
+    by_reference: bool,
 ) -> Tensor:
-    """`distillation_loss` of checked arguments, classes sharded over `group`. `dim` is not negative."""
-    ranges = _agree_on_ranges(student, teacher, labels, weight, options, dim, group)
-    device, classes = student.device, min(student.shape[dim], teacher.shape[dim])
-    # Ignored rows have weight 0, and labels are counted from this process's first class.
-    weights = None if weight is None else weight.detach().reshape(-1).to(torch.float64)
-    local = None
-    if labels is not None:
-        wanted = labels.reshape(-1).to(torch.int64)
-        counts = wanted != options.ignore_index
-        if weights is not None:
-            counts = counts & (weights != 0)
-        weights = torch.where(counts, 1.0 if weights is None else weights, 0.0).to(torch.float64)
-        wrong = counts & ((wanted < 0) | (wanted >= ranges.vocab_size))
-        if device.type == "cpu" and bool(wrong.any()):
-            raise ValueError(
-                f"labels must lie in [0, {int(ranges.vocab_size)}) or equal ignore_index={options.ignore_index}; got "
-                f"{wanted[wrong][0].item()}"
-            )
-        local = wanted - ranges.first
-        local = torch.where((local >= 0) & (local < classes), local, _ELSEWHERE)
-        local = torch.where(wrong, _WRONG, local)
-    divisor = count = weights.sum() if weights is not None else torch.full(
-        (), float(_num_rows(student, dim)), dtype=torch.float64, device=device
-    )
-    if denominator is not None:
-        divisor = torch.as_tensor(denominator, dtype=torch.float64).detach().to(device)
-        if device.type == "cpu" and count > 0 and not 0 < float(divisor) < torch.inf:
-            raise ValueError(f"denominator must be positive and finite; got {float(divisor)}")
-    elif options.reduction != _MEAN:
-        divisor = torch.ones_like(count)
-    divisor = torch.where(count == 0, 1.0, divisor)  # no row counts: the loss is 0
+    """`distillation_loss` of checked arguments, classes sharded over `group`; `by_reference`: in plain PyTorch."""
+    options = options._replace(dim=options.dim % student.dim())
+    ranges = _agree_on_ranges(student, teacher, labels, weight, options, group)
+    whole = Whole(ranges, labels, weight, denominator, options, group)
+    if by_reference:
+        return whole.loss(student, teacher)
+    own_labels, weights = _own_rows(ranges, labels, weight, options, min(student.shape[options.dim], teacher.shape[options.dim]))
+    divisor = _divisor(weights, denominator, options, student)
     if ranges.sizes is None:
         divisor = torch.where(ranges.agree, divisor, torch.nan)
     of_rows = options._replace(
         reduction=_NONE if options.reduction == _NONE else _SUM, ignore_index=_NO_LABEL_IS_IGNORED
     )
-    call = Call(local, weights, divisor, of_rows, dim, group)
-    whole = _Whole(ranges, labels, weight, denominator, options, dim, group)
-    loss: Tensor = _VocabularyParallel.apply(student, teacher, call, whole)  # type: ignore[no-untyped-call]
+    call = Call(own_labels, weights, divisor, of_rows, group, whole)
+    if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
+        return VocabularyParallelLoss.forward(call, (student, teacher), (None, None, None), (False, False))[0]
+    loss: Tensor = autograd.Fused.apply(VocabularyParallelLoss, call, None, None, None, student, teacher)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _own_rows(
+    ranges: Ranges, labels: Tensor | None, weight: Tensor | None, options: Options, num_classes: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels counted from this process's first class, and weights that are 0 in ignored rows."""
+    weights = None if weight is None else weight.detach().reshape(-1).to(torch.float64)
+    if labels is None:
+        return None, weights
+    labels = labels.reshape(-1).to(torch.int64)
+    counts = labels != options.ignore_index
+    if weights is not None:
+        counts = counts & (weights != 0)
+    weights = torch.where(counts, 1.0 if weights is None else weights, 0.0).to(torch.float64)
+    wrong = counts & ((labels < 0) | (labels >= ranges.vocab_size))
+    if labels.device.type == "cpu" and bool(wrong.any()):
+        raise ValueError(
+            f"labels must lie in [0, {int(ranges.vocab_size)}) or equal ignore_index={options.ignore_index}; got "
+            f"{labels[wrong][0].item()}"
+        )
+    own = labels - ranges.first
+    own = torch.where((own >= 0) & (own < num_classes), own, _ELSEWHERE)
+    return torch.where(wrong, _WRONG, own), weights
+
+
+def _divisor(
+    weights: Tensor | None, denominator: float | Tensor | None, options: Options, student: Tensor
+) -> Tensor:
+    """What the sum over the rows is divided by; 1 if no row counts, so that the loss is 0."""
+    if weights is None:
+        rows = float(_num_rows(student, options.dim))
+        count = torch.full((), rows, dtype=torch.float64, device=student.device)
+    else:
+        count = weights.sum()
+    divisor = count
+    if denominator is not None:
+        divisor = torch.as_tensor(denominator, dtype=torch.float64).detach().to(student.device)
+        if student.device.type == "cpu" and count > 0 and not 0 < float(divisor) < torch.inf:
+            raise ValueError(f"denominator must be positive and finite; got {float(divisor)}")
+    elif options.reduction != _MEAN:
+        divisor = torch.ones_like(count)
+    return torch.where(count == 0, 1.0, divisor)
 
 
 # ------------------------------------------------------------------------------------------- derivatives of derivatives
@@ -398,7 +434,7 @@ def _gather(own: Tensor, sizes: tuple[int, ...], dim: int, group: Any) -> Tensor
     return torch.cat(parts).movedim(0, dim)
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """The loss in plain PyTorch, of all classes: for derivatives of derivatives. It gathers the logits, which the loss
     itself and its first derivative never do."""
 
@@ -407,19 +443,22 @@ class _Whole(NamedTuple):
     weight: Tensor | None
     denominator: float | Tensor | None
     options: Options
-    dim: int
     group: Any
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        sizes = self.ranges.sizes
+        if self.options.inplace and torch.is_grad_enabled():
+            raise RuntimeError(
+                "distillation_loss(inplace=True) supports one backward pass and no double backward; pass inplace=False"
+            )
+        sizes, dim = self.ranges.sizes, self.options.dim
         if sizes is None:  # here a look is worth the wait
-            mine = torch.tensor([student.shape[self.dim], teacher.shape[self.dim]], device=student.device)
+            mine = torch.tensor([student.shape[dim], teacher.shape[dim]], device=student.device)
             of_student, of_teacher = torch.stack(_from_all(mine, self.group)).t().tolist()
             sizes = (tuple(of_student), tuple(of_teacher))
         student, teacher = (
-            _Gathered.apply(x, size, self.dim, self.group)  # type: ignore[no-untyped-call]
+            _Gathered.apply(x, size, dim, self.group)  # type: ignore[no-untyped-call]
             for x, size in zip((student, teacher), sizes, strict=True)
         )
-        options = self.options._replace(truncate=True, dim=self.dim, inplace=False)
+        options = self.options._replace(truncate=True, inplace=False)
         rows = (self.labels, self.weight, self.denominator)
         return reference.with_options(student, teacher, *rows, options, check_values=False)

@@ -35,6 +35,7 @@ GPU_BUDGET_SHARE = 128  # of a GPU's memory, one part in so many
 SMALLEST_GPU_CHUNK = 2048
 # What the CPU's products are done in.
 CLASSES_OF_A_PRODUCT = 1024  # logits in float32
+BLOCK = 1024  # rows, columns and inner elements of the products that `_product_in_float32` does at a time
 HALVED = range(384, 768)  # sizes of hidden states whose gradients in 16 bits take half the time in two halves
 CLASSES_OF_A_SUM = 4096
 # Gradients of a 16-bit head are added up in float32, but for so many chunks by products that add in float32 and round
@@ -118,13 +119,40 @@ def _wide(z: Tensor, factor: float) -> Tensor:
     return z * factor if z.dtype in (torch.float32, torch.float64) else z.float().mul_(factor)
 
 
-def _product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None = None) -> None:
-    """scale · (a b + bias), rounded once."""
-    if bias is None and scale == 1.0:
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of a 16-bit dtype by instructions of this processor (oneDNN does; bfloat16
+    needs AVX-512, AMX or the like), and not by plain loops, which are 5 to 70 times slower than float32 and make a
+    float32 copy of some results."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except AttributeError:  # a torch without oneDNN
+        return False
+
+
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
+    """out = scale · (a b + bias), or with `add` (and no bias) out += scale · a b; rounded once."""
+    if out.device.type == "cpu" and out.dtype.itemsize == 2 and not has_product(out.dtype):
+        _product_in_float32(a, b, scale, out, bias, add)
+    elif add:
+        out.addmm_(a, b, alpha=scale)
+    elif bias is None and scale == 1.0:
         torch.mm(a, b, out=out)  # addmm would copy `out` first, to multiply it by 0
     else:
         beta = 0.0 if bias is None else scale
         torch.addmm(out if bias is None else bias, a, b, beta=beta, alpha=scale, out=out)
+
+
+def _product_in_float32(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None, add: bool) -> None:
+    """`_product` of 16-bit matrices on a processor that has no product of them: in float32, block by block, so that no
+    float32 copy of a whole matrix exists."""
+    for rows, columns in itertools.product(*(chunks(0, size, BLOCK) for size in out.shape)):
+        block = out[rows, columns]
+        total = torch.zeros(block.shape) if bias is None else bias[columns].float().repeat(block.shape[0], 1)
+        for inner in chunks(0, a.shape[1], BLOCK):
+            total.addmm_(a[rows, inner].float(), b[inner, columns].float())
+        total.mul_(scale)
+        block.copy_(total.add_(block) if add else total)
 
 
 def chunks(first: int, last: int, most: int) -> list[slice]:
@@ -231,7 +259,7 @@ class Gradients:
         else:
             hidden, head = self.hidden[rows], side.weight[: self.vocab_size]
             size, on_cpu = head.shape[1], head.device.type == "cpu"
-            halves = 2 if on_cpu and head.dtype.itemsize == 2 and size in HALVED else 1
+            halves = 2 if on_cpu and head.dtype.itemsize == 2 and size in HALVED and has_product(head.dtype) else 1
             for part in chunks(0, size, -(-size // halves)):
                 _product(of_logits, head[:, part], side.scale, hidden[:, part])
 
@@ -270,7 +298,7 @@ class Gradients:
             self.part, self.chunks_in_part = g.new_empty(shape), 1
             _product(g, hidden, scale, self.part)
         elif self.chunks_in_part < CHUNKS_IN_16_BITS:  # what is rounded is the new sum, not the product
-            self.part.addmm_(g, hidden, alpha=scale)
+            _product(g, hidden, scale, self.part, add=True)
             self.chunks_in_part += 1
         else:
             new = self.weight is None

@@ -78,6 +78,7 @@ def cases(world_size: int) -> Iterator[Case]:
             student, teacher = make_logits(kind, ROWS, vocab_size, dtype, seed=number)
             labels = make_labels(ROWS, vocab_size, seed=number)
             labels[0] = 3  # of whoever holds it, if it counts at all
+            labels[labels == -100] = keywords.get("ignore_index", -100)
             keywords = {**keywords_of(divergence), **keywords}
             if keywords.get("weight"):
                 keywords["weight"] = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25, 3.0])
