@@ -43,7 +43,7 @@ from torch import Tensor
 from . import ops
 from ._C import stream_limit
 from ._version import __version__
-from .arguments import DIVERGENCES
+from .options import DIVERGENCES
 from .eager import EAGER, TEMPERATURE
 from .functional import distillation_loss
 from .linear import release_scratch

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import DIVERGENCES
+from .options import DIVERGENCES
 
 __all__ = ["EAGER", "TEMPERATURE"]
 

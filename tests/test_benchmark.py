@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from reptile_ext import benchmark, cli, reference
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
