@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from reptile_ext import ops
-from reptile_ext.arguments import check_tensors, make_options
 from reptile_ext.benchmark import TEMPERATURE, Case, Data, contenders, environment
 from reptile_ext.benchmark.losses import ours
+from reptile_ext.checks import check_tensors
 from reptile_ext.eager import forward_kl
+from reptile_ext.options import make_options
 from reptile_ext.timing import Contender, Turns, produced
 
 ROUNDS, IN_A_ROW = 30, 100
@@ -54,8 +55,7 @@ def main(rows: int = 64, vocab: int = 10) -> None:
     plain, teacher, buffer = data.logits(case)
     student = plain.detach().requires_grad_()
     one = torch.zeros(1, 1)
-    keywords = ("forward_kl", None, TEMPERATURE, "t2", 1.0, 0.0, 0.0, -100, "mean", "error", -1, False)
-    numbers = make_options(*keywords).operator_arguments(1.0, 1)
+    numbers = ops.numbers(make_options(temperature=TEMPERATURE))
     gradient, zero = torch.zeros_like(plain), torch.zeros(())
 
     def nothing() -> None:
@@ -87,7 +87,7 @@ def main(rows: int = 64, vocab: int = 10) -> None:
             ours(plain, teacher)
 
     def make_options_and_check(_: Any) -> None:
-        check_tensors(plain, teacher, None, None, None, make_options(*keywords))
+        check_tensors(plain, teacher, None, None, None, make_options(temperature=TEMPERATURE))
 
     losses = {c.name: c for c in contenders(case, data, compile=False)}
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 from ._version import __version__
 
 try:
-    from . import reference
+    from . import ops, reference
     from .functional import distillation_loss
     from .linear import linear_distillation_loss
     from .modules import DistillationLoss, LinearDistillationLoss

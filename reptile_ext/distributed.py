@@ -32,7 +32,6 @@ __all__ = ["own_classes", "vocabulary_parallel_loss"]
 
 _MEAN, _NONE, _SUM = (REDUCTIONS.index(name) for name in ("mean", "none", "sum"))
 _THROUGH_MIXTURE = frozenset(KERNELS.index(name) for name in _C.through_mixture())
-_MIXTURE_SUMS = 2  # a row
 _NO_LABEL_IS_IGNORED = -(2**63)  # ignored rows have weight 0 already
 _ELSEWHERE, _WRONG = -1, -2  # labels, as the operators take them: of another process's class; of no class
 
@@ -95,9 +94,7 @@ def own_classes(
             f"{'a replicated DTensor' if is_dtensor(named[other]) else 'a plain tensor'}: distribute it, or pass "
             f"{name}.full_tensor()"
         )
-    if sharded and (
-        logits[0].device_mesh != logits[1].device_mesh or logits[0].placements != logits[1].placements
-    ):
+    if sharded and (logits[0].device_mesh != logits[1].device_mesh or logits[0].placements != logits[1].placements):
         raise ValueError(
             f"teacher_logits must be sharded as student_logits is, {tuple(logits[0].placements)} on "
             f"{logits[0].device_mesh}; got {tuple(logits[1].placements)} on {logits[1].device_mesh}"
@@ -197,7 +194,12 @@ def _agree_on_ranges(
 
 
 def _complain(
-    everyone: Tensor, sizes: tuple[tuple[int, ...], tuple[int, ...]], agree: bool, options: Options, same: list[str], rank: int
+    everyone: Tensor,
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    agree: bool,
+    options: Options,
+    same: list[str],
+    rank: int,
 ) -> None:
     for i, what in enumerate([*same, "labels", "weights"], start=2):
         column = everyone[:, i].tolist()
@@ -248,7 +250,7 @@ class Call:
             mixture_sums = ops.row_stats(*given, maxima, sums)
             dist.all_reduce(mixture_sums, group=self.group)
         else:
-            mixture_sums = sums.new_zeros(sums.shape[0], _MIXTURE_SUMS)
+            mixture_sums = sums.new_zeros(sums.shape[0], ops.ROW_STATS_SIZES[2])
         self.stats = (maxima, sums, mixture_sums)
 
     def second_half(self, student: Tensor, teacher: Tensor, grad_output: Tensor | None, how: str) -> Tensor:
@@ -309,9 +311,7 @@ class VocabularyParallelLoss:
         return call.whole.loss(*tensors)
 
     @staticmethod
-    def keep(
-        call: Call, gradients: autograd.Gradients, tensors: tuple[Any, ...], constants: autograd.Constants
-    ) -> Any:
+    def keep(call: Call, gradients: autograd.Gradients, tensors: tuple[Any, ...], constants: autograd.Constants) -> Any:
         raise NotImplementedError("nothing is kept")
 
     @staticmethod
@@ -340,7 +340,9 @@ def vocabulary_parallel_loss(
     whole = Whole(ranges, labels, weight, denominator, options, group)
     if by_reference:
         return whole.loss(student, teacher)
-    own_labels, weights = _own_rows(ranges, labels, weight, options, min(student.shape[options.dim], teacher.shape[options.dim]))
+    own_labels, weights = _own_rows(
+        ranges, labels, weight, options, min(student.shape[options.dim], teacher.shape[options.dim])
+    )
     divisor = _divisor(weights, denominator, options, student)
     if ranges.sizes is None:
         divisor = torch.where(ranges.agree, divisor, torch.nan)
@@ -377,9 +379,7 @@ def _own_rows(
     return torch.where(wrong, _WRONG, own), weights
 
 
-def _divisor(
-    weights: Tensor | None, denominator: float | Tensor | None, options: Options, student: Tensor
-) -> Tensor:
+def _divisor(weights: Tensor | None, denominator: float | Tensor | None, options: Options, student: Tensor) -> Tensor:
     """What the sum over the rows is divided by; 1 if no row counts, so that the loss is 0."""
     if weights is None:
         rows = float(_num_rows(student, options.dim))

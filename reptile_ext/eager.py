@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .arguments import DIVERGENCES, KERNELS, make_options
+from .options import DIVERGENCES, make_options
 
 __all__ = ["EAGER", "TEMPERATURE", "eager_loss_of"]
 
@@ -114,14 +114,13 @@ def eager_loss_of(divergence: str) -> Loss:
 
 
 def _from_reference(divergence: str) -> Loss:
-    defaults = ("t2", 1.0, 0.0, 0.0, -100, "mean", "error", -1, False)
-    options = make_options(divergence, None, TEMPERATURE, *defaults)
-    value_and_gradient = reference.ROW_DIVERGENCES[KERNELS[options.kind]]
+    options = make_options(divergence=divergence, temperature=TEMPERATURE)
+    value_and_gradient = reference.ROW_DIVERGENCES[options.kernel()]
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         s, t = student / TEMPERATURE, teacher / TEMPERATURE
         x, y = F.log_softmax(s, -1), F.log_softmax(t, -1)
-        value, _ = value_and_gradient(reference.Rows(s, t, x, y, labels, options.beta, 1 - options.beta))
+        value, _ = value_and_gradient(reference.Rows(s, t, x, y, labels, options.beta, options.one_minus_beta))
         return value.mean() * options.soft_scale
 
     return loss

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import ops, reference
-from .arguments import REDUCTIONS, Options, check_tensors, make_options
+from . import autograd, compat, distributed, ops, reference
+from .autograd import Constants, Gradients
+from .checks import check_inplace, check_tensors, raise_better
+from .options import REDUCTIONS, Options, make_options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["distillation_loss"]
 
@@ -19,113 +24,75 @@ _SUM = REDUCTIONS.index("sum")
 _warned_devices: set[torch.device] = set()
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Runs the operator and hands its gradient on to autograd.
+class LogitsLoss:
+    """`autograd.Loss` of (student, teacher); its configuration is `Options`.
 
-    The gradient is kept on `ctx` rather than saved: the first backward gives it away, so that autograd may take it as
-    it is (and a scale is applied where it lies) instead of copying N·V elements. A second backward through the same
-    graph, which is rare, computes it anew.
-
-    Of float16 logits it is computed in the backward pass: finished earlier, divided by the number of rows and not yet
-    multiplied by what comes from above (a loss scaler's 65,536), it would underflow.
+    Of float16 logits the gradient is computed in the backward pass: finished earlier, divided by the number of rows and
+    not yet multiplied by grad_output (a loss scaler's 65,536), it would underflow.
     """
+
+    config_of = Options.of_operator
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        weight: Tensor | None,
-        denominator: Tensor | None,
-        scale: float,
-        options: Options,
-        dim: int,
-    ) -> Tensor:
-        ctx.options = options
-        ctx.scale = scale
-        ctx.dim = dim
-        ctx.vocab_size = min(student.shape[dim], teacher.shape[dim])
-        # Not among the saved ones, which hooks (save_on_cpu, checkpoint) make dear to look at.
-        ctx.rows = (labels, weight)
-        ctx.gradient = None
-        ctx.is_done = False
-        ctx.set_materialize_grads(False)
-        numbers = options.operator_arguments(scale, dim)
-        now = ctx.needs_input_grad[0] and student.dtype != torch.float16
-        if options.inplace and now:
-            loss = ops.distillation_loss_(student, teacher, labels, weight, denominator, None, *numbers)
-            torch.autograd.graph.increment_version(student)
-            ctx.gradient = student.detach()  # shares the version counter
-            ctx.version = student._version
-            return loss
-        # Below the operator's own autograd layer, which would do again, in Python, what this class does.
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, gradient = ops.distillation_loss(student, teacher, labels, weight, denominator, None, *numbers, now)
-        ctx.gradient = gradient if now else None
-        # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
-        ctx.save_for_backward(student, teacher, labels, weight, denominator)
-        return loss
+        options: Options, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
+    ) -> tuple[Tensor, Any]:
+        student, teacher = tensors
+        now = needed[0] and student.dtype != torch.float16
+        # Below the operator's own autograd layer, which would do again, in Python, what `autograd.Fused` does.
+        with compat.below_autograd():
+            loss, gradient = ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), now)
+        return loss, LogitsLoss.keep(options, (gradient,), tensors, constants) if now else None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 8
-        options: Options = ctx.options
-        gradient, ctx.gradient = ctx.gradient, None
-        differentiable = torch.is_grad_enabled()
-        if options.inplace:
-            if ctx.is_done or differentiable:
-                raise RuntimeError(
-                    "distillation_loss(inplace=True) supports one backward pass and no double backward: "
-                    "the logits were overwritten by their gradient; pass inplace=False"
-                )
-            ctx.is_done = True
-            if gradient is None:
-                student, *others = ctx.saved_tensors
-                grad_output = grad_output.to(torch.float64).contiguous()
-                ops.distillation_loss_(student, *others, grad_output, *options.operator_arguments(ctx.scale, ctx.dim))
-                torch.autograd.graph.increment_version(student)
-                return (student.detach(), *[None] * 7)
-            if gradient._version != ctx.version:
-                raise RuntimeError(
-                    "the student_logits of distillation_loss(inplace=True) hold their gradient and were modified by an "
-                    f"inplace operation before the backward pass (version {gradient._version}, expected {ctx.version})"
-                )
-            return (_scaled(ctx, gradient, grad_output), *[None] * 7)
-        of_student: Tensor | None = None
-        needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        if gradient is not None and not differentiable:
-            of_student = _scaled(ctx, gradient, grad_output)
-            needs_student = False
-        if not (needs_student or needs_teacher):
-            return (of_student, *[None] * 7)
-        student, teacher, *rows = ctx.saved_tensors
-        is_batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)
-        gradients = ops.reference_gradients if differentiable or is_batched else ops.kernel_gradients
-        found = gradients(
-            (student, teacher),
-            tuple(rows),
-            options._replace(dim=ctx.dim),
-            ctx.scale,
-            grad_output,
-            (needs_student, needs_teacher),
-        )
-        return (found[0] if needs_student else of_student, found[1], *[None] * 6)
+    def keep(options: Options, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants) -> Any:
+        # Labels and weight, not asked of what is saved: hooks (save_on_cpu, checkpoint) make that dear to look at.
+        dim = options.dim
+        return gradients[0], constants[0], constants[1], min(tensors[0].shape[dim], tensors[1].shape[dim])
+
+    @staticmethod
+    def scaled(options: Options, kept: Any, grad_output: Tensor, is_ours: bool) -> Gradients:
+        gradient, labels, weight, vocab_size = kept
+        if not is_ours:
+            gradient = gradient.clone()
+        factor = grad_output.contiguous()
+        ops.scale_gradient_(gradient, factor, labels, weight, options.ignore_index, vocab_size, options.dim)
+        return gradient, None
+
+    @staticmethod
+    def by_kernel(
+        options: Options,
+        tensors: tuple[Any, ...],
+        constants: Constants,
+        grad_output: Tensor | None,
+        needed: Sequence[bool],
+    ) -> Gradients:
+        """A trainable teacher's gradient is the student's of the mirrored divergence: student and teacher with their
+        roles exchanged, and no hard labels."""
+        student, teacher = tensors
+        of_student = of_teacher = None
+        if needed[0]:
+            numbers = ops.numbers(options)
+            of_student = ops.distillation_loss(student, teacher, *constants, grad_output, *numbers, True)[1]
+        if needed[1]:
+            exchanged = options.exchanged()
+            if exchanged is not None:
+                numbers = ops.numbers(exchanged)
+                of_teacher = ops.distillation_loss(teacher, student, *constants, grad_output, *numbers, True)[1]
+            else:
+                assert grad_output is not None
+                of_teacher = autograd.by_reference(LogitsLoss, options, tensors, constants, grad_output, (False, True))[
+                    1
+                ]
+        return of_student, of_teacher
+
+    @staticmethod
+    def reference(options: Options, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
+        # Sizes have been compared, and truncate=True is right for equal ones too.
+        return reference.with_options(*tensors, *constants, options, check_values=False)
 
 
-def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
-    return ops.scale_gradient(gradient, grad_output, ctx.rows, ctx.options.ignore_index, ctx.vocab_size, ctx.dim)
-
-
-def raise_better(error: RuntimeError, device: torch.device) -> None:
-    """The operators can raise RuntimeErrors only. To the caller, values that only they look at are ValueErrors, and
-    memory that a smaller batch would not have needed is what training loops know it as."""
-    message = str(error)
-    if message.startswith(("labels ", "weight ", "denominator ", "inplace=")):
-        raise ValueError(message) from None
-    if message.startswith("not enough memory for the gradient") and device.type == "cuda":
-        raise torch.OutOfMemoryError(f"CUDA out of memory: {message}") from None
+autograd.register(ops.distillation_loss, LogitsLoss, ops.MODELS)
 
 
 def distillation_loss(
@@ -147,6 +114,7 @@ def distillation_loss(
     vocab: str = "error",
     dim: int = -1,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Distillation loss of student logits against teacher logits, and its gradient, in one fused pass.
 
@@ -161,7 +129,7 @@ def distillation_loss(
     Args:
         student_logits: [..., V], float32, bfloat16, float16 or float64, any strides.
         teacher_logits: the same shape; its dtype may differ. Gets a gradient too if it requires one.
-        labels: integers, not uint64; the leading shape. A row whose label is `ignore_index` is out: no loss,
+        labels: integers, not uint64; the leading shape. A row whose label is `ignore_index` is ignored: no loss,
             no gradient, never read. Needed if `hard_weight` > 0, and for "dkd".
         divergence: measured between the teacher's probabilities p and the student's q, y and x their logarithms:
 
@@ -185,9 +153,9 @@ def distillation_loss(
             its size when the temperature changes (Hinton et al. 2015); "none" does not.
         soft_weight, hard_weight: weights of the divergence and of the cross entropy, which is taken at temperature 1.
         label_smoothing: in [0, 1], of the cross entropy; spread over the classes that are not masked by −inf.
-        weight: float ≥ 0, one a row; a row of weight 0 is out.
-        ignore_index: the label of rows that are out.
-        reduction: "mean" (Σ w ℓ / Σ w over the rows that are in; 0 if there are none), "sum" or "none".
+        weight: float ≥ 0, one a row; a row of weight 0 is ignored.
+        ignore_index: the label of ignored rows.
+        reduction: "mean" (Σ w ℓ / Σ w over the rows that count; 0 if there are none), "sum" or "none".
         denominator: Σ w ℓ / denominator instead, for a count that is known only globally (gradient accumulation, data
             parallelism). A number or a 0-d tensor.
         vocab: "error" if the numbers of classes differ, or "truncate" to compare the classes both have.
@@ -196,6 +164,11 @@ def distillation_loss(
             are gone afterwards: whoever reads them later (an argmax for a metric, a second loss) reads gradients, which
             nothing can catch. They must not be a leaf, and allow one backward pass. In a compiled or exported program
             it has no effect: there the compiler plans the memory.
+        group: processes that each hold a range of the classes of both logits, in the order of their ranks and of any
+            size. Labels are numbers of all classes; rows, labels and weights are the same in every process. Each gets
+            the same loss, and the gradient of its own classes (neither summed nor averaged over the processes), as one
+            process with all classes would; O(rows) numbers are communicated. Logits that are DTensors sharded over
+            their classes need no group.
 
     Returns:
         A scalar, or the leading shape with reduction="none"; float32, or float64 if either input is.
@@ -215,35 +188,36 @@ def distillation_loss(
     2022 (dkd).
     """
     options = make_options(
-        divergence,
-        beta,
-        temperature,
-        temperature_scaling,
-        soft_weight,
-        hard_weight,
-        label_smoothing,
-        ignore_index,
-        reduction,
-        vocab,
-        dim,
-        inplace,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        temperature_scaling=temperature_scaling,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        vocab=vocab,
+        dim=dim,
+        inplace=inplace,
     )
-    dim = check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
-    if (
-        not has_kernels(student_logits.device)
-        # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
-        warn_once(student_logits.device)
+    if group is not None or distributed.is_dtensor(student_logits) or distributed.is_dtensor(teacher_logits):
+        student_logits, teacher_logits, (labels, weight, denominator), group = distributed.own_classes(
+            (student_logits, teacher_logits), (labels, weight, denominator), dim, group
+        )
+    check_tensors(student_logits, teacher_logits, labels, weight, denominator, options, sharded=group is not None)
+    if group is not None:
+        if inplace:
+            check_inplace(student_logits, teacher_logits)
+        by_reference = needs_reference(student_logits.device)
+        given = (student_logits, teacher_logits, labels, weight, denominator)
+        return distributed.vocabulary_parallel_loss(*given, options, group, by_reference)
+    if needs_reference(student_logits.device):
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
-    if options.inplace:
-        _check_inplace(student_logits, teacher_logits)
-
-    labels, weight, denominator, scale, options = for_operators(
-        labels, weight, denominator, options, student_logits.device
-    )
-    return _apply(student_logits, teacher_logits, labels, weight, denominator, scale, options, dim)
+    if inplace:
+        check_inplace(student_logits, teacher_logits)
+    constants, options = for_operators(labels, weight, denominator, options, student_logits.device)
+    return _apply(student_logits, teacher_logits, constants, options)
 
 
 def for_operators(
@@ -252,9 +226,9 @@ def for_operators(
     denominator: float | Tensor | None,
     options: Options,
     device: torch.device,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, Options]:
-    """The same in the dtypes that the operators take, and what a denominator that is a number makes of the scale."""
-    scale, divisor = 1.0, None
+) -> tuple[Constants, Options]:
+    """The constants in the dtypes that the operators take; a denominator that is a number becomes the scale."""
+    divisor = None
     if denominator is not None:
         if isinstance(denominator, Tensor):
             divisor = denominator.detach()
@@ -262,60 +236,41 @@ def for_operators(
                 # A copy from the host would wait for the device; a number is part of the launch.
                 divisor = torch.full((), float(divisor), dtype=torch.float64, device=device)
             divisor = divisor.to(device, torch.float64)
+            options = options._replace(reduction=_SUM)
         else:
-            scale = 1.0 / float(denominator)
-        options = options._replace(reduction=_SUM)
+            options = options._replace(reduction=_SUM, scale=1.0 / float(denominator))
     if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
         labels = labels.to(torch.int64).contiguous()
     if weight is not None:
         weight = weight.detach().to(torch.float64).contiguous()
-    return labels, weight, divisor, scale, options
+    return (labels, weight, divisor), options
 
 
-def _apply(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    denominator: Tensor | None,
-    scale: float,
-    options: Options,
-    dim: int,
-) -> Tensor:
+def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Options) -> Tensor:
     """The operator, differentiably: by the fast path in an eager program, as an operator in a traced one."""
-    rows = (labels, weight, denominator)
-    grad_enabled = torch.is_grad_enabled()
-    needs_student = grad_enabled and student.requires_grad
-    needs_grad = needs_student or (grad_enabled and teacher.requires_grad)
+    needs_student = needs_teacher = False
+    if torch.is_grad_enabled():
+        needs_student, needs_teacher = student.requires_grad, teacher.requires_grad
     try:
-        if needs_grad and not torch.compiler.is_compiling():
-            fused: Tensor = _FusedLoss.apply(student, teacher, *rows, scale, options, dim)  # type: ignore[no-untyped-call]
-            return fused
+        if (needs_student or needs_teacher) and not torch.compiler.is_compiling():
+            function = autograd.FusedInPlace if options.inplace else autograd.Fused
+            loss: Tensor = function.apply(LogitsLoss, options, *constants, student, teacher)  # type: ignore[no-untyped-call]
+            return loss
         # A traced program gains nothing by working in place: the compiler plans the memory.
-        numbers = options.operator_arguments(scale, dim)
         now = needs_student and student.dtype != torch.float16
-        return ops.distillation_loss(student, teacher, *rows, None, *numbers, now)[0]
+        return ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), now)[0]
     except RuntimeError as error:
         raise_better(error, student.device)
         raise
 
 
-def _check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    if not torch.is_grad_enabled():
-        return
-    if teacher_logits.requires_grad:
-        raise ValueError(
-            "inplace=True keeps nothing to compute the gradient of teacher_logits from, which requires grad: pass "
-            "teacher_logits.detach(), or inplace=False"
-        )
-    if not student_logits.requires_grad:
-        return
-    base = student_logits._base
-    if student_logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise ValueError(
-            "inplace=True overwrites student_logits, which is a leaf that requires grad, or a view of one: pass the "
-            "output of a model, or inplace=False"
-        )
+def needs_reference(device: torch.device, function: str = "distillation_loss") -> bool:
+    """Whether plain PyTorch computes the loss; a warning, once, if that is because there are no kernels."""
+    if not has_kernels(device):
+        warn_once(device, function)
+        return True
+    # The transforms of torch.func, and forward-mode derivatives, see through plain PyTorch only.
+    return compat.in_torch_func() or compat.in_forward_mode()
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -336,5 +291,5 @@ def warn_once(device: torch.device, function: str = "distillation_loss") -> None
         why = f"reptile_ext has no kernels for device type {device.type!r}"
     warnings.warn(
         f"{why}; {function} runs in plain PyTorch there (right, but slower and with more memory)",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .arguments import check_memory_budget, check_scale, check_softcap, make_options
+from .checks import check_memory_budget, check_scale, check_softcap
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
+from .options import Keywords, make_options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    class LogitsKeywords(Keywords, total=False):
+        group: ProcessGroup | None
+
+    class LinearKeywords(Keywords, total=False):
+        student_softcap: float | None
+        teacher_softcap: float | None
+        student_scale: float
+        teacher_scale: float
+        memory_budget: int | None
 
 
-class DistillationLoss(nn.Module):
+# What the call takes, not the module.
+OF_THE_CALL = ("weight", "denominator", "student_bias", "teacher_bias")
+
+
+class _Loss(nn.Module):
+    """Holds the keywords of a function, with the function's own defaults."""
+
+    loss: ClassVar[Callable[..., Tensor]]
+    keywords: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        """The signature of a module, as help() shows it, has its function's keywords."""
+        super().__init_subclass__()
+        own, *_ = inspect.signature(cls.__init__).parameters.values()
+        parameters = inspect.signature(cls.loss).parameters.values()
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OF_THE_CALL]
+        cls.__init__.__signature__ = inspect.Signature([own, *keywords])  # type: ignore[attr-defined]
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__()
+        signature = inspect.signature(type(self))
+        try:
+            given = signature.bind(**keywords)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}() {error}") from None
+        given.apply_defaults()
+        self.keywords = dict(given.arguments)
+        of_logits = {name: value for name, value in self.keywords.items() if name in Keywords.__annotations__}
+        make_options(**of_logits)  # complain now, not in the first step
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items() if value is not None)
+
+
+class DistillationLoss(_Loss):
     """`distillation_loss` with its keywords fixed.
 
     Equivalent PyTorch (temperature T, every row counts)::
@@ -32,38 +83,10 @@ class DistillationLoss(nn.Module):
         criterion(student(x), teacher(x), labels).backward()
     """
 
-    def __init__(
-        self,
-        *,
-        divergence: str = "forward_kl",
-        beta: float | None = None,
-        temperature: float | tuple[float, float] = 1.0,
-        temperature_scaling: str = "t2",
-        soft_weight: float = 1.0,
-        hard_weight: float = 0.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        vocab: str = "error",
-        dim: int = -1,
-        inplace: bool = False,
-    ) -> None:
-        super().__init__()
-        self.keywords: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "temperature_scaling": temperature_scaling,
-            "soft_weight": soft_weight,
-            "hard_weight": hard_weight,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "vocab": vocab,
-            "dim": dim,
-            "inplace": inplace,
-        }
-        make_options(*self.keywords.values())  # complain now, not in the first step
+    loss = staticmethod(distillation_loss)
+
+    def __init__(self, **keywords: Unpack[LogitsKeywords]) -> None:
+        super().__init__(**keywords)
 
     def forward(
         self,
@@ -78,11 +101,8 @@ class DistillationLoss(nn.Module):
             student_logits, teacher_logits, labels, weight=weight, denominator=denominator, **self.keywords
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items() if value is not None)
 
-
-class LinearDistillationLoss(nn.Module):
+class LinearDistillationLoss(_Loss):
     """`linear_distillation_loss` with its keywords fixed.
 
     Equivalent PyTorch (temperature T, no bias, every row counts), of which only a chunk of rows exists at a time::
@@ -92,7 +112,7 @@ class LinearDistillationLoss(nn.Module):
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
     The keywords are those of `linear_distillation_loss` without `student_bias`, `teacher_bias`, `weight` and
-    `denominator`, which go to the call.
+    `denominator`, which go to the call, and are checked when the module is made.
 
     Shapes: hidden states [..., H], heads [V, H], biases [V]; labels, if any, integer [...]; result a scalar, or [...]
     with `reduction="none"`. Dtypes, errors and papers: see `linear_distillation_loss`.
@@ -103,48 +123,14 @@ class LinearDistillationLoss(nn.Module):
         criterion(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight).backward()
     """
 
-    def __init__(
-        self,
-        *,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        student_scale: float = 1.0,
-        teacher_scale: float = 1.0,
-        memory_budget: int | None = None,
-        divergence: str = "forward_kl",
-        beta: float | None = None,
-        temperature: float | tuple[float, float] = 1.0,
-        temperature_scaling: str = "t2",
-        soft_weight: float = 1.0,
-        hard_weight: float = 0.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        vocab: str = "error",
-    ) -> None:
-        super().__init__()
-        of_loss: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "temperature_scaling": temperature_scaling,
-            "soft_weight": soft_weight,
-            "hard_weight": hard_weight,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "vocab": vocab,
-        }
-        make_options(*of_loss.values(), -1, False)  # complain now, not in the first step
-        check_memory_budget(memory_budget)
-        self.keywords: dict[str, Any] = {
-            "student_softcap": check_softcap("student", student_softcap),
-            "teacher_softcap": check_softcap("teacher", teacher_softcap),
-            "student_scale": check_scale("student", student_scale),
-            "teacher_scale": check_scale("teacher", teacher_scale),
-            "memory_budget": memory_budget,
-            **of_loss,
-        }
+    loss = staticmethod(linear_distillation_loss)
+
+    def __init__(self, **keywords: Unpack[LinearKeywords]) -> None:
+        super().__init__(**keywords)
+        check_memory_budget(self.keywords["memory_budget"])
+        for side in ("student", "teacher"):
+            self.keywords[f"{side}_softcap"] = check_softcap(side, self.keywords[f"{side}_softcap"])
+            self.keywords[f"{side}_scale"] = check_scale(side, self.keywords[f"{side}_scale"])
 
     def forward(
         self,
@@ -171,6 +157,3 @@ class LinearDistillationLoss(nn.Module):
             denominator=denominator,
             **self.keywords,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items() if value is not None)

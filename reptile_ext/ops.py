@@ -1,23 +1,21 @@
-"""Loads the compiled operators and tells PyTorch about them: fake implementations and autograd formulas.
+"""Loads the compiled operators, reads from their schema what they take, and tells PyTorch about their results.
 
-`torch.ops.reptile_ext.distillation_loss` computes the loss and its gradient in one go. It is what torch.compile and
-torch.export see. Eager programs reach the same kernel through `functional._FusedLoss`, which hands the gradient's
-memory on to autograd instead of copying it.
+`distillation_loss` computes the loss and its gradient in one go, `distillation_loss_` the same with the gradient over
+the student's logits; csrc/torch/operators.h has all of them. How they are differentiated is in autograd.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from . import reference
-from .arguments import REDUCTIONS, Options
 
 TORCH_MINIMUM = (2, 10)
 
@@ -72,6 +70,15 @@ def _load_cuda() -> ctypes.CDLL | str:
 
 
 _library = _load()
+# After the library, whose absence `_load` explains, and the version, on which private parts of torch depend.
+from . import _C, compat  # noqa: E402
+
+# Names in the order of the operators' numbers: what there are kernels for, and what becomes of the rows' losses.
+KERNELS: tuple[str, ...] = _C.divergences()
+REDUCTIONS: tuple[str, ...] = _C.reductions()
+# How many numbers a row has in each part of its stats: maxima, sums, mixture sums.
+ROW_STATS_SIZES = tuple(_C.row_stats_sizes())
+
 _cuda = _load_cuda()
 # Why no CUDA tensor has kernels; None: the library is loaded.
 cuda_missing: str | None = _cuda if isinstance(_cuda, str) else None
@@ -112,188 +119,70 @@ def instruction_set(name: str | None = None) -> str:
 
 distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.distillation_loss.default
 distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.distillation_loss_.default
+row_stats: Callable[..., Tensor] = torch.ops.reptile_ext.row_stats.default
+row_gradient: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.row_gradient.default
+row_gradient_: Callable[..., Tensor] = torch.ops.reptile_ext.row_gradient_.default
 scale_gradient_: Callable[..., None] = torch.ops.reptile_ext.scale_gradient_.default
 
+# THE ARGUMENTS of the operators stand in csrc/torch/arguments.h and nowhere else. All operators but scale_gradient_ have
+# these: two models' logits, constants of the loss that are tensors, what the gradient is multiplied by, and numbers.
+DECLARATIONS = compat.argument_declarations(distillation_loss_)  # "Tensor? labels", ...
+NAMES = tuple(declaration.split()[-1] for declaration in DECLARATIONS)
+MODELS, CONSTANTS = ("student", "teacher"), ("labels", "weight", "denominator")
+NUMBERS = NAMES[6:]
+if NAMES[:6] != (*MODELS, *CONSTANTS, "grad_output"):
+    raise ImportError(
+        "reptile_ext's Python files and its compiled operators are of different versions: install it anew"
+    )
 
-def _fake_loss(student: Tensor, teacher: Tensor, reduction: int, dim: int) -> Tensor:
-    double = torch.float64 in (student.dtype, teacher.dtype)
-    shape = [n for d, n in enumerate(student.shape) if d != dim % student.dim()]
+_numbers: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*NUMBERS)
+
+
+def numbers(options: Any) -> tuple[Any, ...]:
+    """Of a call with some `Options`: operator(*logits, *constants, grad_output, *numbers(options), ...)."""
+    if torch.compiler.is_compiling():  # the compiler knows no attrgetter
+        return tuple([getattr(options, name) for name in NUMBERS])
+    return _numbers(options)
+
+
+def names_of(of: Any) -> tuple[str, ...]:
+    """The names of all arguments of an operator."""
+    return tuple(declaration.split()[-1] for declaration in compat.argument_declarations(of))
+
+
+def _fake_loss(given: dict[str, Any]) -> Tensor:
+    student: Tensor = given["student"]
+    double = torch.float64 in (student.dtype, given["teacher"].dtype)
+    shape = [n for d, n in enumerate(student.shape) if d != given["dim"] % student.dim()]
     return student.new_empty(
-        shape if REDUCTIONS[reduction] == "none" else [], dtype=torch.float64 if double else torch.float32
+        shape if REDUCTIONS[given["reduction"]] == "none" else [], dtype=torch.float64 if double else torch.float32
     )
 
 
-@torch.library.register_fake("reptile_ext::distillation_loss")  # type: ignore[untyped-decorator]
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    denominator: Tensor | None,
-    grad_output: Tensor | None,
-    divergence: int,
-    beta: float,
-    one_minus_beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    soft_scale: float,
-    hard_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    scale: float,
-    dim: int,
-    needs_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(student) if needs_gradient else student.new_empty([0])
-    return _fake_loss(student, teacher, reduction, dim), gradient
+def _fake_loss_and_gradient(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    student: Tensor = given["student"]
+    gradient = torch.empty_like(student) if given["needs_gradient"] else student.new_empty([0])
+    return _fake_loss(given), gradient
 
 
-@torch.library.register_fake("reptile_ext::distillation_loss_")  # type: ignore[untyped-decorator]
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    denominator: Tensor | None,
-    grad_output: Tensor | None,
-    divergence: int,
-    beta: float,
-    one_minus_beta: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    soft_scale: float,
-    hard_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    scale: float,
-    dim: int,
-) -> Tensor:
-    return _fake_loss(student, teacher, reduction, dim)
+def _fake_row_stats(given: dict[str, Any]) -> Tensor:
+    student: Tensor = given["student"]
+    rows = math.prod(n for d, n in enumerate(student.shape) if d != given["dim"] % student.dim())
+    part = (given["maxima"] is not None) + (given["sums"] is not None)
+    return student.new_empty((rows, ROW_STATS_SIZES[part]), dtype=torch.float64)
 
 
-@torch.library.register_fake("reptile_ext::scale_gradient_")  # type: ignore[untyped-decorator]
-def _(
-    gradient: Tensor,
-    factor: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    vocab_size: int,
-    dim: int,
-) -> None:
-    return None
+def _register_fake(name: str, result: Callable[[dict[str, Any]], Any]) -> None:
+    """What an operator returns, by its arguments' names, on tensors that have no values."""
+    names = names_of(getattr(torch.ops.reptile_ext, name).default)
+    torch.library.register_fake(
+        f"reptile_ext::{name}", lambda *arguments: result(dict(zip(names, arguments, strict=True)))
+    )
 
 
-def gradients_by_autograd(
-    loss_of: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of loss_of(*inputs), which is plain PyTorch: for derivatives of derivatives and batches of gradients,
-    which the kernel does not compute. Differentiable if grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if not create_graph:
-            inputs = [
-                x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
-            ]
-        loss = loss_of(*inputs)
-        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
-        if not loss.requires_grad:  # a teacher alone, at soft_weight=0
-            loss = loss + 0 * wanted[0].sum()
-        found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=create_graph, materialize_grads=True))
-    return [next(found) if need else None for need in needed]
-
-
-def reference_gradients(
-    inputs: tuple[Tensor, Tensor],
-    rows: tuple[Tensor | None, Tensor | None, Tensor | None],
-    options: Options,
-    scale: float,
-    grad_output: Tensor,
-    needed: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for student and teacher by plain PyTorch."""
-
-    def loss_of(student: Tensor, teacher: Tensor) -> Tensor:
-        # The operator has looked at the values of labels and weights.
-        return reference.with_options(student, teacher, *rows, options, check_values=False) * scale
-
-    of_student, of_teacher = gradients_by_autograd(loss_of, inputs, grad_output, needed)
-    return of_student, of_teacher
-
-
-def kernel_gradients(
-    inputs: tuple[Tensor, Tensor],
-    rows: tuple[Tensor | None, Tensor | None, Tensor | None],
-    options: Options,
-    scale: float,
-    grad_output: Tensor,
-    needed: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same, once, by the kernel. The teacher's is the student's of the mirrored divergence: student and teacher
-    with their roles exchanged, and no hard labels."""
-    student, teacher = inputs
-    grad_output = grad_output.to(torch.float64).contiguous()
-    numbers = options.operator_arguments(scale, options.dim)
-    of_student = distillation_loss(student, teacher, *rows, grad_output, *numbers, True)[1] if needed[0] else None
-    if not needed[1]:
-        return of_student, None
-    exchanged = options.exchanged().operator_arguments(scale, options.dim)
-    return of_student, distillation_loss(teacher, student, *rows, grad_output, *exchanged, True)[1]
-
-
-def scale_gradient(
-    gradient: Tensor,
-    grad_output: Tensor,
-    rows: tuple[Tensor | None, Tensor | None],
-    ignore_index: int,
-    vocab_size: int,
-    dim: int,
-) -> Tensor:
-    """d loss / d student times what comes from above, where the gradient lies. `rows` are labels and weight: what is
-    out, rows and classes, stays 0 whatever comes from above. `dim` is not negative."""
-    # torch.autograd.grad(..., is_grads_batched=True): only plain PyTorch knows what to do with such a tensor.
-    if not torch._C._functorch.is_legacy_batchedtensor(grad_output):
-        scale_gradient_(gradient, grad_output.contiguous(), *rows, ignore_index, vocab_size, dim)
-        return gradient
-    labels, weight = rows
-    if labels is not None:
-        grad_output = torch.where(labels == ignore_index, 0.0, grad_output)
-    if weight is not None:
-        grad_output = torch.where(weight == 0, 0.0, grad_output)
-    factor = grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(dim)
-    scaled = (gradient * factor).to(gradient.dtype)
-    if vocab_size < gradient.shape[dim]:
-        class_index = torch.arange(gradient.shape[dim], device=gradient.device)
-        class_index = class_index.view(-1, *[1] * (gradient.dim() - 1 - dim))
-        scaled = torch.where(class_index < vocab_size, scaled, torch.zeros_like(gradient))
-    return scaled
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, labels, weight, denominator, grad_output, *numbers, needs_gradient = inputs
-    ctx.numbers = (*numbers, needs_gradient and grad_output is None)
-    ctx.save_for_backward(student, teacher, labels, weight, denominator, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    student, teacher, labels, weight, denominator, gradient = ctx.saved_tensors
-    *numbers, scale, dim, has_gradient = ctx.numbers
-    needed = tuple(ctx.needs_input_grad[:2])
-    if has_gradient and needed == (True, False) and not torch.is_grad_enabled():
-        positive = dim % student.dim()
-        vocab_size = min(student.shape[positive], teacher.shape[positive])
-        ignore_index = numbers[Options._fields.index("ignore_index")]
-        # A copy: the operator's gradient is one of its outputs, and may be asked for again.
-        scaled = scale_gradient(gradient.clone(), grad_loss, (labels, weight), ignore_index, vocab_size, positive)
-        return (scaled, *[None] * 18)
-    # truncate=True is right for equal sizes too; inplace=False, whatever was asked: the inputs are here.
-    options = Options._make((*numbers, True, dim, False))
-    gradients = reference_gradients if torch.is_grad_enabled() else kernel_gradients
-    found = gradients((student, teacher), (labels, weight, denominator), options, scale, grad_loss, needed)
-    return (*found, *[None] * 17)
-
-
-torch.library.register_autograd("reptile_ext::distillation_loss", _backward, setup_context=_setup_context)
+_register_fake("distillation_loss", _fake_loss_and_gradient)
+_register_fake("distillation_loss_", _fake_loss)
+_register_fake("row_stats", _fake_row_stats)
+_register_fake("row_gradient", _fake_loss_and_gradient)
+_register_fake("row_gradient_", _fake_loss)
+_register_fake("scale_gradient_", lambda given: None)

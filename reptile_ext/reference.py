@@ -12,12 +12,17 @@ together by finite differences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import KERNELS, REDUCTIONS, Options, check_tensors, make_options, mirror
+from . import compat
+from .checks import check_divisor_value, check_label_values, check_tensors, check_weight_values
+from .options import KERNELS, REDUCTIONS, Keywords, Options, make_options, mirror
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["distillation_loss", "linear_distillation_loss"]
 
@@ -41,6 +46,15 @@ class Rows(NamedTuple):
 # Value D [N] and gradient T_s · ∂D/∂s [N, V].
 Result = tuple[Tensor, Tensor]
 
+# By the name of the kernel.
+ROW_DIVERGENCES: dict[str, Callable[[Rows], Result]] = {}
+
+
+def row_divergence(f: Callable[[Rows], Result]) -> Callable[[Rows], Result]:
+    """Makes a function of this file the divergence of its name."""
+    ROW_DIVERGENCES[f.__name__] = f
+    return f
+
 
 def _log_softmax(z: Tensor) -> Tensor:
     """log_softmax over the last dimension; a row with a NaN or +inf, or nothing but −inf, is NaN throughout."""
@@ -63,12 +77,14 @@ def _where_mass(q: Tensor, u: Tensor) -> Tensor:
     return torch.where(q == 0, 0.0, u)
 
 
+@row_divergence
 def forward_kl(rows: Rows) -> Result:
     """Σ p (y − x)"""
     q, p = rows.x.exp(), rows.y.exp()
     return (p * _where_mass(p, rows.y - rows.x)).sum(-1), q - p
 
 
+@row_divergence
 def reverse_kl(rows: Rows) -> Result:
     """Σ q (x − y)"""
     q = rows.x.exp()
@@ -76,6 +92,7 @@ def reverse_kl(rows: Rows) -> Result:
     return (q * u).sum(-1), _centred(q, u)
 
 
+@row_divergence
 def symmetric_kl(rows: Rows) -> Result:
     """(1−β) · forward_kl + β · reverse_kl"""
     forward, reverse = forward_kl(rows), reverse_kl(rows)
@@ -110,6 +127,7 @@ def _mixture(rows: Rows, a: float, b: float) -> Mixture:
     return Mixture(p, q, z, log_ratio(rows.y, p, b * z), log_ratio(rows.x, q, -a * z))
 
 
+@row_divergence
 def jsd(rows: Rows) -> Result:
     """β Σ p (y − log m) + (1−β) Σ q (x − log m),  m = β p + (1−β) q"""
     m = _mixture(rows, rows.beta, rows.one_minus_beta)
@@ -117,24 +135,28 @@ def jsd(rows: Rows) -> Result:
     return value, rows.one_minus_beta * _centred(m.q, m.log_q)
 
 
+@row_divergence
 def skew_kl(rows: Rows) -> Result:
     """Σ p (y − log(β p + (1−β) q))"""
     m = _mixture(rows, rows.beta, rows.one_minus_beta)
     return (m.p * m.log_p).sum(-1), -(rows.one_minus_beta**2) * _centred(m.q, m.z)
 
 
+@row_divergence
 def skew_reverse_kl(rows: Rows) -> Result:
     """Σ q (x − log(β q + (1−β) p))"""
     m = _mixture(rows, rows.one_minus_beta, rows.beta)
     return (m.q * m.log_q).sum(-1), _centred(m.q, m.log_q + rows.beta * rows.one_minus_beta * m.z)
 
 
+@row_divergence
 def tvd(rows: Rows) -> Result:
     """½ Σ |p − q|, subgradient 0 where p = q"""
     p, q = rows.y.exp(), rows.x.exp()
     return 0.5 * (p - q).abs().sum(-1), 0.5 * _centred(q, (q - p).sign())
 
 
+@row_divergence
 def hellinger(rows: Rows) -> Result:
     """1 − Σ sqrt(p q) = ½ Σ (sqrt p − sqrt q)²"""
     root_p, root_q = (0.5 * rows.y).exp(), (0.5 * rows.x).exp()
@@ -143,12 +165,14 @@ def hellinger(rows: Rows) -> Result:
     return value, -0.5 * root_q * (difference + root_q * value.unsqueeze(-1))
 
 
+@row_divergence
 def soft_cross_entropy(rows: Rows) -> Result:
     """−Σ p x"""
     q, p = rows.x.exp(), rows.y.exp()
     return -(p * _where_mass(p, rows.x)).sum(-1), q - p
 
 
+@row_divergence
 def mirrored_soft_cross_entropy(rows: Rows) -> Result:
     """−Σ q y"""
     q = rows.x.exp()
@@ -156,6 +180,7 @@ def mirrored_soft_cross_entropy(rows: Rows) -> Result:
     return (q * u).sum(-1), _centred(q, u)
 
 
+@row_divergence
 def mse(rows: Rows) -> Result:
     """mean (s/T_s − t/T_t)² over the classes that are not masked on both sides"""
     s_masked, t_masked = rows.s == -torch.inf, rows.t == -torch.inf
@@ -202,6 +227,7 @@ def _odds_difference(v: Tensor, w: Tensor) -> Tensor:
     return torch.where((v > 0) & (w > 0), (-w).sigmoid() - (-v).sigmoid(), v.sigmoid() - w.sigmoid())
 
 
+@row_divergence
 def dkd(rows: Rows) -> Result:
     """Binary KL of the label against the others + β · KL among the others (Zhao et al. 2022)"""
     assert rows.labels is not None
@@ -215,6 +241,7 @@ def dkd(rows: Rows) -> Result:
     return _binary_kl(t.odds, s.odds).squeeze(-1) + among, gradient
 
 
+@row_divergence
 def mirrored_dkd(rows: Rows) -> Result:
     """dkd with the roles exchanged"""
     assert rows.labels is not None
@@ -229,25 +256,44 @@ def mirrored_dkd(rows: Rows) -> Result:
     return dkd(rows.mirrored())[0], torch.where(s.is_label, gamma, others - gamma * q)
 
 
-ROW_DIVERGENCES: dict[str, Callable[[Rows], Result]] = {
-    f.__name__: f
-    for f in (
-        forward_kl,
-        reverse_kl,
-        symmetric_kl,
-        jsd,
-        skew_kl,
-        skew_reverse_kl,
-        tvd,
-        hellinger,
-        soft_cross_entropy,
-        mse,
-        dkd,
-        mirrored_soft_cross_entropy,
-        mirrored_dkd,
-    )
-}
-assert tuple(ROW_DIVERGENCES) == KERNELS
+# Of [N, V] rows as they come, before the temperatures; `of`: kernel, β, 1 − β, T_s, T_t.
+
+
+def _rows(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Rows:
+    _, beta, one_minus_beta, student_temperature, teacher_temperature = of
+    s, t = s / student_temperature, t / teacher_temperature
+    return Rows(s, t, _log_softmax(s), _log_softmax(t), labels, beta, one_minus_beta)
+
+
+def _value(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
+    value = ROW_DIVERGENCES[KERNELS[of[0]]](_rows(s, t, labels, of))[0]
+    return torch.where(value < 0, 0.0, value)
+
+
+def _broken_everywhere(value: Tensor, gradient: Tensor) -> Tensor:
+    """All of a broken row's gradient is NaN, wherever in the row it broke."""
+    return gradient + torch.where(value.detach().isnan(), torch.nan, 0.0).unsqueeze(-1)
+
+
+def _gradient(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
+    """∂D/∂s"""
+    value, gradient = ROW_DIVERGENCES[KERNELS[of[0]]](_rows(s, t, labels, of))
+    return _broken_everywhere(value, gradient / of[3])
+
+
+def _teachers_gradient(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
+    """∂D/∂t, which is the mirrored divergence's ∂D/∂s with the roles exchanged."""
+    mirrored = mirror(*of[:3])
+    if mirrored is not None:
+        return _gradient(t, s, labels, (*mirrored, of[4], of[3]))
+
+    def value_of(t: Tensor) -> Tensor:
+        return ROW_DIVERGENCES[KERNELS[of[0]]](_rows(s, t, labels, of))[0]
+
+    # Not known: by autograd of the value. Where that is infinite, its gradient is taken as 0 where it is no number.
+    value, gradient_of = torch.func.vjp(value_of, t)
+    (gradient,) = gradient_of(torch.ones_like(value))
+    return _broken_everywhere(value, torch.where(gradient.isfinite(), gradient, 0.0))
 
 
 class _Divergence(torch.autograd.Function):
@@ -256,22 +302,8 @@ class _Divergence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def _results(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...], teachers: bool) -> Result:
-        kind, beta, one_minus_beta, student_temperature, teacher_temperature = of
-        s, t = s / student_temperature, t / teacher_temperature
-        rows = Rows(s, t, _log_softmax(s), _log_softmax(t), labels, beta, one_minus_beta)
-        if teachers:
-            kind, beta, one_minus_beta = mirror(kind, beta, one_minus_beta)
-            rows = rows.mirrored()._replace(beta=beta, one_minus_beta=one_minus_beta)
-        value, gradient = ROW_DIVERGENCES[KERNELS[kind]](rows)
-        gradient = gradient / (teacher_temperature if teachers else student_temperature)
-        # All of a broken row's gradient is NaN, wherever in the row it broke.
-        broken = torch.where(value.detach().isnan(), torch.nan, 0.0).unsqueeze(-1)
-        return torch.where(value < 0, 0.0, value), gradient + broken
-
-    @staticmethod
     def forward(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
-        return _Divergence._results(s, t, labels, of, False)[0]
+        return _value(s, t, labels, of)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -282,9 +314,9 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         s, t, labels = ctx.saved_tensors
         found: list[Tensor | None] = [None, None]
-        for i, teachers in enumerate((False, True)):
+        for i, gradient in enumerate((_gradient, _teachers_gradient)):
             if ctx.needs_input_grad[i]:
-                found[i] = grad_output.unsqueeze(-1) * _Divergence._results(s, t, labels, ctx.of, teachers)[1]
+                found[i] = grad_output.unsqueeze(-1) * gradient(s, t, labels, ctx.of)
         return found[0], found[1], None, None
 
 
@@ -300,9 +332,9 @@ class _DivergenceWithJvp(_Divergence):
     def jvp(ctx: Any, s_tangent: Tensor | None, t_tangent: Tensor | None, *_: Any) -> Tensor:
         s, t, labels = ctx.saved_tensors
         total: Tensor = s.new_zeros(s.shape[:-1])
-        for tangent, teachers in ((s_tangent, False), (t_tangent, True)):
+        for tangent, gradient in ((s_tangent, _gradient), (t_tangent, _teachers_gradient)):
             if tangent is not None:
-                total = total + (_Divergence._results(s, t, labels, ctx.of, teachers)[1] * tangent).sum(-1)
+                total = total + (gradient(s, t, labels, ctx.of) * tangent).sum(-1)
         return total
 
 
@@ -310,10 +342,10 @@ def _divergence(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]
     """D of [N, V] rows, differentiably."""
     if not torch.compiler.is_compiling():
         apply = _DivergenceWithJvp.apply
-    elif not torch._C._are_functorch_transforms_active():
+    elif not compat.in_torch_func():
         apply = _Divergence.apply
     else:  # what the compiler makes of torch.func knows no functions with a gradient of their own: autograd's, then
-        return _Divergence._results(s, t, labels, of, False)[0]
+        return _value(s, t, labels, of)
     value: Tensor = apply(s, t, labels, of)  # type: ignore[no-untyped-call]
     return value
 
@@ -331,8 +363,14 @@ def cross_entropy(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
 
 def row_losses(s: Tensor, t: Tensor, labels: Tensor | None, options: Options) -> Tensor:
     """ℓ of every row of [N, V] logits of one floating dtype."""
-    of = (options.kind, options.beta, options.one_minus_beta, options.student_temperature, options.teacher_temperature)
-    if not options.soft_scale > 0:  # the teacher is not looked at; the student in its place gives D = 0, no gradient
+    of = (
+        options.divergence,
+        options.beta,
+        options.one_minus_beta,
+        options.student_temperature,
+        options.teacher_temperature,
+    )
+    if not options.soft_scale > 0:  # an unused teacher; the student in its place gives D = 0 and no gradient
         t, of = s.detach(), (KERNELS.index("forward_kl"), 0.0, 1.0, 1.0, 1.0)
     loss = options.soft_scale * _divergence(s, t, labels, of)
     if options.hard_weight > 0:
@@ -346,39 +384,15 @@ def distillation_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: str = "forward_kl",
-    beta: float | None = None,
-    temperature: float | tuple[float, float] = 1.0,
-    temperature_scaling: str = "t2",
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
-    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
     denominator: float | Tensor | None = None,
-    vocab: str = "error",
-    dim: int = -1,
-    inplace: bool = False,
+    **keywords: Unpack[Keywords],
 ) -> Tensor:
     """`reptile_ext.distillation_loss` in plain PyTorch: same arguments and result, any device, any order of derivative.
 
     `inplace` is accepted and has no effect: autograd keeps what it needs.
     """
-    options = make_options(
-        divergence,
-        beta,
-        temperature,
-        temperature_scaling,
-        soft_weight,
-        hard_weight,
-        label_smoothing,
-        ignore_index,
-        reduction,
-        vocab,
-        dim,
-        inplace,
-    )
+    options = make_options(**keywords)
     check_tensors(student_logits, teacher_logits, labels, weight, denominator, options)
     return with_options(student_logits, teacher_logits, labels, weight, denominator, options)
 
@@ -395,9 +409,17 @@ def linear_logits(
     return z if softcap is None else softcap * (z / softcap).tanh()
 
 
-def only_rows(hidden: Tensor, is_in: Tensor | None) -> Tensor:
-    """Hidden states, 0 where rows are out: a NaN there would come back through 0 · NaN in the head's gradient."""
-    return hidden if is_in is None else torch.where(is_in.unsqueeze(-1), hidden, 0.0)
+def without_ignored(hidden: Tensor, counted: Tensor | None) -> Tensor:
+    """Hidden states, 0 in ignored rows: a NaN there would come back through 0 · NaN in the head's gradient."""
+    return hidden if counted is None else torch.where(counted.unsqueeze(-1), hidden, 0.0)
+
+
+def counted_rows(labels: Tensor | None, weight: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Which rows count; None: all."""
+    counted = None if labels is None else labels != ignore_index
+    if weight is not None:
+        counted = weight != 0 if counted is None else counted & (weight != 0)
+    return counted
 
 
 def linear_distillation_loss(
@@ -417,11 +439,12 @@ def linear_distillation_loss(
     **keywords: Any,
 ) -> Tensor:
     """`reptile_ext.linear_distillation_loss` in plain PyTorch, logits in full; `memory_budget` has no effect."""
-    is_in = None
-    for values, nothing in ((labels, keywords.get("ignore_index", -100)), (keywords.get("weight"), 0.0)):
-        if isinstance(values, Tensor) and values.shape == student_hidden.shape[:-1] == teacher_hidden.shape[:-1]:
-            is_in = values != nothing if is_in is None else is_in & (values != nothing)
-    student_hidden, teacher_hidden = only_rows(student_hidden, is_in), only_rows(teacher_hidden, is_in)
+    leading = student_hidden.shape[:-1]
+    # What does not fit is complained of below.
+    fitting = (x if isinstance(x, Tensor) and x.shape == leading else None for x in (labels, keywords.get("weight")))
+    if teacher_hidden.shape[:-1] == leading:
+        counted = counted_rows(*fitting, ignore_index=keywords.get("ignore_index", -100))
+        student_hidden, teacher_hidden = (without_ignored(x, counted) for x in (student_hidden, teacher_hidden))
     student = linear_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
     teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
     return distillation_loss(student, teacher, labels, **keywords)
@@ -448,46 +471,39 @@ def with_options(
     t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
     # Where values can be looked at without a sync, and outside of transforms, wrong ones are errors.
-    may_look = (
-        check_values
-        and s.device.type == "cpu"
-        and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    )
+    may_look = check_values and s.device.type == "cpu" and not (torch.compiler.is_compiling() or compat.in_torch_func())
     with torch.no_grad():
         w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
-        is_in = w != 0
-        bad = torch.zeros_like(is_in)
-        if weight is not None and may_look and not bool(((w >= 0) & w.isfinite()).all()):
-            wrong = w[~((w >= 0) & w.isfinite())][0].item()
-            raise ValueError(f"weight must be finite and not negative; got {wrong}")
+        counted = w != 0
+        wrong = torch.zeros_like(counted)
+        if weight is not None and may_look:
+            check_weight_values(w)
         if labels is not None:
             labels = labels.reshape(-1).to(torch.int64)
-            is_in = is_in & (labels != options.ignore_index)
-            bad = is_in & ((labels < 0) | (labels >= vocab_size))
-            if may_look and bool(bad.any()):
-                first = labels[bad][0].item()
-                raise ValueError(
-                    f"labels must lie in [0, {vocab_size}) or equal ignore_index={options.ignore_index}; got {first}"
-                )
-            labels = torch.where(is_in & ~bad, labels, 0)
-        w = torch.where(is_in, w, 0.0)
+            counted = counted & (labels != options.ignore_index)
+            wrong = counted & ((labels < 0) | (labels >= vocab_size))
+            if may_look:
+                check_label_values(labels, wrong, vocab_size, options.ignore_index)
+            labels = torch.where(counted & ~wrong, labels, 0)
+        w = torch.where(counted, w, 0.0)
 
-    # A row that is out is never looked at: its logits are replaced before any arithmetic, so that a NaN in it
-    # cannot come back through 0 · NaN in the gradient.
-    s = torch.where(is_in.unsqueeze(-1), s, 0.0)
-    t = torch.where(is_in.unsqueeze(-1), t, 0.0)
-    losses = torch.where(is_in, w * row_losses(s, t, labels, options), 0.0)
-    losses = losses * torch.where(bad, torch.nan, 1.0)  # a wrong label where it could not be an error: that row alone
+    # An ignored row is never read: its logits are replaced before any arithmetic, so that a NaN in it cannot come back
+    # through 0 · NaN in the gradient.
+    s = torch.where(counted.unsqueeze(-1), s, 0.0)
+    t = torch.where(counted.unsqueeze(-1), t, 0.0)
+    losses = torch.where(counted, w * row_losses(s, t, labels, options), 0.0)
+    # A wrong label where it could not be an error: that row alone.
+    losses = losses * torch.where(wrong, torch.nan, 1.0)
 
     reduction = REDUCTIONS[options.reduction]
     if reduction == "none":
-        return losses.reshape(leading)
+        return losses.reshape(leading) * options.scale
     total = losses.sum()
     if denominator is not None:
         divisor = torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
-        if may_look and bool(is_in.any()) and not 0 < divisor.item() < torch.inf:
-            raise ValueError(f"denominator must be positive and finite; got {divisor.item()}")
-        return total / torch.where(is_in.any(), divisor, 1.0)
-    if reduction == "sum":
-        return total
-    return total / torch.where(is_in.any(), w.sum(), 1.0)
+        if may_look and bool(counted.any()):
+            check_divisor_value(divisor)
+        total = total / torch.where(counted.any(), divisor, 1.0)
+    elif reduction == "mean":
+        total = total / torch.where(counted.any(), w.sum(), 1.0)
+    return total * options.scale

@@ -47,7 +47,7 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import _C, ops, reference
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INSTRUCTION_SETS: list[str] = _C.cpu_info()["supported"]  # those that this machine has

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from oracle import (
-    BETAS,
     DTYPES,
     EPSILON,
     assert_near,
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
 from reptile_ext import ops, reference
-from reptile_ext.arguments import DIVERGENCES, make_options
+from reptile_ext.options import DIVERGENCES, REDUCTIONS, make_options
 
 loss_of = reptile_ext.distillation_loss
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -324,10 +323,16 @@ def op_arguments(
         torch.rand(rows, dtype=torch.float64) if weight else None,
         torch.tensor(3.0, dtype=torch.float64) if denominator else None,
         None,
-        *make_options(
-            divergence, BETAS.get(divergence), (2.0, 1.0), "t2", 1.0, 0.0, 0.0, -100, "mean", "error", dim, False
-        )[:6],
-        *(0.5 if labels else 0.0, 0.1, -100, reduction, 1.0, dim),
+        *ops.numbers(
+            make_options(
+                **keywords_of(divergence),
+                temperature=(2.0, 1.0),
+                hard_weight=0.5 if labels else 0.0,
+                label_smoothing=0.1,
+                reduction=REDUCTIONS[reduction],
+                dim=dim,
+            )
+        ),
     )
 
 
@@ -380,7 +385,8 @@ def test_the_operators_autograd_is_the_functions(sample: dict[str, Any]) -> None
     wanted = [x for x in (student, teacher) if x.requires_grad]
     found = torch.autograd.grad(loss, wanted, grad_output)
     keywords = {"temperature": (2.0, 1.0), "hard_weight": 0.5 if labels is not None else 0.0, "label_smoothing": 0.1}
-    keywords |= {"reduction": ("none", "mean", "sum")[arguments[15]], "dim": arguments[17], "weight": weight}
+    given = dict(zip(ops.NAMES, arguments, strict=True))
+    keywords |= {"reduction": REDUCTIONS[given["reduction"]], "dim": given["dim"], "weight": weight}
     keywords |= keywords_of(sample.get("divergence", "forward_kl"))
     right_loss = reference.distillation_loss(student, teacher, labels, denominator=denominator, **keywords)
     right = torch.autograd.grad(right_loss, wanted, grad_output.to(right_loss.dtype))

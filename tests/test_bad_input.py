@@ -11,7 +11,7 @@ import torch
 
 import reptile_ext
 from reptile_ext import reference
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 FUNCTIONS = pytest.mark.parametrize(
     "loss_fn", [reptile_ext.distillation_loss, reference.distillation_loss], ids=["kernel", "reference"]

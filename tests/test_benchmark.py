@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from reptile_ext import benchmark, cli, eager, reference
-from reptile_ext.arguments import DIVERGENCES
 from reptile_ext.benchmark import data as benchmark_data
 from reptile_ext.benchmark import losses, measuring, report
+from reptile_ext.options import DIVERGENCES
 from reptile_ext.timing import LARGE_PAIRS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import reptile_ext
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 spec = importlib.util.spec_from_file_location(
     "compare", Path(__file__).resolve().parent.parent / "benchmarks" / "compare.py"

@@ -122,9 +122,7 @@ def test_the_same_bits_in_every_run() -> None:
 
 def test_the_operators_refuse_tensors_of_another_device() -> None:
     student, teacher, labels = problem(4, 10)
-    rest = reptile_ext.arguments.make_options(
-        "forward_kl", None, 1.0, "t2", 1.0, 0.5, 0.0, -100, "mean", "error", -1, False
-    ).operator_arguments(1.0, 1)
+    rest = ops.numbers(reptile_ext.options.make_options(hard_weight=0.5))
     for name, (t, n) in {"teacher": (teacher.cpu(), labels), "labels": (teacher, labels.cpu())}.items():
         with pytest.raises(RuntimeError, match=f"{name} must be on the device of student"):
             ops.distillation_loss(student, t, n, None, None, None, *rest, True)

@@ -41,7 +41,7 @@ def test_two_processes_give_the_gradient_of_one(kind: str) -> None:
     """For every divergence, with rows that are out, so that the processes' own means would be another objective."""
     of = [
         {"temperature": 2.0, "hard_weight": 0.5, "inplace": inplace, **keywords_of(divergence)}
-        for divergence in reptile_ext.arguments.DIVERGENCES
+        for divergence in reptile_ext.options.DIVERGENCES
         for inplace in (False, True)
     ]
     found = in_two_processes(worker, kind, of)

@@ -25,6 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
 from reptile_ext import linear, linear_distillation_loss, reference
+from reptile_ext.linear import loss as linear_loss
+from reptile_ext.linear import plan, scratch
+from reptile_ext.linear.loop import LinearConfig, run, run_chunks
+from reptile_ext.linear.loss import TENSORS, LinearLoss
+from reptile_ext.options import make_options
 
 SIX = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "student_bias", "teacher_bias")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -111,7 +116,7 @@ def test_processors_without_products_of_16_bit_matrices(
     keywords: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products are then in float32, in blocks: of whole matrices no float32 copy exists."""
-    monkeypatch.setattr(linear, "has_product", lambda dtype: False)
+    monkeypatch.setattr(linear.logits, "has_product", lambda dtype: False)
     monkeypatch.setattr(linear, "BLOCK", 4)  # of 23 rows, 40 classes, and hidden states of 6 and 9
     case = make_case(dtype)
     labels = make_labels(23, 40)
@@ -261,7 +266,7 @@ def status(key):
 
 def extra(rows, hidden, classes, dtype, learns, has_product=None, **keywords):
     if has_product is not None:
-        reptile_ext.linear.has_product = lambda dtype: has_product
+        reptile_ext.linear.logits.has_product = lambda dtype: has_product
     x, y = (torch.randn(rows, hidden).to(dtype).requires_grad_(learns and i == 0) for i in range(2))
     head, teachers = (torch.randn(classes, hidden).to(dtype).requires_grad_(learns and i == 0) for i in range(2))
     reptile_ext.linear_distillation_loss(x[:8], head, y[:8], teachers)  # what is loaded or grown once
@@ -319,19 +324,19 @@ def test_peak_memory_with_softcaps() -> None:
 
 
 def test_chunks() -> None:
-    assert linear.chunks(0, 1000, 100) == [slice(i, i + 100) for i in range(0, 1000, 100)]
-    assert [s.stop - s.start for s in linear.chunks(0, 1300, 512)] == [433, 433, 434]  # equal but for a row
-    assert linear.chunks(7, 10, 512) == [slice(7, 10)]
-    assert linear.chunks(0, 0, 512) == []
+    assert plan.split(0, 1000, 100) == [slice(i, i + 100) for i in range(0, 1000, 100)]
+    assert [s.stop - s.start for s in plan.split(0, 1300, 512)] == [433, 433, 434]  # equal but for a row
+    assert plan.split(7, 10, 512) == [slice(7, 10)]
+    assert plan.split(0, 0, 512) == []
 
     for logits in itertools.product((4, 128_000, 2_000_000), (0, 4, 128_000, 2_000_000)):
         for copies, alike, budget in itertools.product(
             (0, 8, 1_000_000), (False, True), (None, 1, 10_000, 10**7, 2**40)
         ):
-            *rows, at_once = linear.chunk_sizes(logits, copies, alike, budget, torch.device("cpu"))
+            *rows, at_once = plan.chunk_sizes(logits, copies, alike, budget, torch.device("cpu"))
             assert min(*rows, at_once) >= 1
             assert rows[0] == rows[1] or not alike
-            most = linear.DEFAULT_BUDGET if budget is None else budget
+            most = plan.DEFAULT_BUDGET if budget is None else budget
             for_copies = most // 4 if copies else 0
             assert at_once * copies <= max(for_copies, copies)
             fits = rows[0] * logits[0] + rows[1] * logits[1] <= most - for_copies
@@ -345,7 +350,7 @@ def test_chunks() -> None:
 def test_chunks_of_student_and_teacher_need_not_end_together() -> None:
     """917 rows of the teacher's logits for 512 of the student's."""
     case = make_case(torch.float64, rows=1300, classes=11_000, sizes=(3, 2))
-    assert linear.chunk_sizes((88_000, 88_000), 0, False, None, torch.device("cpu"))[:2] == (512, 917)
+    assert plan.chunk_sizes((88_000, 88_000), 0, False, None, torch.device("cpu"))[:2] == (512, 917)
     keywords = {"labels": make_labels(1300, 11_000), "hard_weight": 0.5, "temperature": 2.0}
     wanted = [name for name in SIX if name.startswith("student")]
     found = gradients(linear_distillation_loss, case, wanted, **keywords)
@@ -368,9 +373,9 @@ def test_the_scratch_of_a_call_is_another_ones_after_it() -> None:
     with ThreadPoolExecutor(4) as pool:
         for i, found in enumerate(pool.map(step, cases * 20)):
             assert all(torch.equal(a, b) for a, b in zip(found, right[i % len(cases)], strict=True))
-    assert sum(x.numel() for x in linear._kept) <= linear.DEFAULT_BUDGET
+    assert sum(x.numel() for x in scratch._kept) <= plan.DEFAULT_BUDGET
     linear.release_scratch()
-    assert linear._kept == []
+    assert scratch._kept == []
 
 
 @pytest.mark.parametrize(
@@ -403,15 +408,12 @@ def test_what_is_out_is_not_looked_at_where_it_is_computed() -> None:
     assert (labels == -100).any()
     for name in ("student_hidden", "teacher_hidden"):
         case[name][labels == -100] = torch.nan
-    options = reptile_ext.arguments.make_options(
-        "forward_kl", None, 2.0, "t2", 1.0, 0.5, 0.0, -100, "sum", "error", -1, False
-    )
-    task = linear.Task(options, 0.2, 3000, (3.0, None), (1.0, 0.5))
-    order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
-    sides, rows, needed = task.sides(tuple(case[name] for name in order)), (labels, None, None), (True,) * 6
+    options = make_options(temperature=2.0, hard_weight=0.5, reduction="sum")._replace(scale=0.2)
+    config = LinearConfig(options, 3000, (3.0, None), (1.0, 0.5))
+    tensors, constants, needed = tuple(case[name] for name in TENSORS), (labels, None, None), (True,) * 6
     grad_output = torch.tensor(1.0, dtype=torch.float64)
-    found = linear._run_chunks(task, sides, rows, grad_output, needed, labels == -100)
-    right = linear.run(task, tuple(case[name] for name in order), rows, grad_output, needed)
+    found = run_chunks(config, config.sources(tensors), constants, grad_output, needed, labels == -100)
+    right = run(config, tensors, constants, grad_output, needed)
     torch.testing.assert_close(found, right)
     # And derivatives of derivatives, which have logits in full.
     wanted = [name for name in SIX if name.startswith("student")]
@@ -717,19 +719,15 @@ def test_traced_transformed_and_checkpointed(keywords: dict[str, Any]) -> None:
 def operator_arguments(needed: str = "110000", **keywords: Any) -> tuple[Any, ...]:
     """As _apply calls it in a traced program."""
     case = make_case(torch.float32, rows=5, classes=8)
-    options = reptile_ext.arguments.make_options(
-        "forward_kl", None, 2.0, "t2", 1.0, keywords.get("hard_weight", 0.5), 0.1, -100, "sum", "error", -1, False
-    )
-    if keywords.get("none"):
-        options = options._replace(reduction=0)
-    task = linear.Task(options, 0.2, 500, (3.0, None), (1.0, 0.5))
-    order = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
-    tensors = [case[name].requires_grad_(need == "1") for name, need in zip(order, needed, strict=True)]
+    reduction = "none" if keywords.get("none") else "sum"
+    options = make_options(temperature=2.0, hard_weight=0.5, label_smoothing=0.1, reduction=reduction)
+    config = LinearConfig(options._replace(scale=0.2), 500, (3.0, None), (1.0, 0.5))
+    tensors = [case[name].requires_grad_(need == "1") for name, need in zip(TENSORS, needed, strict=True)]
     if keywords.get("transposed"):
         tensors[:2] = [x.detach().t().contiguous().t().requires_grad_(x.requires_grad) for x in tensors[:2]]
-    at_once = task.computes_gradients_at_once(tensors[0], [need == "1" for need in needed])
-    now = [at_once and need == "1" for need in needed]
-    return (*tensors, make_labels(5, 8), None, None, None, *task.numbers(), now)
+    constants = (make_labels(5, 8), None, None)
+    now = LinearLoss.gradients_at_once(config, tensors[0], [need == "1" for need in needed])
+    return linear_loss.operator_arguments(config, tuple(tensors), constants, None, now)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

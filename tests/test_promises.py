@@ -31,7 +31,7 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import ops, reference
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 INF, NAN = float("inf"), float("nan")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -437,7 +437,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(each_set: str, dtype: torc
 
 MEASURE = """
 import sys, torch, reptile_ext
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 class Head(torch.autograd.Function):  # a model that costs nothing: logits from x, and a gradient that is looked at only
     @staticmethod

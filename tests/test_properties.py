@@ -26,7 +26,7 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import distillation_loss
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 
 # Long enough for whole vectors with a tail, and beyond the 512 classes in which the kernel looks for a maximum first.
 vocab_sizes = st.one_of(st.integers(1, 70), st.integers(500, 1200))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import reptile_ext
-from reptile_ext.arguments import DIVERGENCES
+from reptile_ext.options import DIVERGENCES
 from reptile_ext.timing import Contender, Stopwatch, Turns, made, needs_labels, peak_bytes, quartiles
 
 tells_peaks = pytest.mark.skipif(

@@ -122,7 +122,7 @@ def test_ways_to_call_it(world_size: int) -> None:
 
 @each_world
 def test_a_gradient_is_not_multiplied_by_the_number_of_processes(world_size: int) -> None:
-    """A trap: the loss looks right and the weights drift. Five steps of a sharded head give the weights of one process."""
+    """A trap: the loss looks right and the weights drift. Five steps of a sharded head give one process's weights."""
     found = found_by("training", world_size)
     losses, head, body = worker.training(0, 1)
     assert losses[4] < losses[0]

@@ -158,7 +158,7 @@ def edges(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def ways(rank: int, world_size: int) -> dict[str, Any]:
-    """The ways to call it: in place, without gradients, under checkpoint, another class dimension, more classes of one."""
+    """In place, without gradients, under checkpoint, another class dimension, more classes of one, as a module."""
     ends, group = ENDS[37][world_size], dist.group.WORLD
     student, teacher = make_logits("random", 6, 37)
     labels = make_labels(6, 37)
@@ -251,7 +251,12 @@ def communication(rank: int, world_size: int) -> list[tuple[int, int, int]]:
             student, teacher = torch.randn(rows, vocab_size), torch.randn(rows, vocab_size)
             labels = torch.zeros(rows, dtype=torch.int64)
             loss = reptile_ext.distillation_loss(
-                student.requires_grad_(), teacher, labels, divergence=divergence, hard_weight=0.5, group=dist.group.WORLD
+                student.requires_grad_(),
+                teacher,
+                labels,
+                divergence=divergence,
+                hard_weight=0.5,
+                group=dist.group.WORLD,
             )
             loss.backward()
             found.append((rows, vocab_size, given))
@@ -293,7 +298,12 @@ def dtensors(rank: int, world_size: int) -> dict[str, Any]:
         run(name, distributed(s, over_classes), distributed(t, over_classes), at, dim=dim)
     run("replicated", distributed(student, Replicate()), distributed(teacher, Replicate()), labels)
     run("one replicated", distributed(student, Replicate()), teacher, labels)
-    run("replicated labels", distributed(student, Shard(1)), distributed(teacher, Shard(1)), distributed(labels, Replicate()))
+    run(
+        "replicated labels",
+        distributed(student, Shard(1)),
+        distributed(teacher, Shard(1)),
+        distributed(labels, Replicate()),
+    )
     run("rows", distributed(student, Shard(0)), distributed(teacher, Shard(0)), labels)
     run("sharded labels", distributed(student, Shard(1)), distributed(teacher, Shard(1)), distributed(labels, Shard(0)))
     run("partial", DTensor.from_local(student, mesh, [Partial()]), distributed(teacher, Shard(1)), labels)

@@ -116,6 +116,10 @@ PYBIND11_MODULE(_C, m) {
       },
       "Names of the divergences that go through a mixture of both distributions: their row stats have a third part.");
   m.def(
+      "row_stats_sizes",
+      [] { return std::vector<int>{reptile_ext::kNumMaxima, reptile_ext::kNumSums, reptile_ext::kNumMixtureSums}; },
+      "How many numbers a row has in each part of its stats: maxima, sums, mixture sums.");
+  m.def(
       "reductions", [] { return names_of(reptile_ext::kReductionNames); },
       "The names of the reductions, in the order of the operators' numbers.");
   m.def("cpu_info", &cpu_info, "This processor: its machine name and the compiled-in instruction sets it can run.");

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import DIVERGENCES
 from ..functional import distillation_loss
+from ..options import DIVERGENCES
 from ..timing import DTYPES, LARGE_PAIRS, Logits, needs_labels
 
 PAIRS = 32_768_000  # pairs of student's and teacher's logits in a large case

@@ -155,6 +155,8 @@ class Objective:
         keywords = dict(self.criterion.keywords)
         if keywords.pop("inplace"):
             raise ValueError("inplace=True has no meaning with fused_linear=True: there are no logits to write over")
+        if keywords.pop("group") is not None:
+            raise ValueError("group= shards the classes of logits, of which fused_linear=True has none; got both")
         del keywords["dim"]  # the criterion's: `student_outputs` has moved the classes to the last dimension
         if self.dim != -1:
             raise ValueError(f"fused_linear=True needs classes in the last dimension, dim=-1; got dim={self.dim!r}")

@@ -1,0 +1,216 @@
+"""How the losses are differentiated: one rule, for eager and for traced programs, and for every loss.
+
+    the gradient that the forward pass kept, times grad_output    in the first backward pass, once
+    the kernel, of the logits and grad_output                     in a later one, and for what was not kept
+    the reference, in plain PyTorch                               if the gradient is to be differentiated in turn
+                                                                  (create_graph=True), or grad_output is a batch
+
+What is kept is kept on `ctx`, not saved: the first backward pass gives it away, so that autograd may take the memory as
+it is, and multiplies it where it lies, instead of copying N·V elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import compat, ops
+from .checks import check_version, refuse_batched_backward, refuse_second_backward
+from .options import Options
+
+# labels, weight, denominator: they get no gradient.
+Constants = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = Sequence[Tensor | None]
+
+
+class Loss(Protocol):
+    """A loss of some tensors, as functions of its configuration (`config`), the tensors and the constants."""
+
+    @staticmethod
+    def forward(
+        config: Any, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
+    ) -> tuple[Tensor, Any]:
+        """The loss, and what is kept of the gradients that are needed; None: nothing."""
+
+    @staticmethod
+    def keep(config: Any, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants) -> Any:
+        """What is kept, of gradients that an operator has returned."""
+
+    @staticmethod
+    def scaled(config: Any, kept: Any, grad_output: Tensor, is_ours: bool) -> Gradients:
+        """Kept gradients times grad_output, where they lie if they are ours alone. Ignored rows, and classes that are
+        not compared, stay 0 even times an infinity or NaN."""
+
+    @staticmethod
+    def by_kernel(
+        config: Any, tensors: tuple[Any, ...], constants: Constants, grad_output: Tensor, needed: Sequence[bool]
+    ) -> Gradients:
+        """The gradients that are needed, times a grad_output in float64."""
+
+    @staticmethod
+    def reference(config: Any, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
+        """The loss in plain PyTorch. The values of labels and weights have been looked at."""
+
+    @staticmethod
+    def config_of(given: Mapping[str, Any]) -> Any:
+        """The configuration, from the arguments of its operator by name."""
+
+
+LossType = type[Loss]
+
+
+def by_reference(
+    loss: LossType,
+    config: Any,
+    tensors: Sequence[Tensor | None],
+    constants: Constants,
+    grad_output: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients by plain PyTorch; differentiable if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create_graph:
+            tensors = [
+                x if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)
+            ]
+        value = loss.reference(config, tuple(tensors), constants)
+        wanted = [x for x, need in zip(tensors, needed, strict=True) if need and x is not None]
+        if not value.requires_grad:  # of an unused teacher alone, at soft_weight=0
+            value = value + 0 * wanted[0].sum()
+        of = grad_output.to(value.dtype)
+        found = iter(torch.autograd.grad(value, wanted, of, create_graph=create_graph, materialize_grads=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _gradients(ctx: Any, kept: Any, grad_output: Tensor, needed: Sequence[bool], is_ours: bool = True) -> Gradients:
+    """THE RULE. `ctx` has the loss and its configuration, and has saved its tensors and constants, in this order."""
+    loss: LossType = ctx.loss
+    plain = torch.is_grad_enabled() or compat.is_batched(grad_output)
+    found: Gradients = (None,) * len(needed)
+    if kept is not None and not plain:
+        found = loss.scaled(ctx.config, kept, grad_output, is_ours)
+        needed = [need and gradient is None for need, gradient in zip(needed, found)]  # noqa: B905  (a hot path)
+        if True not in needed:
+            return found
+    saved = ctx.saved_tensors
+    tensors, constants = saved[: len(needed)], saved[len(needed) : len(needed) + len(ops.CONSTANTS)]
+    if plain:
+        more: Gradients = by_reference(loss, ctx.config, tensors, constants, grad_output, needed)
+    else:
+        more = loss.by_kernel(ctx.config, tensors, constants, grad_output.to(torch.float64).contiguous(), needed)
+    return [a if b is None else b for a, b in zip(found, more, strict=True)]
+
+
+class Fused(torch.autograd.Function):
+    """A loss in an eager program: Fused.apply(loss, config, *constants, *tensors)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: LossType, config: Any, labels: Any, weight: Any, denominator: Any, *tensors: Any
+    ) -> Tensor:
+        constants = (labels, weight, denominator)
+        ctx.loss, ctx.config = loss, config
+        ctx.set_materialize_grads(False)
+        result, ctx.kept = loss.forward(config, tensors, constants, ctx.needs_input_grad[5:])
+        # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
+        ctx.save_for_backward(*tensors, *constants)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if grad_output is None:
+            return (None,) * len(needed)
+        kept, ctx.kept = ctx.kept, None
+        return (None, None, None, None, None, *_gradients(ctx, kept, grad_output, needed[5:]))
+
+
+def register(operator: Any, loss: LossType, tensors: tuple[str, ...]) -> None:
+    """Makes an operator differentiable by the same rule, for traced programs. Its tensors, constants and options have
+    names; it returns the loss, and gradients of the first of its tensors, without elements where they are not computed.
+
+    Where a program is traced the compiler plans the memory, and gradients are the operator's outputs: they may be asked
+    for again, and are copied before they are multiplied.
+    """
+    names = ops.names_of(operator)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        given = dict(zip(names, inputs, strict=True))
+        ctx.loss, ctx.config = loss, loss.config_of(given)
+        needed = given["needed"] if "needed" in given else [given["needs_gradient"]]
+        ctx.is_kept = [need and given["grad_output"] is None for need in needed]
+        ctx.save_for_backward(*(given[name] for name in (*tensors, *ops.CONSTANTS)), *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+        saved, count = ctx.saved_tensors, len(tensors)
+        kept = None
+        if any(ctx.is_kept):
+            computed = saved[count + len(ops.CONSTANTS) :]
+            kept = loss.keep(
+                ctx.config,
+                [gradient if has else None for gradient, has in zip(computed, ctx.is_kept, strict=True)],
+                saved[:count],
+                saved[count : count + len(ops.CONSTANTS)],
+            )
+        needed = dict(zip(names, ctx.needs_input_grad, strict=True))
+        found = _gradients(ctx, kept, grad_loss, [needed[name] for name in tensors], is_ours=False)
+        by_name = dict(zip(tensors, found, strict=True))
+        return tuple(by_name.get(name) for name in names)
+
+    torch.library.register_autograd(operator.name(), backward, setup_context=setup_context)
+
+
+class FusedInPlace(torch.autograd.Function):
+    """`distillation_loss(inplace=True)`: the gradient is written over the student's logits, so there is nothing to
+    compute another one from. FusedInPlace.apply(loss, options, *constants, student, teacher)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: LossType,
+        options: Options,
+        labels: Any,
+        weight: Any,
+        denominator: Any,
+        student: Tensor,
+        teacher: Tensor,
+    ) -> Tensor:
+        constants = (labels, weight, denominator)
+        ctx.loss, ctx.config = loss, options
+        ctx.kept, ctx.is_done = None, False
+        ctx.set_materialize_grads(False)
+        if student.dtype == torch.float16:  # in the backward pass, as always
+            with compat.below_autograd():
+                result, _ = ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), False)
+            ctx.save_for_backward(student, teacher, *constants)
+            return result
+        result = ops.distillation_loss_(student, teacher, *constants, None, *ops.numbers(options))
+        torch.autograd.graph.increment_version(student)
+        gradient = student.detach()  # shares the version counter
+        ctx.kept = loss.keep(options, (gradient,), (student, teacher), constants)
+        ctx.version = compat.version_of(student)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 7
+        kept, ctx.kept = ctx.kept, None
+        if ctx.is_done or torch.is_grad_enabled():
+            refuse_second_backward()
+        if compat.is_batched(grad_output):
+            refuse_batched_backward()
+        ctx.is_done = True
+        if kept is None:
+            student, *others = ctx.saved_tensors
+            grad_output = grad_output.to(torch.float64).contiguous()
+            ops.distillation_loss_(student, *others, grad_output, *ops.numbers(ctx.config))
+            torch.autograd.graph.increment_version(student)
+            return (None, None, None, None, None, student.detach(), None)
+        check_version(kept[0], ctx.version)
+        return (None, None, None, None, None, *ctx.loss.scaled(ctx.config, kept, grad_output, True))

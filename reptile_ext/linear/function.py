@@ -1,0 +1,201 @@
+"""The public function."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import autograd
+from ..autograd import Constants
+from ..checks import (
+    FLOATING,
+    check_is_tensor,
+    check_linear,
+    check_linear_shapes,
+    check_memory_budget,
+    check_rows,
+    raise_better,
+    refuse_dtensor,
+)
+from ..functional import for_operators, needs_reference
+from ..options import REDUCTIONS, Options, make_options
+from ..reference import counted_rows
+from .dtensor import gathered, is_dtensor
+from .loop import LinearConfig
+from .loss import LinearLoss, operator, operator_arguments
+
+_SUM = REDUCTIONS.index("sum")
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    memory_budget: int | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    temperature: float | tuple[float, float] = 1.0,
+    temperature_scaling: str = "t2",
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    vocab: str = "error",
+) -> Tensor:
+    """`distillation_loss` of the logits of two heads, without the logits: rows go through in chunks, both products, the
+    fused loss and the products back to hidden states and head, all in the forward pass.
+
+    Equivalent PyTorch, which needs several tensors of [rows, V]::
+
+        def logits(hidden, weight, bias, softcap, scale):
+            z = F.linear(hidden, weight, bias) * scale
+            return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+        loss = distillation_loss(logits(student_hidden, student_weight, student_bias, student_softcap, student_scale),
+                                 logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale),
+                                 labels, ...)
+
+    Args:
+        student_hidden: [..., H_s], float32, bfloat16, float16 or float64; the leading shape is that of the rows.
+        student_weight: the head, [V_s, H_s], as in `torch.nn.Linear`; of the dtype of the hidden states, as the bias.
+        teacher_hidden: [..., H_t]; its dtype and H_t may differ from the student's.
+        teacher_weight: [V_t, H_t], or None: `teacher_hidden` are the teacher's logits, [..., V_t].
+        labels, weight: of the leading shape. On the CPU, ignored rows are left out of the products too.
+        student_bias, teacher_bias: [V].
+        student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
+            computed in float32.
+        student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
+        memory_budget: bytes for logits, of student and teacher together, copies for softcaps included. None: 120 MiB on
+            the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's (of both 256, if the
+            models may be one and the same), below which products get slow; on a GPU a 128th of its memory, but never
+            less than 2,048 rows of both. On the CPU more than 512 rows of the student's are of no use, and up to
+            256 MiB are kept for the next call (`reptile_ext.linear.release_scratch()` gives them back).
+        divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
+            the heads has are not computed.
+
+    Returns:
+        A scalar, or the leading shape with reduction="none"; float32, or float64 if either side is.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
+
+    Gradients go to whichever of the six tensors requires one, the teacher's too; the others' products are not computed.
+    Those of 16-bit heads are added up in float32, on the CPU after every four chunks, whose sum is rounded to 16 bits.
+    With reduction="none", for float16, and for a trainable teacher, gradients are computed in the backward pass, from
+    logits that are computed once more. Under autocast, hidden states and heads are cast as `F.linear` would.
+    Derivatives of derivatives, and torch.func, go through logits in full.
+
+    Equal models give exactly 0. The products are torch's: the same bits come of the same machine with the same number
+    of threads, and another number may round them otherwise.
+
+    Heads and biases may be DTensors, as the parameters of a module that FSDP2 has sharded are outside of its forward:
+    they are cast to the dtype of the hidden states and gathered, and get the mean of the processes' gradients, as FSDP2
+    does by default. Each process's loss is that of its own rows.
+    """
+    options = make_options(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        temperature_scaling=temperature_scaling,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        vocab=vocab,
+    )
+    check_is_tensor("student_hidden", student_hidden)
+    device = student_hidden.device
+    for name, x in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        if is_dtensor(x):
+            refuse_dtensor(name)
+    student = [student_hidden, *(gathered(x, student_hidden) for x in (student_weight, student_bias))]
+    teacher = [teacher_hidden, *(gathered(x, teacher_hidden) for x in (teacher_weight, teacher_bias))]
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        student = _autocast(student, dtype)
+        if teacher_weight is not None:
+            teacher = _autocast(teacher, dtype)
+    of_student = check_linear("student", *student, student_softcap, student_scale, device)
+    of_teacher = check_linear("teacher", *teacher, teacher_softcap, teacher_scale, device)
+    budget = check_memory_budget(memory_budget)
+    check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
+    leading = student_hidden.shape[:-1]
+    check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
+
+    student[0] = student[0].reshape(-1, student[0].shape[-1])
+    if teacher_weight is not None or _is_matrix(teacher[0]):
+        teacher[0] = teacher[0].reshape(-1, teacher[0].shape[-1])
+    tensors = (*student, *teacher)
+    labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
+    (softcaps, scales) = zip(of_student, of_teacher, strict=True)
+    config = LinearConfig(options, budget, softcaps, scales)
+    if needs_reference(device, "linear_distillation_loss"):
+        # A denominator that is a number stays one: its value is checked.
+        loss = LinearLoss.reference(config, tensors, (labels, weight, denominator), check_values=True)
+    else:
+        constants, options = for_operators(labels, weight, denominator, options, device)
+        if REDUCTIONS[options.reduction] == "mean":
+            constants, options = _mean_as_sum(tensors[0], constants, options)
+        loss = _apply(config._replace(options=options), tensors, constants)
+    return loss.reshape(leading) if reduction == "none" else loss
+
+
+def _autocast(tensors: list[Any], dtype: torch.dtype) -> list[Any]:
+    """As `F.linear` would be cast."""
+    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATING[:3] else x for x in tensors]
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether its rows are a matrix's without a copy. (A compiler decides on its own.)"""
+    if torch.compiler.is_compiling():
+        return True
+    leading = [n for n in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n[0] != 1]
+    return x.numel() == 0 or all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(leading))
+
+
+def _mean_as_sum(student_hidden: Tensor, constants: Constants, options: Options) -> tuple[Constants, Options]:
+    """The mean over the rows that count as a sum over chunks, divided by what they count."""
+    labels, weight, _ = constants
+    divisor = None
+    counted = counted_rows(labels, weight, options.ignore_index)
+    if counted is None and not torch.compiler.is_compiling():
+        options = options._replace(scale=1.0 / max(student_hidden.shape[0], 1))
+    elif counted is None:  # the number of rows may be a symbol
+        divisor = student_hidden.new_ones(student_hidden.shape[0], dtype=torch.float64).sum().clamp(min=1.0)
+    else:
+        total = counted.sum(dtype=torch.float64) if weight is None else torch.where(counted, weight, 0.0).sum()
+        divisor = torch.where(total == 0, 1.0, total)
+    return (labels, weight, divisor), options._replace(reduction=_SUM)
+
+
+def _apply(config: LinearConfig, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
+    """Differentiably: by the fast path in an eager program, as an operator in a traced one."""
+    if not torch.is_grad_enabled():  # autograd's functions are asked for gradients of what requires one there too
+        tensors = tuple(x if x is None else x.detach() for x in tensors)
+    try:
+        if not torch.compiler.is_compiling():
+            fused: Tensor = autograd.Fused.apply(LinearLoss, config, *constants, *tensors)  # type: ignore[no-untyped-call]
+            return fused
+        needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+        now = LinearLoss.gradients_at_once(config, tensors[0], needed)
+        traced: Tensor = operator(*operator_arguments(config, tensors, constants, None, now))[0]
+        return traced
+    except RuntimeError as error:
+        raise_better(error, tensors[0].device)
+        raise

@@ -1,0 +1,55 @@
+"""The memory of the chunks' logits.
+
+To touch memory for the first time costs a process more than the loss does, so the CPU's scratch is kept for the next
+call, if it is not too large. A GPU's allocator does that by itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import compat
+
+KEPT_AT_MOST = 256 << 20  # bytes: enough for the smallest chunks of 170,000 classes in 16 bits
+
+_kept: list[Tensor] = []
+
+
+def release_scratch() -> None:
+    """Give back the memory that the fused linear loss keeps between calls on the CPU, 256 MiB at most."""
+    _kept.clear()
+
+
+class Scratch:
+    """Bytes that tensors are cut from, one after the other."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.used = 0
+        # Tensors that are made within a dispatch mode may be none, such as fakes, and are of no use to others.
+        self.lasts = device.type == "cpu" and not compat.in_dispatch_mode()
+        if self.lasts:
+            try:  # one thread gets it
+                self.bytes = _kept.pop()
+                if self.bytes.numel() >= num_bytes:
+                    return
+            except IndexError:
+                pass
+        with torch.inference_mode(False):  # in such a mode it could not be written to outside
+            self.bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def size(*shape: int, dtype: torch.dtype) -> int:
+        return -(-math.prod(shape) * dtype.itemsize // 64) * 64
+
+    def cut(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        start, self.used = self.used, self.used + self.size(*shape, dtype=dtype)
+        return self.bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def give_back(self) -> None:
+        if self.lasts and self.bytes.numel() <= KEPT_AT_MOST:
+            _kept.append(self.bytes)
+            del _kept[1:]
+        del self.bytes
