@@ -98,7 +98,7 @@ def cases(divergences: Sequence[str], words: Sequence[str] = ()) -> list[Case]:
 
 
 # ------------------------------------------------------------------------------------------- a side: the child process
-# Knows torch and `reptile_ext.distillation_loss`, and nothing else that another commit may lack or call otherwise.
+# Of its build it knows `reptile_ext.distillation_loss` alone: anything else another commit may lack or name otherwise.
 
 
 def serve(site: Path, requests: TextIO, replies: TextIO) -> None:

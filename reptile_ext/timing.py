@@ -157,8 +157,8 @@ class Turns:
     ) -> None:
         """Time the contenders.
 
-        warm_up: begin every turn with a step that does not count, so that memory and threads are in the state that
-            the contender's own last step left, as in a training loop, and not in another's.
+        warm_up: begin every turn with an untimed step, so that memory and threads are in the state that the
+            contender's own last step left, as in a training loop, and not in another's.
         in_a_row, enough_ns: steps of a turn, and the time after which it has no more.
         """
 

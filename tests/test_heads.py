@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reptile_ext.training import Reptile, Until, heads
+from reptile_ext.training import Objective, Reptile, Until, heads
 from reptile_ext.training.batches import logits_of, random_state
 from reptile_ext.training.heads import Head, made_up_logits
+from reptile_ext.training.report import format_fused_linear
 
 CLASSES = 37
 
@@ -612,6 +613,21 @@ def test_the_measurement_finds_what_is_saved() -> None:
     reptile = Reptile(student, teacher, fused_linear=True)
     measured = reptile.measure_fused_linear({"input_ids": torch.randint(4096, (8, 1024))}, repeats=1)
     assert measured["peak_bytes"]["fused_linear"] > 512 * 4096 * 4
+
+
+def test_without_the_memory_for_one_of_the_two_the_other_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a training whose logits would not have fitted, the run still ends with its report."""
+    reptile = Reptile(Tagger(0), Tagger(1), hard_weight=0.5, fused_linear=True)
+    monkeypatch.setattr(Objective, "loss_of_logits", raise_out_of_memory)
+    measured = reptile.measure_fused_linear(batches()[0], repeats=2)
+    assert measured["failed"] == {"logits": "OutOfMemoryError: tried to allocate 2 GiB"}
+    assert measured["milliseconds"]["logits"] is measured["peak_bytes"]["logits"] is None
+    assert measured["milliseconds"]["fused_linear"] > 0
+    assert (measured["rows"], measured["classes"]) == (24, CLASSES)
+    header, times, *_, why = format_fused_linear(measured)
+    assert header.split() == ["24", "×", "37", "all", "logits", "fused", "linear", "saved"]
+    assert times.split() == ["fwd", "+", "bwd,", "ms", "-", f"{measured['milliseconds']['fused_linear']:.2f}", "-"]
+    assert why == "logits: OutOfMemoryError: tried to allocate 2 GiB"
 
 
 # ------------------------------------------------------------------------------------------------ several processes

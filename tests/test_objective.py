@@ -159,12 +159,12 @@ def test_a_teacher_in_train_mode_is_run_in_eval_mode_and_learns_nothing(fused_li
     teacher.eval()
     wanted = objective(student, batch)
     teacher.train()
-    teacher.body.eval()  # a part with another mode
+    teacher.head.eval()  # a part with another mode
     loss = objective(student, batch)
     assert torch.equal(loss, wanted)
     loss.backward()
     assert gradients(teacher) == {}
-    assert [part.training for part in (teacher, teacher.head, teacher.body)] == [True, True, False]
+    assert [part.training for part in (teacher, teacher.body, teacher.head)] == [True, True, False]
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 from collections import Counter
@@ -83,6 +84,7 @@ def test_a_contender_that_fails_is_named_with_its_reason_and_the_others_go_on(wh
         "set up": "ValueError: Pointer argument cannot be accessed",
     }.get(when, "OutOfMemoryError: tried to")
     assert failed.as_json() == {"contender": "bad", "failed": failed.failed}
+    assert failed.ns == []
     assert Counter(steps)["bad"] == (number or 0)
     for one in (first, last):
         assert results[one.name] == f"of {one.name}"
@@ -136,6 +138,21 @@ def test_a_peak_is_that_of_the_step_alone() -> None:
     keep(None)
     assert found(lambda: None, keep) < 0.1
     assert found(lambda: None, keep, kept.clear) == pytest.approx(1, abs=0.1)
+
+
+@tells_peaks
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="gives freed memory back as glibc does")
+def test_memory_that_the_allocator_kept_from_before_counts() -> None:
+    """Blocks too small to be mapped one by one: freed, they stay with malloc, and the step gets them again."""
+
+    def blocks(_: Any) -> list[torch.Tensor]:
+        return [torch.ones(100_000, dtype=torch.uint8) for _ in range(400)]
+
+    before = blocks(None)
+    plug = torch.ones(100_000, dtype=torch.uint8)  # at the end of the heap, which would else shrink by itself
+    before.clear()
+    assert peak_bytes(Contender("", lambda: None, blocks)) == pytest.approx(400 * 100_000, rel=0.1)
+    assert plug.all()
 
 
 @tells_peaks

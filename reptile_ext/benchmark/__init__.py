@@ -12,10 +12,10 @@ What is timed is forward and backward of a divergence as a user calls it, with g
                     memory as often as the fused loss must can be faster.
 
 How: all contenders of all divergences of a shape run in one process, in turn, in an order that is shuffled for every
-round. A turn begins with a step that does not count, so that memory and threads are in the state that the contender's
-own last step left, as in a training loop, and not in another's. Then large logits are timed once, with caches full of
-other data, small ones several times in a row with warm caches. Every time is the median over the rounds and is given
-with the quartiles. Losses and gradients are compared before anything is timed.
+round. A turn begins with an untimed step, so that memory and threads are in the state that the contender's own last
+step left, as in a training loop, and not in another's. Then large logits are timed once, with caches full of other
+data, small ones several times in a row with warm caches. Every time is the median over the rounds and is given with the
+quartiles. Losses and gradients are compared before anything is timed.
 
 Read top-down: `program` is the whole of it, `data` the cases and their logits, `losses` the contenders, `measuring`
 what is made of their times, `report` the table and the chart. Taking turns is `reptile_ext.timing`.

@@ -7,11 +7,11 @@ the head (OPT's and BERT's projections, T5's factor, a slice of the positions).
 
 What comes after it has to be known: softcap and scale. The configuration has their numbers under names that do not say
 how they are used (`logits_scaling` divides in Granite and multiplies in HyperCLOVA X), so names are not trusted: in the
-first pass the stand-in returns made-up logits, and what the model makes of those says which of the numbers are used and
-how. Whatever else it does to them is an error: left out in silence, it would make the loss another one.
+first pass the stand-in returns made-up logits, and what the model makes of those shows which numbers it uses and how.
+Anything else that it does to them is an error: leaving it out would change the loss without a word.
 
-Made-up logits are float32 in a model of 16 bits, too: to be seen, a change has to be larger than rounding. What a model
-itself rounds to 16 bits is seen as well as those 16 bits show it.
+Made-up logits are float32 in 16-bit models, too: rounded to 16 bits, a small change would not show. Only a model that
+itself rounds its logits to 16 bits is compared to that accuracy.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class Head:
     def hidden_states(self, run: Callable[[], Tensor]) -> Tensor:
         """[..., H]: what the head is given while `run` calls the model, which may be wrapped, and returns its logits.
 
-        The head computes nothing. In the first call in either mode, and in later ones with more samples or positions,
-        up to 2 and 17, made-up logits show what the model does to them.
+        The head computes nothing. In the first call in train and in eval mode, and in later ones with more samples or
+        positions, up to 2 and 17, made-up logits show what the model does to them.
 
         Raises:
-            ValueError: the head is not called exactly once, or the model does something to its logits, or has
-                something to learn there, that is no softcap or scale of its configuration.
+            ValueError: the head is not called exactly once, or the model does something to its logits that is no
+                softcap or scale of its configuration, or has parameters after its head.
         """
         given: list[Tensor] = []
 
@@ -125,13 +125,13 @@ class Head:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden states, as the model would have them but for rounding: softcap and scale in float32."""
+        """The model's logits of these hidden states, up to rounding: softcap and scale in float32."""
         return reference.linear_logits(hidden, self.weight, self.layer.bias, self.softcap, self.scale)
 
     def _is_new(self, hidden: Tensor) -> bool:
-        """Whether made-up logits have yet to show what the model does to so many rows in the mode that it is in.
+        """Whether the model has not been shown made-up logits of so many rows yet, in its present mode.
 
-        Few do not vouch for many: of a single position, the last one is all there is."""
+        Few rows prove nothing for more: of a single position, the last position is all there is."""
         shape = self._shape(hidden, _POSITIONS)
         return 0 not in shape and not any(
             mode == self._model.training and len(checked) == len(shape) and all(map(operator.ge, checked, shape))
@@ -141,7 +141,7 @@ class Head:
     def _find_out(self, hidden: Tensor, logits: Tensor) -> tuple[float | None, float]:
         """Softcap and scale, from what the model made of `made_up_logits`."""
         shape = self._shape(hidden, _POSITIONS)
-        # Made-up logits want no gradient: what came of them does if there is a parameter, or the hidden states, in it.
+        # Made-up logits require no grad: the result does only if a parameter, or the hidden states, went into it.
         if logits.requires_grad or not logits.is_floating_point() or logits.shape != shape:
             raise self._does_not_fit()
         softcaps, factors = (self._of_config(names).values() for names in (_SOFTCAPS, _SCALES))
@@ -157,7 +157,7 @@ class Head:
         raise self._does_not_fit()
 
     def _shape(self, hidden: Tensor, positions: int) -> tuple[int, ...]:
-        """Of the stand-in's logits: up to so many rows in the last of the leading dimensions, and two in the others."""
+        """Shape of the stand-in's logits: up to `positions` in the last leading dimension, up to two in the others."""
         leading = (
             *(min(size, 2) for size in hidden.shape[:-2]),
             *(min(size, positions) for size in hidden.shape[-2:-1]),
@@ -186,9 +186,9 @@ class Head:
 
 
 def made_up_logits(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Of both signs and of sizes from 0.01 to 30,000 (float16 ends at 65,504), small and large ones everywhere: what is
-    added to, cut from or bent in them shows in the one or the other. The same in every call; each row starts with the
-    second of the row before."""
+    """Logits of both signs and of sizes from 0.01 to 30,000 (float16 ends at 65,504), small and large ones in every row
+    and class: an offset shows in the small ones, a clamp or a softcap in the large. The same in every call; each row
+    starts with the second of the row before."""
     *leading, classes = shape
     rows = math.prod(leading)
     n = torch.arange(rows + classes - 1, dtype=torch.float64)
@@ -201,7 +201,7 @@ def _dtype_of_made_up(hidden: Tensor) -> torch.dtype:
 
 
 def _is_rounded(found: Tensor, exact: Tensor) -> bool:
-    """Whether logits are those of float64 but for rounding; what is too large for their dtype may be infinite."""
+    """Whether logits equal those of float64 up to rounding; what is too large for their dtype may be infinite."""
     dtype = torch.finfo(found.dtype)
     # At most four operations round to the nearest, each by at most half an eps, and none makes an error larger. In
     # float32, tanh is not rounded to the nearest, a softcap is itself rounded, and a divisor may be its reciprocal.

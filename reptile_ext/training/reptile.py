@@ -40,7 +40,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 class Reptile:
-    """Trains `student` to give the answers of `teacher`.
+    """Trains `student` to match `teacher`.
 
     Arguments:
         student, teacher: modules that take the same inputs and return logits: a tensor [..., V], or an object with
@@ -49,14 +49,14 @@ class Reptile:
             on the labels alone with the same loop: how a teacher comes to be, and the baseline to compare with.
         metrics: what `evaluate` measures, names from `METRICS`.
         optimizer: makes an optimizer from parameters; default AdamW with `learning_rate` and `weight_decay`.
-        schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `until.steps`), after `warmup` steps of
-            linear rise; or a function from an optimizer to an LRScheduler that is stepped once a step.
+        schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `until.steps`), after a linear warm-up
+            of `warmup` steps; or a function from an optimizer to an LRScheduler that is stepped once a step.
         precision: "float32", or autocast to "bfloat16" or "float16" (with loss scaling).
         accumulate: micro-batches a step. The loss is divided by the number of rows that count in all of them, on all
-            processes: k micro-batches of any sizes give the gradient of one batch.
+            processes, so that k micro-batches of any sizes give the gradient of one batch.
         clip: largest norm of the gradient, or None.
-        shift_labels: batches carry a causal language model's inputs as labels; shift them here. False: they are
-            already the token that follows.
+        shift_labels: labels are a causal language model's input ids; use the next one at each position. False: they
+            are already the next ones.
         dim: the class dimension of the logits.
         seed: of Python, NumPy and torch at the start of `fit`; None leaves them.
         fused_linear: never have the logits of a step in full: the loss takes hidden states and heads, as
@@ -64,7 +64,7 @@ class Reptile:
             `measure_fused_linear` says what it saves. The student must have `get_output_embeddings()`, as Hugging
             Face's language models do, that returns the `torch.nn.Linear` its logits come from; a teacher that has
             none gives its logits. Softcap and scale are read from the models' configs. A model that does anything
-            else to its logits is refused when it is first run. `evaluate` has the logits of 512 rows at a time.
+            else to its logits is an error when it is first run. `evaluate` makes the logits of 512 rows at a time.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
             `fused_linear`, memory_budget too, and no inplace.
 
@@ -283,9 +283,9 @@ class Reptile:
         return Result(progress.step, progress.seconds, progress.rows, reason, metrics)
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
-        """The loss and `metrics` of the student over all of `data`, every row that counts weighing the same.
+        """The loss and `metrics` of the student over all of `data`, each counted row with the same weight.
 
-        Draws no random number that training would miss. With several processes, each one evaluates all of the data.
+        Leaves the random numbers as they were. With several processes, each one evaluates all of the data.
         """
         objective = self.objective
         evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device)

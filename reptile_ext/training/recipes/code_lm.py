@@ -162,7 +162,7 @@ def build(settings: CodeLM, folder: Path) -> Task:
             f"{seen:,}; vocabulary {vocabulary:,}.",
             f"Both students start from the same weights and see the same {transfer[:, 1:].numel():,} of these tokens, "
             f"in the same order: {settings.steps} steps of {settings.batch * settings.accumulate * settings.length} "
-            "tokens. One also sees the teacher's answers to them.",
+            "tokens. One is also given the teacher's logits.",
             f"Held out: {held_out[:, 1:].numel():,} tokens of other files. Loss in nats a token.",
         ),
     )

@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     divergence: str = "forward_kl"
     """What is measured between teacher and student: forward_kl, jsd, dkd, … (see `reptile_ext.distillation_loss`)."""
     beta: float | None = None
-    """Parameter of the divergences that have one; left out, it is the divergence's default."""
+    """Parameter of the divergences that have one; without it, the divergence's default."""
     temperature: PositiveFloat = 1.0
     """Temperature of the distillation."""
     hard_weight: float = 0.5
@@ -119,7 +119,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = recipe.build(settings, folder)
-    untaught = copy.deepcopy(task.student)  # before the student learns anything: the same start
+    student_alone = copy.deepcopy(task.student)  # before the student is trained: the same start
     common: dict[str, Any] = {
         "schedule": settings.schedule,
         "warmup": settings.warmup,
@@ -142,7 +142,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         inplace=settings.inplace,
         **{**common, "metrics": (*task.metrics, "agreement")},
     )
-    alone = Reptile(untaught, None, learning_rate=settings.learning_rate, **labels)
+    alone = Reptile(student_alone, None, learning_rate=settings.learning_rate, **labels)
     stages = {
         "teacher": (teacher, task.teacher_train, settings.teacher_steps),
         "student": (distilled, task.student_train, settings.steps),

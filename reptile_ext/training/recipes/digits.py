@@ -104,7 +104,7 @@ def build(settings: Digits, folder: Path) -> Task:
             f"Images: scikit-learn's digits; the teacher learns from {len(train):,} with their labels.",
             f"Both students start from the same weights and see the same {len(few)} images with their labels, shifted "
             f"alike, in the same order: {settings.steps} steps of up to {settings.batch * settings.accumulate} images. "
-            "One also sees the teacher's answers to them.",
+            "One is also given the teacher's logits.",
             f"Held out: {len(held_out)} other images. Loss in nats an image.",
         ),
     )
