@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,38 @@ def test_small_shapes_accounts_for_all_of_a_call(
     printed = capsys.readouterr().out
     assert "forward_kl float32 [4, 10], microseconds" in printed
     assert "ours, 100.0 microseconds, 1.00 of eager's:" in printed
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux tells it")
+def test_the_peak_counts_memory_that_was_free_before() -> None:
+    """In the main thread, in another, and after an allocation that failed: malloc keeps memory in another place each time.
+
+    In a process of its own, as the last is for good."""
+    code = """
+import threading, torch
+from reptile_ext.benchmark import Contender, peak_extra_bytes
+
+def step():
+    torch.empty(12_000_000, dtype=torch.uint8).fill_(1)
+
+def print_peaks():
+    torch.empty(30_000_000, dtype=torch.uint8)  # from now on malloc keeps memory of less than that
+    step()
+    print(*(peak_extra_bytes(Contender("", lambda: None, step)) for _ in range(4)))
+
+print_peaks()
+thread = threading.Thread(target=print_peaks)
+thread.start()
+thread.join()
+try:
+    torch.empty(1 << 60, dtype=torch.uint8)
+except RuntimeError:
+    print_peaks()
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    peaks = [int(peak) for peak in result.stdout.split()]
+    assert len(peaks) == 12
+    assert all(11e6 < peak < 15e6 for peak in peaks), result.stdout
 
 
 def test_the_gpus_benchmark_runs(tmp_path: Path) -> None:
