@@ -308,9 +308,10 @@ def check(case: Case, contender: Contender, loss: Tensor | None, exact: tuple[fl
 def _trim() -> None:
     """Give the memory that malloc keeps for later back to the system, so that its next use counts.
 
-    glibc's malloc_trim does so with holes, but with the free end of an arena only if it is the main one: not in a thread,
-    nor in the main thread after an allocation that failed, which moves it to another arena. So the end is made a hole:
-    by blocks up to a last one that is not free yet. 64 MiB is the most it can be; larger blocks would lie elsewhere.
+    glibc's malloc_trim does so with holes, but with the free end of an arena only if it is the main one: not in a
+    thread, nor in the main thread after an allocation that failed, which moves it to another arena. So the end is made
+    a hole: by blocks up to a last one that is not free yet. 64 MiB is the most it can be; larger blocks would lie
+    elsewhere.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
