@@ -10,14 +10,16 @@ resident before (on a GPU: allocated), dW (V · H) included.
     torch.compile    the same, compiled
     compiled chunks  the same, 512 rows (on a GPU 2,048) at a time under checkpoint
     Liger            on the CPU its chunked JSD with beta=0, compiled, which is forward KL; on a GPU its Triton kernel
-                     for the same (where liger-kernel is installed)
+                     for the same
     limit            no loss: the four matrix products, of all rows at once, into memory that is there
+
+A contender that fails (Liger is not installed, does not run on the device, or needs more memory than there is) is
+listed with the reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import random
@@ -51,6 +53,19 @@ def liger(device: str, x: Tensor, head: Tensor, y: Tensor, teachers: Tensor, lab
 
     kernel = LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE)
     return lambda: kernel(x, head, y, teachers)
+
+
+def made(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """What `make` makes; where it fails, a loss that fails for the same reason."""
+    try:
+        return make()
+    except Exception as error:
+        why = error
+
+    def fail() -> Tensor:
+        raise why
+
+    return fail
 
 
 def contenders(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: str, compile: bool) -> list[Contender]:
@@ -89,8 +104,7 @@ def contenders(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: s
         losses["torch.compile"] = torch.compile(eager, dynamic=False)
         in_chunks = compiled_in_chunks(rows, 512 if device == "cpu" else 2048, forward_kl)
         losses["compiled chunks"] = lambda: in_chunks(x, head, y, teachers, labels)
-        with contextlib.suppress(ImportError):
-            losses["Liger"] = liger(device, x, head, y, teachers, labels)
+        losses["Liger"] = made(lambda: liger(device, x, head, y, teachers, labels))
 
     def clear() -> None:
         x.grad = head.grad = None
@@ -147,8 +161,8 @@ def measure(chosen: list[Contender], repeats: int, device: str) -> list[dict[str
             begin = time.perf_counter()
             try:
                 loss = c.step()
-            except RuntimeError as error:  # out of memory
-                failed[c.name] = str(error).splitlines()[0]
+            except Exception as error:
+                failed[c.name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             wait()
             elapsed = time.perf_counter() - begin

@@ -254,7 +254,7 @@ def test_small_shapes_accounts_for_all_of_a_call(
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux tells it")
 def test_the_peak_counts_memory_that_was_free_before() -> None:
-    """In the main thread, in another, and after an allocation that failed: malloc keeps memory in another place each time.
+    """In the main thread, in another, and after an allocation that failed: malloc has another place for it each time.
 
     In a process of its own, as the last is for good."""
     code = """
@@ -284,18 +284,57 @@ except RuntimeError:
     assert all(11e6 < peak < 15e6 for peak in peaks), result.stdout
 
 
-def test_the_gpus_benchmark_runs(tmp_path: Path) -> None:
-    """Without a GPU, its figures mean nothing; that it has not rotted does."""
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--rows", "4", "--vocab", "100", "--repeats", "2"]
-    command += ["--no-compile", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
-    found = json.loads((tmp_path / "gpu.json").read_text())
+LIGER = {
+    "that is absent": "raise ImportError('no Liger here')",
+    "that has no GPU": """
+class Fails:
+    def __init__(self, *_, **__):
+        pass
+
+    def __call__(self, *_):
+        raise RuntimeError("0 active drivers ([]). There should only be one.\\nand more lines")
+
+LigerKLDIVLoss = LigerFusedLinearJSD = LigerFusedLinearJSDLoss = Fails
+""",
+}
+
+
+@pytest.fixture(params=LIGER)
+def with_liger(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """An environment with a Liger that does not run, whatever is installed."""
+    package = tmp_path / "path" / "liger_kernel"
+    package.mkdir(parents=True)
+    for name in ("__init__", "transformers", "chunked_loss"):
+        (package / f"{name}.py").write_text(LIGER[request.param] if name != "__init__" else "")
+    path = os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "TORCH_COMPILE_DISABLE": "1"}
+
+
+def test_the_gpus_benchmark_runs(tmp_path: Path, with_liger: dict[str, str]) -> None:
+    """Without a GPU, its figures mean nothing; that it has not rotted does. A contender that fails is named."""
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--rows", "4", "--vocab", "100"]
+    command += ["--repeats", "2", "--no-compile", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env=with_liger)
+    found, table = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    assert "share of copy bandwidth" in table
     losses: dict[tuple[str, ...], list[float]] = {}
+    of_liger = [result for result in found["results"] if result["contender"] == "Liger"]
     for result in found["results"]:
-        if result["contender"] not in ("copy", "eager"):
+        if result["contender"] not in ("copy", "eager", "Liger"):
             losses.setdefault((result["dtype"], result["divergence"]), []).append(result["loss"])
     assert len(losses) == 4
     for of_case in losses.values():
         assert of_case == pytest.approx([of_case[0]] * len(of_case), rel=1e-5)
-    assert "share of copy bandwidth" in (tmp_path / "gpu.md").read_text()
+    assert [result["divergence"] for result in of_liger] == ["forward_kl"] * 2
+    assert all("ms" not in result and result["failed"] in table for result in of_liger)
+
+
+def test_the_linear_benchmark_runs(tmp_path: Path, with_liger: dict[str, str]) -> None:
+    command = [sys.executable, str(BENCHMARKS / "linear.py"), "--rows", "8", "--hidden", "4", "--vocab", "50"]
+    command += ["--repeats", "2", "--dtypes", "float32", "--json", str(tmp_path / "linear.json")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=with_liger).stdout
+    results = {r["contender"]: r for r in json.loads((tmp_path / "linear.json").read_text())["results"]}
+    of_liger, losses = results.pop("Liger"), [r["loss"] for r in results.values() if r["contender"] != "limit"]
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-4)
+    assert "ms" not in of_liger
+    assert of_liger["failed"] in printed
