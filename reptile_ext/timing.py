@@ -236,10 +236,23 @@ def _status(key: str) -> int:
 
 
 def _trim() -> None:
-    """Give the memory that malloc keeps for later back to the system, so that its next use counts."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Give the memory that malloc keeps for later back to the system, so that its next use counts.
+
+    glibc's malloc_trim does so with holes, but with the free end of an arena only if it is the main one: not in a
+    thread, nor in the main thread after an allocation that failed, which moves it to another arena. So the end is made
+    a hole: by blocks up to a last one that is not free yet. 64 MiB is the most it can be; larger blocks would lie
+    elsewhere.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    *blocks, last = [libc.malloc(100 << 10) for _ in range(700)]
+    for block in blocks:
+        libc.free(block)
+    libc.malloc_trim(0)
+    libc.free(last)
 
 
 # ------------------------------------------------------------------------------------------- what losses are timed on

@@ -1,14 +1,17 @@
-"""Fixtures of the suite: every instruction set in turn, hypothesis that repeats itself, seed and threads put back."""
+"""Fixtures of the suite: every instruction set in turn, random numbers that repeat themselves, and what tests change in
+the process put back."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
 # Before torch is loaded: threads that spin while they wait take the cores from the tests beside them (pytest -n).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from oracle import BFLOAT16_SET, INSTRUCTION_SETS
@@ -21,6 +24,19 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # The same examples in every run: a failure in CI is a failure at home. Time is never a verdict.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=100)
 hypothesis.settings.load_profile("suite")
+
+
+class TorchRandom:
+    """torch's random numbers in the form of the module `random`."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+# What an example draws from torch does not depend on the examples before it. (Of `random` and NumPy it is so anyway.)
+torch_random = TorchRandom()
+hypothesis.register_random(torch_random)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,20 +52,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
-def each_set(request: pytest.FixtureRequest) -> Iterator[str]:
+def each_set(request: pytest.FixtureRequest) -> str:
     """The test runs once on every instruction set that this machine has."""
-    before = ops.instruction_set()
     assert ops.instruction_set(request.param) == request.param
-    yield request.param
-    ops.instruction_set(before)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_threads() -> Iterator[None]:
-    """One thread: thousands of small operations, and threads that wait for one another on a busy machine, take minutes
+def _same_for_every_test() -> Iterator[None]:
+    """Seeds, and what tests change in the process: no test depends on those before it.
+
+    One thread: thousands of small operations, and threads that wait for one another on a busy machine, take minutes
     more. Tests of what depends on the number of threads set it themselves."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, instruction_set = torch.get_num_threads(), ops.instruction_set()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    ops.instruction_set(instruction_set)

@@ -322,6 +322,30 @@ def _terms(
     return (1 + beta) * one, torch.where(label, q + p, (1 + beta) * q_hat + beta * p_hat), none
 
 
+def mixture_terms(s: Tensor, t: Tensor, divergence: str, beta: float) -> Tensor:
+    """What rounding errors of the gradient of a divergence through a mixture m are proportional to at any β, also where
+    m is nearly p or q and a straightforward computation loses everything [..., V].
+
+    The gradient is a multiple of q (u − Σ q u). Relative errors of q, p and 1/m change u by as much times |∂u/∂log q|,
+    which is |∂u/∂log p|, and those of its arithmetic by as much times |u|; and what u − Σ q u cancels is lost.
+    """
+    x, y = s.log_softmax(-1), t.log_softmax(-1)
+    q, p = x.exp(), y.exp()
+    mirrored = divergence == "skew_reverse_kl"
+    of_p, of_q = (1 - beta, beta) if mirrored else (beta, 1 - beta)
+    m = of_p * p + of_q * q
+    z = (p - q) / m
+    log_q, of_log_q = torch.log1p(-of_p * z).abs(), of_p * p / m  # log q/m
+    of_z = p * q / m**2
+    if divergence == "skew_kl":
+        factor, u = (1 - beta) ** 2, z.abs() + of_z
+    elif mirrored:
+        factor, u = 1.0, log_q + of_log_q + beta * (1 - beta) * (z.abs() + of_z)
+    else:
+        factor, u = (1 / beta if divergence == "scaled_jsd" else 1 - beta), log_q + of_log_q
+    return factor * q * (u + (q * u).sum(-1, keepdim=True))
+
+
 def sizes(
     student: Tensor,
     teacher: Tensor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -165,3 +167,35 @@ def test_peaks_are_medians() -> None:
 
 def test_which_divergences_need_labels_is_asked() -> None:
     assert {d for d in DIVERGENCES if needs_labels(reptile_ext.distillation_loss, d)} == {"dkd"}
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux tells it")
+def test_the_peak_counts_memory_that_was_free_before() -> None:
+    """In the main thread, in another, and after an allocation that failed: malloc has another place for it each time.
+
+    In a process of its own, as the last is for good."""
+    code = """
+import threading, torch
+from reptile_ext.timing import Contender, peak_bytes
+
+def step(_):
+    torch.empty(12_000_000, dtype=torch.uint8).fill_(1)
+
+def print_peaks():
+    torch.empty(30_000_000, dtype=torch.uint8)  # from now on malloc keeps memory of less than that
+    step(None)
+    print(*(peak_bytes(Contender("", lambda: None, step)) for _ in range(4)))
+
+print_peaks()
+thread = threading.Thread(target=print_peaks)
+thread.start()
+thread.join()
+try:
+    torch.empty(1 << 60, dtype=torch.uint8)
+except RuntimeError:
+    print_peaks()
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    peaks = [int(peak) for peak in result.stdout.split()]
+    assert len(peaks) == 12
+    assert all(11e6 < peak < 15e6 for peak in peaks), result.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ from distributed_worker import in_processes
 from oracle import arithmetic_of, assert_near, exact, keywords_of, make_labels, make_logits
 from torch import Tensor
 
-import reptile_ext
 from reptile_ext.options import DIVERGENCES
 
 pytestmark = pytest.mark.skipif(
@@ -22,9 +21,17 @@ pytestmark = pytest.mark.skipif(
 each_world = pytest.mark.parametrize("world_size", [2, 3])
 
 
+@functools.cache
+def all_found(world_size: int) -> dict[int, dict[str, Any]]:
+    return in_processes(worker.main, world_size, "together", world_size=world_size)
+
+
 def found_by(name: str, world_size: int) -> list[Any]:
-    found = in_processes(worker.main, world_size, name, world_size=world_size)
-    return [found[rank] for rank in range(world_size)]
+    """What a function of the worker returns in each process."""
+    found = [all_found(world_size)[rank][name] for rank in range(world_size)]
+    for rank, result in enumerate(found):
+        assert not isinstance(result, str), f"process {rank}:\n{result}"
+    return found
 
 
 def tensor(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -210,10 +217,3 @@ def test_a_process_that_dies_gives_the_others_an_error() -> None:
     found = in_processes(worker.main, 3, "left_alone", world_size=3, expected=2)
     assert sorted(found) == [0, 1]
     assert all(text.startswith("error: ") for text in found.values()), found
-
-
-def test_a_group_of_one_process_is_no_group() -> None:
-    found = found_by("training", 1)[0]
-    losses, *_ = worker.training(0, 1)
-    assert math.isclose(found[0][4], losses[4])
-    assert reptile_ext.distillation_loss(*make_logits("random", 2, 3), group=None) > 0
