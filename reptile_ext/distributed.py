@@ -8,8 +8,8 @@ half finds of their own classes, and each goes on to the second half with the re
     mixture sums    of divergences that go through a mixture of both distributions, added up
     loss, gradient  from these: the same loss in every process, and the gradient of the process's own classes
 
-So a call communicates some 15 numbers a row, however many classes there are, and its backward pass nothing. The gradient
-is neither summed nor averaged over the processes: all of them have the same loss, and each the classes of its own.
+So a call communicates some 15 numbers a row, however many classes there are, and its backward pass nothing. The
+gradient is neither summed nor averaged over the processes: all of them have the same loss, and each the classes of its own.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ def check_group(group: Any) -> Any:
     Raises:
         TypeError: something else; ValueError: this process is not in it.
     """
+    if dist.is_available() and (
+        group is dist.GroupMember.NON_GROUP_MEMBER
+        or (isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0)
+    ):
+        raise ValueError("group must have this process in it; got one that this process is not a member of")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         wanted = "a torch.distributed.ProcessGroup (of a DeviceMesh, mesh.get_group())"
         raise TypeError(f"group must be {wanted} or None; got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("group must have this process in it; got one that this process is not a member of")
     return group
 
 
@@ -266,7 +269,7 @@ class Call:
 class VocabularyParallelLoss:
     """`autograd.Loss` of (student, teacher), each process's own classes.
 
-    Nothing is kept of a gradient: it is computed in the backward pass, from the row stats, which takes no communication.
+    The gradient is computed in the backward pass, from the row stats, which takes no communication.
     """
 
     @staticmethod
@@ -400,8 +403,8 @@ def _divisor(weights: Tensor | None, denominator: float | Tensor | None, options
 
 
 class _Gathered(torch.autograd.Function):
-    """The classes of all processes, in each of them. What follows is the same in all of them, and so is the gradient that
-    comes back: each takes its own classes of it, and nothing is added up."""
+    """The classes of all processes, in each of them. What follows is the same in all of them, and so is the gradient
+    that comes back: each takes its own classes of it, and nothing is added up."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, sizes: tuple[int, ...], dim: int, group: Any) -> Tensor:

@@ -71,8 +71,8 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def in_processes(target: Any, *arguments: Any, world_size: int, expected: int | None = None) -> dict[int, Any]:
-    """What target(rank, port, *arguments, results) puts into `results`, by rank; of `expected` processes, if some of them
-    are to die."""
+    """What target(rank, port, *arguments, results) puts into `results`, by rank; of `expected` processes, if some are
+    to die."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
