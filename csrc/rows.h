@@ -37,9 +37,12 @@ enum class Part : int {
   kGradient,     // row_gradient, from all of these: loss and gradient
 };
 // Numbers of a row. Maxima: of the student, of the teacher, and of the student once more for the cross entropy, whose
-// row has the label's class where the divergence leaves it out. Sums: the divergence's, the cross entropy's three, and
-// the two logits of the label's class. What a divergence does not use is 0.
-constexpr int kNumMaxima = 3, kMaxSums = 5, kNumSums = kMaxSums + 3 + 2, kNumMixtureSums = 2;
+// row has the label's class where the divergence leaves it out. Sums: the divergence's; behind them the cross entropy's
+// Σ e_1, Σ a_1 and number of classes that are not masked; and the logits of the label's class, of student and teacher.
+// What a divergence does not use is 0, and so is everything of an ignored row.
+constexpr int kNumMaxima = 3, kMaxSums = 5, kNumSums = kMaxSums + 5, kNumMixtureSums = 2;
+constexpr int kZ1 = kMaxSums, kA1 = kMaxSums + 1, kCount1 = kMaxSums + 2, kStudentLabel = kMaxSums + 3,
+              kTeacherLabel = kMaxSums + 4;
 
 // One [..., V] operand: where its first element is and how far apart its rows and classes are.
 struct Operand {

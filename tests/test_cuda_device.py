@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import test_halves as halves
 import torch
 from oracle import every_divergence, keywords_of, make_labels, make_logits, run
 from torch import Tensor
@@ -48,7 +49,7 @@ def test_the_sync_guard_guards(no_sync: None) -> None:
 @every_divergence
 @pytest.mark.parametrize("vocab_size", [10, 1000, 32_000, 151_936])
 def test_bug_13_nothing_waits_for_the_device(vocab_size: int, divergence: str, request: pytest.FixtureRequest) -> None:
-    """Forward and backward, every way a loss is divided, with a factor from above that is not 1."""
+    """Forward and backward, every way a loss is divided, with a grad_output that is not 1."""
     student, teacher, labels = problem(8, vocab_size)
     weight, denominator, on_host = torch.rand(8, device="cuda"), torch.tensor(3.0, device="cuda"), torch.tensor(3.0)
     leaf = student.requires_grad_()
@@ -122,10 +123,37 @@ def test_the_same_bits_in_every_run() -> None:
 
 def test_the_operators_refuse_tensors_of_another_device() -> None:
     student, teacher, labels = problem(4, 10)
-    rest = ops.numbers(reptile_ext.options.make_options(hard_weight=0.5))
+    rest = halves.numbers_of(1, hard_weight=0.5)
     for name, (t, n) in {"teacher": (teacher.cpu(), labels), "labels": (teacher, labels.cpu())}.items():
         with pytest.raises(RuntimeError, match=f"{name} must be on the device of student"):
             ops.distillation_loss(student, t, n, None, None, None, *rest, True)
+    ranges = halves.Ranges(student, teacher, labels, ())
+    stats = dict(zip(("maxima", "sums", "mixture_sums"), halves.combined_stats(halves.installed, ranges), strict=True))
+    for name, value in stats.items():
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of student"):
+            halves.installed("row_gradient")(*ranges.whole, *(stats | {name: value.cpu()}).values(), True)
+    with pytest.raises(RuntimeError, match="maxima must be on the device of student"):
+        halves.installed("row_stats")(*ranges.whole, stats["maxima"].cpu(), None)
+    with pytest.raises(RuntimeError, match="sums must be on the device of student"):
+        halves.installed("row_stats")(*ranges.whole, stats["maxima"], stats["sums"].cpu())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "dkd"])
+def test_the_halves_apart_do_not_wait_and_allocate_a_few_numbers_a_row(
+    divergence: str, request: pytest.FixtureRequest
+) -> None:
+    student, teacher, labels = problem(256, 32_000)
+    weight = torch.rand(256, device="cuda")
+    ranges = halves.Ranges(
+        student, teacher, labels, (12_345,), hard_weight=0.5, weight=weight, **keywords_of(divergence)
+    )
+    request.getfixturevalue("no_sync")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stats = halves.combined_stats(halves.installed, ranges)
+    for arguments in ranges.each:
+        halves.installed("row_gradient_")(*arguments, *stats)
+    assert torch.cuda.max_memory_allocated() - before <= 2 << 20  # what the allocator rounds up
 
 
 def test_out_of_memory_is_what_training_loops_expect() -> None:

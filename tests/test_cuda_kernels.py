@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_halves as halves
 import torch
 from oracle import (
     DTYPES,
@@ -26,6 +27,7 @@ from oracle import (
     name_of,
     run,
 )
+from test_halves import EVERYTHING, Operators
 from torch import Tensor
 
 import reptile_ext
@@ -96,16 +98,25 @@ needs_gpu = pytest.mark.skipif(
 
 
 @pytest.fixture(params=["host", pytest.param("gpu", marks=needs_gpu)])
-def configure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
-    """`reptile_ext.distillation_loss` on the CUDA kernels: on a device that the test describes, or as it is."""
+def operators(request: pytest.FixtureRequest) -> Operators:
+    """The operators of the CUDA kernels, for tensors on the CPU."""
     if request.param == "gpu":
-        for name in OPERATORS:
-            monkeypatch.setattr(ops, name, by_gpu(name))
+        return by_gpu
+    request.getfixturevalue("library")
+    return lambda name: getattr(torch.ops.reptile_ext_on_host, name).default
+
+
+@pytest.fixture
+def configure(
+    operators: Operators, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Configure]:
+    """`reptile_ext.distillation_loss` on the CUDA kernels: on a device that the test describes, or as it is."""
+    for name in OPERATORS:
+        monkeypatch.setattr(ops, name, operators(name))
+    if operators is by_gpu:
         yield lambda *_, **__: None
         return
     library = request.getfixturevalue("library")
-    for name in OPERATORS:
-        monkeypatch.setattr(ops, name, getattr(torch.ops.reptile_ext_on_host, name).default)
 
     def set_device(multiprocessors: int = 3, clusters: bool = True, order: int = 0) -> None:
         library.reptile_ext_host(multiprocessors, int(clusters), order)
@@ -125,13 +136,6 @@ SHAPES = {
     "from memory": (2, 17_003, False),
 }
 every_shape = pytest.mark.parametrize(("rows", "vocab_size", "clusters"), SHAPES.values(), ids=SHAPES.keys())
-EVERYTHING: dict[str, Any] = {
-    "temperature": (2.0, 3.0),
-    "hard_weight": 0.5,
-    "soft_weight": 0.7,
-    "label_smoothing": 0.1,
-    "reduction": "none",
-}
 
 
 def plan(library: ctypes.CDLL, rows: int, vocab_size: int, dtype: torch.dtype, clusters: bool) -> tuple[Any, ...]:
@@ -284,10 +288,10 @@ def test_inplace(configure: Configure, rows: int, vocab_size: int, clusters: boo
 
 @every_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_reductions_and_what_is_out(
+def test_reductions_and_ignored_rows(
     configure: Configure, rows: int, vocab_size: int, clusters: bool, dtype: torch.dtype
 ) -> None:
-    """NaN in rows that are out, by label or by weight, reaches nobody."""
+    """NaN in ignored rows, by label or by weight, reaches no other."""
     configure(clusters=clusters)
     student, teacher = make_logits("random", rows, vocab_size, dtype)
     labels, weight = make_labels(rows, vocab_size).clamp_min(0), torch.rand(rows) + 0.5
@@ -393,8 +397,8 @@ def test_a_wrong_label_breaks_its_row_alone(configure: Configure) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_what_comes_from_above(configure: Configure, reduction: str, dtype: torch.dtype) -> None:
-    """A factor, one a row, infinities; rows that are out and classes that are cut off stay 0."""
+def test_grad_output(configure: Configure, reduction: str, dtype: torch.dtype) -> None:
+    """One for all, one a row, infinities; ignored rows and classes that are cut off stay 0."""
     for vocab_size in (9, 700):
         student, teacher = make_logits("random", 6, vocab_size, dtype)
         teacher = teacher[:, : vocab_size - 2].contiguous()
@@ -413,7 +417,7 @@ def test_what_comes_from_above(configure: Configure, reduction: str, dtype: torc
 
 
 @every_divergence
-def test_a_teacher_who_learns(configure: Configure, divergence: str) -> None:
+def test_a_trainable_teacher(configure: Configure, divergence: str) -> None:
     student, teacher = make_logits("random", 5, 90)
     labels, keywords = make_labels(5, 90), {"temperature": (2.0, 0.5), **keywords_of(divergence)}
     found = []
@@ -424,7 +428,7 @@ def test_a_teacher_who_learns(configure: Configure, divergence: str) -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_soft_weight_zero_does_not_look_at_the_teacher(configure: Configure) -> None:
+def test_soft_weight_zero_leaves_the_teacher_unused(configure: Configure) -> None:
     student, teacher = make_logits("random", 5, 90)
     labels = make_labels(5, 90)
     check(student, teacher, labels, soft_weight=0.0, hard_weight=1.0)
@@ -443,6 +447,126 @@ def test_empty(configure: Configure) -> None:
             assert loss.shape == (shape[:-1] if reduction == "none" else ())
             assert gradient.shape == shape
             assert (loss == 0).all()
+
+
+# --------------------------------------------------------------------------------------------- the halves called apart
+
+# Every way to divide a row that is read from memory, as it is in these parts: rows, classes, where they are cut.
+RANGES = {
+    "a row a thread": (70, 22, (9,)),
+    "part of a warp": (20, 333, (111, 300)),
+    "a block": (3, 3001, (1600,)),
+    "a cluster": (2, 18_000, (501,)),
+}
+every_range = pytest.mark.parametrize(("rows", "vocab_size", "cuts"), RANGES.values(), ids=RANGES.keys())
+
+
+@every_dtype
+@every_divergence
+def test_ranges_of_classes_make_the_whole(operators: Operators, divergence: str, dtype: torch.dtype) -> None:
+    halves.check_divergence(operators, 5, 53, dtype, divergence)
+
+
+@every_range
+@halves.some_divergences
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=name_of)
+def test_ranges_however_a_row_is_divided(
+    operators: Operators, rows: int, vocab_size: int, cuts: tuple[int, ...], divergence: str, dtype: torch.dtype
+) -> None:
+    student, teacher = make_logits("random", rows, vocab_size, dtype)
+    labels = make_labels(rows, vocab_size)
+    halves.check_halves(operators, student, teacher, labels, cuts, **EVERYTHING, **keywords_of(divergence))
+
+
+@every_range
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "dkd"])
+def test_the_order_of_threads_does_not_matter_to_ranges(
+    operators: Operators,
+    configure: Configure,
+    rows: int,
+    vocab_size: int,
+    cuts: tuple[int, ...],
+    divergence: str,
+) -> None:
+    student, teacher = make_logits("random", rows, vocab_size, torch.bfloat16)
+    ranges = halves.Ranges(
+        student, teacher, make_labels(rows, vocab_size), cuts, **EVERYTHING, **keywords_of(divergence)
+    )
+    found = []
+    for order, multiprocessors in ((0, 3), (1, 3), (2, 1), (3, 1)):
+        configure(multiprocessors, order=order)
+        found.append((*halves.combined_stats(operators, ranges), *halves.by_halves(operators, ranges)))
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@halves.every_kind
+def test_ranges_of_kinds_of_logits(operators: Operators, kind: str) -> None:
+    halves.check_kinds(operators, 3, 700, kind)
+
+
+@halves.some_divergences
+def test_ranges_of_mixed_dtypes_and_vocabularies_that_differ(operators: Operators, divergence: str) -> None:
+    halves.check_mixed_dtypes(operators, divergence)
+
+
+@every_dtype
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "dkd"])
+def test_ranges_of_layouts(operators: Operators, divergence: str, dtype: torch.dtype) -> None:
+    halves.check_layouts(operators, divergence, dtype)
+
+
+def test_what_the_loss_of_ranges_is_divided_by(operators: Operators) -> None:
+    halves.check_what_is_divided(operators)
+
+
+@halves.with_mirrors
+def test_ranges_of_a_trainable_teacher(operators: Operators, divergence: str) -> None:
+    halves.check_trainable_teacher(operators, divergence)
+
+
+@halves.some_divergences
+@pytest.mark.parametrize("vocab_size", [16, 600])
+def test_ignored_rows_of_ranges(operators: Operators, vocab_size: int, divergence: str) -> None:
+    halves.check_ignored_rows(operators, vocab_size, divergence)
+
+
+@halves.some_divergences
+def test_broken_rows_of_ranges_stay_alone(operators: Operators, divergence: str) -> None:
+    for vocab_size in (16, 600):
+        halves.check_broken_rows(operators, vocab_size, divergence)
+
+
+@every_divergence
+def test_masked_classes_of_ranges(operators: Operators, divergence: str) -> None:
+    halves.check_masked_classes(operators, 40, divergence)
+
+
+def test_ranges_without_classes(operators: Operators) -> None:
+    halves.check_a_row_without_classes(operators)
+
+
+def test_the_halves_refuse(operators: Operators) -> None:
+    halves.check_refusals(operators)
+
+
+@pytest.mark.parametrize("vocab_size", [10, 700])
+def test_a_wrong_label_breaks_its_row_in_every_range(operators: Operators, vocab_size: int) -> None:
+    """Also in those that know it as a class of another range."""
+    student, teacher = make_logits("random", 3, vocab_size)
+    for divergence in ("forward_kl", "jsd", "tvd", "hellinger", "mse", "dkd"):
+        keywords = {"hard_weight": 0.5, "reduction": "none", "divergence": divergence}
+        ranges = halves.Ranges(student, teacher, torch.tensor([1, 5, 2]), (4,), **keywords)
+        here, there = (arguments[2] for arguments in ranges.each)
+        assert here.tolist() == [1, -1, 2]
+        assert there.tolist() == [-1, 1, -1]
+        for wrong in (4, -2, 2**40):
+            here[1], there[1] = wrong, -1
+            loss, gradient = halves.by_halves(operators, ranges)
+            assert loss.isnan().tolist() == [False, True, False]
+            assert gradient.isnan().all(-1).tolist() == [False, True, False]
+            assert gradient[[0, 2]].isfinite().all()
 
 
 BROKEN = {

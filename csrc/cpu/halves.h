@@ -25,10 +25,6 @@ struct RowStats {
   Pair<V> maxima[kNumMaxima];
   double sums[kMaxLanes][kNumSums], mixture[kMaxLanes][kNumMixtureSums];
 };
-// Of the sums, behind the divergence's: the cross entropy's Σ e_1, Σ a_1 and number of classes that are not masked, and
-// the logits of the label's class.
-constexpr int kZ1 = kMaxSums, kA1 = kMaxSums + 1, kCount1 = kMaxSums + 2, kStudentLabel = kMaxSums + 3,
-              kTeacherLabel = kMaxSums + 4;
 
 // Which rows of a tile count, and their labels.
 struct TileRows {

@@ -1,6 +1,9 @@
-// The other kernels, small ones, and what chooses among the large.
+// The small kernels (what the loss is divided by, its sum, a gradient times a factor), and what chooses among those of
+// loss_rows.cu.
 
-#include "loss_rows.h"
+#include "storage.h"
+
+#include "../divergence.h"
 
 namespace reptile_ext {
 
@@ -24,6 +27,7 @@ REPTILE_EXT_DEVICE double sum_of_block(Exchange<double>* exchange, double x) {
   return sum[0];
 }
 
+// What a mean is divided by; one block, so that it comes out the same in every run.
 REPTILE_EXT_KERNEL(kMaxBlockThreads)
 divisor_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const double* denominator, double* out) {
   Exchange<double>& exchange = shared_memory<Exchange<double>>();
@@ -45,6 +49,7 @@ REPTILE_EXT_DEVICE void store_loss(void* out, bool is_double, int64_t at, double
   }
 }
 
+// The loss from the rows' losses: their sum, by one block, or each.
 REPTILE_EXT_KERNEL(kMaxBlockThreads)
 losses_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, bool each, bool is_double, void* out) {
   Exchange<double>& exchange = shared_memory<Exchange<double>>();
@@ -62,6 +67,9 @@ losses_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, bool each, bool is_double,
   if (thread_rank() == 0) store_loss(out, is_double, 0, sum * factor);
 }
 
+// gradient · factor, where the gradient lies: one read and one write of each element, or nothing where the factor is 1,
+// which is what loss.backward() brings. The host never asks. Ignored rows and the classes past vocab_size are 0
+// already, and stay so even times an infinity.
 template <class V>
 REPTILE_EXT_KERNEL(kMaxBlockThreads)
 scale_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan, const void* factors, bool factors_are_double,
@@ -71,12 +79,12 @@ scale_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan, const void
     return factors_are_double ? load(static_cast<const double*>(factors) + n)
                               : double(load(static_cast<const float*>(factors) + n));
   };
-  if (is_uniform && factor_of(0) == 1) return;
+  if (is_uniform && factor_of(0) == 1) return;  // all threads of the grid
   Team<V> team{nullptr, plan.team_threads, thread_rank() % plan.team_threads, 1, 0};
   const int64_t rows_per_block = plan.rows_per_block();
   for (int64_t base = block_rank() * rows_per_block; base < p.num_rows; base += num_blocks() * rows_per_block) {
     const int64_t n = base + thread_rank() / plan.team_threads;
-    if (n >= p.num_rows || !is_row_in(device, n)) continue;
+    if (n >= p.num_rows || !row_counts(device, n)) continue;
     const double factor = factor_of(is_uniform ? 0 : n);
     if (factor == 1) continue;
     const Place place(p, n);
@@ -119,7 +127,7 @@ const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, voi
 const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream) {
   LossProblem& p = loss.problem;
   if (p.num_rows == 0) return nullptr;
-  if (!(p.soft_scale > 0)) {  // the teacher is not looked at; the student in its place is at a distance of 0
+  if (!(p.soft_scale > 0)) {  // the teacher is unused; the student in its place is at a distance of 0
     p.teacher = p.student;
     p.teacher_temperature = p.student_temperature;
     p.divergence = Divergence::kForwardKl;

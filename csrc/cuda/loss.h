@@ -7,9 +7,9 @@ namespace reptile_ext {
 
 // A LossProblem whose pointers are the device's, and what the host cannot know without waiting for the device.
 struct DeviceLoss {
-  LossProblem problem;  // row_losses: [num_rows]
+  LossProblem problem;
   int64_t ignore_index = -100;
-  // One number that gradient_scale is divided by, or null; a kernel of ours (divisor) writes it.
+  // One number that gradient_scale is divided by, or null; launch_divisor's kernel writes it.
   const double* divisor = nullptr;
 };
 
@@ -43,13 +43,14 @@ constexpr int chunks_in_registers(DType dtype) { return size_of(dtype) == 2 ? 4 
 
 // Each returns null, or what CUDA says went wrong. They launch and return; nothing waits for the device.
 //
-// `total` of problem.weights and ignored labels, in a fixed order: what a mean is divided by, or `denominator` if there
-// is one; 1 if no row is in. `out` is one number.
+// The sum of problem.weights without ignored rows, in a fixed order: what a mean is divided by, or `denominator` if
+// there is one; 1 if no row counts. `out` is one number.
 const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* out, void* stream);
 // From row_losses to the loss, float32 or float64: their sum or, `each`, all of them, times gradient_scale / divisor.
 const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, void* out, void* stream);
+// The problem's part: loss and gradient, or row stats.
 const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream);
-// gradient row n times factors[n], or times factors[0]; nothing where that is 1. What is out stays 0.
+// gradient row n times factors[n], or times factors[0]; nothing where that is 1. Ignored rows stay 0.
 const char* launch_scale(const DeviceLoss& loss, const void* factors, bool is_double, bool is_uniform,
                          const DeviceProperties& device, void* stream);
 

@@ -1,4 +1,12 @@
-// The kernels of one way to hold a row, for every divergence. Compiled once for each:
+// The kernels: loss and gradient of rows of logits, forward and backward in one go, or one part of them. docs/cuda.md
+// tells how and why. team.h has the threads of a row, storage.h its memory, passes.h the passes over it, halves.h the
+// two halves that they make; this file goes over the rows.
+//
+// What is fused, in units of one row of V elements: where the team's registers hold the row, memory sees two reads and
+// one write of each element. Otherwise the row is read again in every pass, three times or, with a mixture pass, four
+// times; of these the L2 serves all but the first.
+//
+// Compiled once for each way to hold a row, for every divergence:
 //
 //     REPTILE_EXT_LAUNCHER    REPTILE_EXT_VALUE    REPTILE_EXT_STORAGE
 //     launch_float32          float                kFloat32               rows in registers
@@ -7,9 +15,54 @@
 //     launch_any_float        float                kAny                   any layout and mixture of types below float64
 //     launch_any_double       double               kAny                   float64 on either side
 
-#include "loss_rows.h"
+#include "halves.h"
 
 namespace reptile_ext {
+namespace {
+
+template <class D, class V, Storage kStorage>
+REPTILE_EXT_KERNEL(sizeof(V) == 8 ? kMaxDoubleBlockThreads : kMaxBlockThreads)
+loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
+  Exchange<V>& exchange = shared_memory<Exchange<V>>();
+  const LossProblem& p = device.problem;
+  Call<V> call;
+  call.k_s = V((D::kRawLogits ? 1 : kLog2E) / p.student_temperature);
+  call.k_t = V((D::kRawLogits ? 1 : kLog2E) / p.teacher_temperature);
+  call.beta = V(p.beta);
+  call.one_minus_beta = V(p.one_minus_beta);
+  call.hard = p.hard_weight > 0;
+  call.smooth = p.label_smoothing > 0;
+
+  Team<V> team;
+  team.exchange = &exchange;
+  team.threads = plan.team_threads;
+  team.rank = thread_rank() % plan.team_threads;
+  team.blocks = plan.cluster_blocks;
+  team.block = plan.cluster_blocks > 1 ? cluster_rank() : 0;
+  const bool is_in_warp = plan.team_threads <= kWarp;
+
+  if (plan.cluster_blocks > 1) sync_cluster();  // a peer's memory is there once it has begun
+  const int64_t rows_per_block = plan.rows_per_block();
+  const int64_t stride = num_blocks() / plan.cluster_blocks * rows_per_block;
+  // All threads of a block go round together, those without a row too: shuffles and barriers need them.
+  for (int64_t base = block_rank() / plan.cluster_blocks * rows_per_block; base < p.num_rows; base += stride) {
+    TeamRow row;
+    row.n = base + thread_rank() / plan.team_threads;
+    row.next = is_in_warp ? p.num_rows : row.n + stride;
+    const bool exists = row.n < p.num_rows;
+    row.counts = exists && row_counts(device, row.n);
+    row.is_broken = row.counts && has_wrong_label<kStorage>(p, row.n);
+    row.label = p.labels && row.counts && !row.is_broken ? load(p.labels + row.n) : -1;
+    const Place place(p, exists ? row.n : 0);
+    if (exists && !row.counts) write_ignored<kStorage>(p, team, place, row.n);
+    if (!is_in_warp && !row.counts) continue;  // the whole team agrees, and no other waits for it
+    typename RowOf<V, kStorage>::Type source(p, place);
+    loss_of_row<D, V, kStorage>(device, call, team, source, place, row);
+  }
+  if (plan.cluster_blocks > 1) sync_cluster();  // nobody leaves while a peer may still write to its memory
+}
+
+}  // namespace
 
 const char* REPTILE_EXT_LAUNCHER(const DeviceLoss& loss, const Plan& plan, void* stream) {
   const char* error = nullptr;

@@ -28,7 +28,9 @@ Plan plan_of(const LossProblem& p, const DeviceProperties& device) {
       p.student.class_stride == 1 && p.teacher.class_stride == 1 && (!p.gradient.data || p.gradient.class_stride == 1);
   // One more for rows that do not begin at 16 bytes.
   const int64_t chunks = (p.vocab_size + kChunk - 1) / kChunk + 1;
-  const int in_registers = same_type && contiguous ? chunks_in_registers(p.student.dtype) : 0;
+  // The halves apart are compiled for rows in memory alone.
+  const bool may_hold = same_type && contiguous && p.part == Part::kLoss;
+  const int in_registers = may_hold ? chunks_in_registers(p.student.dtype) : 0;
 
   int64_t threads = in_registers ? power_of_two_from((chunks + in_registers - 1) / in_registers) : 0;
   const int64_t most = device.has_clusters ? int64_t(kMaxBlockThreads) * kMaxClusterBlocks : kMaxBlockThreads;

@@ -1,7 +1,7 @@
 // The operators on CUDA: allocation, device and stream, launches. The work is done by csrc/cuda.
 //
 // Nothing here waits for the device, so a call can be captured in a CUDA graph: values of labels, weights and
-// denominator are looked at by kernels alone. A label out of range makes its row NaN instead of an error.
+// denominator are read by kernels alone. A label out of range makes its row NaN instead of an error.
 //
 // A library of its own (_cuda), loaded only where torch has CUDA. The test-suite compiles this file with
 // REPTILE_EXT_ON_HOST and the kernels for tests/cuda/host.h: the same operators, of tensors on the CPU, in a namespace
@@ -83,30 +83,50 @@ void name_view(const OnDevice& place, const View& view, const char* name) {
   place.names(begin, size_t(end - begin));
 }
 
-Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
+// The problem on its device, for every part, and the names of its memory but the row stats. `leading` becomes the shape
+// without the class dimension.
+DeviceLoss device_loss(const OnDevice& place, const Arguments& a, const View& student, const View* gradient,
+                       std::vector<int64_t>& leading, Part part) {
   check_device(a.student, a.teacher, "teacher");
   if (a.labels) check_device(a.student, *a.labels, "labels");
   if (a.weight) check_device(a.student, *a.weight, "weight");
   if (a.denominator) check_device(a.student, *a.denominator, "denominator");
   if (a.grad_output) check_device(a.student, *a.grad_output, "grad_output");
-  const OnDevice place(a.student);
-  std::vector<int64_t> leading;
   DeviceLoss loss;
   LossProblem& p = loss.problem;
-  p = problem_of(a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
-  if (combined) combined->put_into(p);
+  p = problem_of(a, student, gradient, leading, part);
+  loss.ignore_index = a.ignore_index;
+  if (a.weight) p.weights = weight_data(*a.weight, p.num_rows);
   const size_t rows = size_t(p.num_rows);
   name_view(place, student, "student");
   name_view(place, View(a.teacher), "teacher");
   if (gradient) name_view(place, *gradient, "gradient");
   place.names(p.labels, rows * 8);
+  place.names(p.weights, rows * 8);
   place.names(p.grad_output, (p.grad_output_is_uniform ? 1 : rows) * 8);
-  loss.ignore_index = a.ignore_index;
-  if (a.weight) {
-    p.weights = weight_data(*a.weight, p.num_rows);
-    place.names(p.weights, rows * 8);
+  return loss;
+}
+
+void name_stats(const OnDevice& place, const LossProblem& p) {
+  place.names(p.maxima, size_t(p.num_rows) * kNumMaxima * 8);
+  place.names(p.sums, size_t(p.num_rows) * kNumSums * 8);
+  place.names(p.mixture_sums, size_t(p.num_rows) * kNumMixtureSums * 8);
+}
+
+Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
+  const OnDevice place(a.student);
+  std::vector<int64_t> leading;
+  DeviceLoss loss = device_loss(place, a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
+  LossProblem& p = loss.problem;
+  if (combined) {
+    check_device(a.student, combined->maxima, "maxima");
+    check_device(a.student, combined->sums, "sums");
+    check_device(a.student, combined->mixture_sums, "mixture_sums");
+    combined->put_into(p);
+    name_stats(place, p);
   }
 
+  const size_t rows = size_t(p.num_rows);
   const int64_t sizes[1] = {p.num_rows + 1};
   const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
   p.row_losses = data_of<double>(scratch);
@@ -122,8 +142,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
     p.gradient_scale /= double(p.num_rows);
   }
 
-  const Plan plan = plan_of(p, place.properties());
-  check_launch(launch_loss(loss, plan, place.stream));
+  check_launch(launch_loss(loss, plan_of(p, place.properties()), place.stream));
   const int32_t dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   Tensor result = new_tensor(place.device, none ? int64_t(leading.size()) : 0, leading.data(), dtype);
   place.names(View(result).data, (none ? rows : 1) * (is_double(p) ? 8 : 4));
@@ -131,8 +150,18 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   return result;
 }
 
-Tensor run_stats(const Arguments&, const View&, Part, int, const OptionalTensor&, const OptionalTensor&) {
-  fail("row_stats is not there for CUDA tensors yet");
+Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
+                 const OptionalTensor& sums) {
+  if (maxima) check_device(a.student, *maxima, "maxima");
+  if (sums) check_device(a.student, *sums, "sums");
+  const OnDevice place(a.student);
+  std::vector<int64_t> leading;
+  DeviceLoss loss = device_loss(place, a, student, nullptr, leading, part);
+  LossProblem& p = loss.problem;
+  Stats stats = stats_of(p, part, count, maxima, sums, place.device);
+  name_stats(place, p);
+  check_launch(launch_loss(loss, plan_of(p, place.properties()), place.stream));
+  return std::move(stats.tensor);
 }
 
 Device device_of(const Tensor& tensor) { return OnDevice(tensor).device; }

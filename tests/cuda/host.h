@@ -58,7 +58,6 @@ struct Cluster;
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   Cluster* cluster;
   int block, thread;
   Barrier* waits_for = nullptr;
@@ -80,6 +79,8 @@ struct Cluster {
 };
 
 inline thread_local Fiber* current = nullptr;
+inline thread_local std::vector<std::unique_ptr<char[]>>
+    stacks;  // of fibers; fresh memory would cost more than a kernel
 
 // Ends the launch: the other fibers are dropped where they are.
 [[noreturn]] inline void stop(const std::string& error) {
@@ -151,9 +152,9 @@ inline void run_cluster(Cluster& cluster) {
     f.cluster = &cluster;
     f.block = i / per_block;
     f.thread = i % per_block;
-    f.stack.reset(new char[kStack]);
+    if (stacks.size() <= size_t(i)) stacks.emplace_back(new char[kStack]);
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_sp = stacks[size_t(i)].get();
     f.context.uc_stack.ss_size = kStack;
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
