@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,14 @@ def available_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-pytestmark = pytest.mark.skipif(available_bytes() < 11e9, reason="needs 11 GB of free memory (as Linux tells it)")
+@pytest.fixture(autouse=True)
+def _one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests run in several processes (pytest -n): no two have their 9 GB at once, nor believe that they could."""
+    with (tmp_path_factory.getbasetemp().parent / "large").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if available_bytes() < 11e9:
+            pytest.skip("needs 11 GB of free memory (as Linux tells it)")
+        yield
 
 
 class Produced(torch.autograd.Function):
