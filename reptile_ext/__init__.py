@@ -13,7 +13,8 @@ from typing import NoReturn
 from ._version import __version__
 
 try:
-    from . import ops, reference
+    from . import ops as ops  # first: it loads the compiled files, or says why it cannot
+    from . import reference
     from .functional import distillation_loss
     from .linear import linear_distillation_loss
     from .modules import DistillationLoss, LinearDistillationLoss

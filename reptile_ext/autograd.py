@@ -27,43 +27,41 @@ Gradients = Sequence[Tensor | None]
 
 
 class Loss(Protocol):
-    """A loss of some tensors, as functions of its configuration (`config`), the tensors and the constants."""
+    """A loss of some tensors: functions of its configuration (what is the same whatever the tensors hold), the tensors
+    and the constants."""
 
-    @staticmethod
+    def config_of(self, given: Mapping[str, Any], /) -> Any:
+        """The configuration, from the arguments of its operator by name."""
+
     def forward(
-        config: Any, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
+        self, config: Any, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool], /
     ) -> tuple[Tensor, Any]:
         """The loss, and what is kept of the gradients that are needed; None: nothing."""
 
-    @staticmethod
-    def keep(config: Any, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants) -> Any:
-        """What is kept, of gradients that an operator has returned."""
+    def keep(self, config: Any, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants, /) -> Any:
+        """What is kept, of gradients that are there."""
 
-    @staticmethod
-    def scaled(config: Any, kept: Any, grad_output: Tensor, is_ours: bool) -> Gradients:
+    def scaled(self, config: Any, kept: Any, grad_output: Tensor, is_ours: bool, /) -> Gradients:
         """Kept gradients times grad_output, where they lie if they are ours alone. Ignored rows, and classes that are
         not compared, stay 0 even times an infinity or NaN."""
 
-    @staticmethod
     def by_kernel(
-        config: Any, tensors: tuple[Any, ...], constants: Constants, grad_output: Tensor, needed: Sequence[bool]
+        self,
+        config: Any,
+        tensors: tuple[Any, ...],
+        constants: Constants,
+        grad_output: Tensor,
+        needed: Sequence[bool],
+        /,
     ) -> Gradients:
         """The gradients that are needed, times a grad_output in float64."""
 
-    @staticmethod
-    def reference(config: Any, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
+    def reference(self, config: Any, tensors: tuple[Any, ...], constants: Constants, /) -> Tensor:
         """The loss in plain PyTorch. The values of labels and weights have been looked at."""
-
-    @staticmethod
-    def config_of(given: Mapping[str, Any]) -> Any:
-        """The configuration, from the arguments of its operator by name."""
-
-
-LossType = type[Loss]
 
 
 def by_reference(
-    loss: LossType,
+    loss: Loss,
     config: Any,
     tensors: Sequence[Tensor | None],
     constants: Constants,
@@ -88,7 +86,7 @@ def by_reference(
 
 def _gradients(ctx: Any, kept: Any, grad_output: Tensor, needed: Sequence[bool], is_ours: bool = True) -> Gradients:
     """THE RULE. `ctx` has the loss and its configuration, and has saved its tensors and constants, in this order."""
-    loss: LossType = ctx.loss
+    loss: Loss = ctx.loss
     plain = torch.is_grad_enabled() or compat.is_batched(grad_output)
     found: Gradients = (None,) * len(needed)
     if kept is not None and not plain:
@@ -109,9 +107,7 @@ class Fused(torch.autograd.Function):
     """A loss in an eager program: Fused.apply(loss, config, *constants, *tensors)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: LossType, config: Any, labels: Any, weight: Any, denominator: Any, *tensors: Any
-    ) -> Tensor:
+    def forward(ctx: Any, loss: Loss, config: Any, labels: Any, weight: Any, denominator: Any, *tensors: Any) -> Tensor:
         constants = (labels, weight, denominator)
         ctx.loss, ctx.config = loss, config
         ctx.set_materialize_grads(False)
@@ -129,7 +125,7 @@ class Fused(torch.autograd.Function):
         return (None, None, None, None, None, *_gradients(ctx, kept, grad_output, needed[5:]))
 
 
-def register(operator: Any, loss: LossType, tensors: tuple[str, ...]) -> None:
+def register(operator: Any, loss: Loss, tensors: tuple[str, ...]) -> None:
     """Makes an operator differentiable by the same rule, for traced programs. Its tensors, constants and options have
     names; it returns the loss, and gradients of the first of its tensors, without elements where they are not computed.
 
@@ -172,7 +168,7 @@ class FusedInPlace(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loss: LossType,
+        loss: Loss,
         options: Options,
         labels: Any,
         weight: Any,

@@ -225,15 +225,14 @@ def _check_row_shape(name: str, rows: Tensor, s_shape: torch.Size, dim: int, dev
 
 def check_linear(
     side: str,
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    tensors: tuple[Any, Any, Any],
     softcap: float | None,
     scale: float,
     device: torch.device,
 ) -> tuple[float | None, float]:
     """Check one model's hidden states [..., H] and head [V, H], or its logits [..., V] where there is no head; return
     softcap and scale as floats."""
+    hidden, weight, bias = tensors
     for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_weight", weight), (f"{side}_bias", bias)):
         if tensor is None and name != f"{side}_hidden":
             continue
@@ -359,7 +358,7 @@ def check_version(gradient: Tensor, expected: int) -> None:
         )
 
 
-# ------------------------------------------------------------------------ values, where they can be looked at on the CPU
+# ----------------------------------------------------------------------------- values, where they can be looked at
 
 
 def check_weight_values(weight: Tensor) -> None:

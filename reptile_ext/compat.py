@@ -54,5 +54,5 @@ def argument_declarations(operator: Any) -> tuple[str, ...]:
 def not_compiled(function: _Function) -> _Function:
     """Decorates a function that torch.compile is to call as it is. The public torch.compiler.disable imports the
     compiler, which takes a second."""
-    decorated: _Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    decorated: _Function = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]
     return decorated

@@ -9,7 +9,7 @@ half finds of their own classes, and each goes on to the second half with the re
     loss, gradient  from these: the same loss in every process, and the gradient of the process's own classes
 
 So a call communicates some 15 numbers a row, however many classes there are, and its backward pass nothing. The
-gradient is neither summed nor averaged over the processes: all of them have the same loss, and each the classes of its own.
+gradient is neither summed nor averaged over the processes: all of them have the same loss, and each its own classes.
 """
 
 from __future__ import annotations

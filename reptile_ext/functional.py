@@ -89,7 +89,8 @@ class LogitsLoss:
     @staticmethod
     def reference(options: Options, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
         # Sizes have been compared, and truncate=True is right for equal ones too.
-        return reference.with_options(*tensors, *constants, options, check_values=False)
+        student, teacher = tensors
+        return reference.with_options(student, teacher, *constants, options, check_values=False)
 
 
 autograd.register(ops.distillation_loss, LogitsLoss, ops.MODELS)

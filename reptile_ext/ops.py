@@ -20,6 +20,27 @@ from torch import Tensor
 TORCH_MINIMUM = (2, 10)
 
 
+def _find_compiled_files() -> str:
+    """Let sources without compiled files, such as a clone's that is the working directory, use those of the installed
+    package, if that is of the same version. Returns what to say of one that is not."""
+    import reptile_ext
+
+    if any((Path(folder) / "_ops.so").exists() for folder in reptile_ext.__path__):
+        return ""
+    from importlib import metadata
+
+    others = set()
+    for distribution in metadata.distributions(name="reptile_ext"):
+        folder = Path(str(distribution.locate_file("reptile_ext")))
+        if not (folder / "_ops.so").exists():
+            continue
+        if distribution.version == reptile_ext.__version__:
+            reptile_ext.__path__.append(str(folder))
+            return ""
+        others.add(distribution.version)
+    return f" (version {', '.join(others)}; this is {reptile_ext.__version__})" if others else ""
+
+
 def _load() -> ctypes.CDLL:
     """Load the operator library, or say in one sentence why it could not be and what to do."""
     major, minor = torch.__version__.split(".")[:2]
@@ -30,7 +51,9 @@ def _load() -> ctypes.CDLL:
         )
     import reptile_ext
 
-    # Two folders in an editable install: the sources' and the compiled files'.
+    of_other_versions = _find_compiled_files()
+    # Two folders in an editable install, and where the sources lie before an installed package: the sources' and the
+    # compiled files'.
     for folder in reptile_ext.__path__:
         library = Path(folder) / "_ops.so"
         if not library.exists():
@@ -45,7 +68,7 @@ def _load() -> ctypes.CDLL:
             ) from error
     raise ImportError(
         "reptile_ext's compiled operators are missing: this looks like a source tree that was not built; "
-        "run `pip install .` in it, or leave its folder if the package is installed elsewhere."
+        f"run `pip install .` in it, or leave its folder if the package is installed elsewhere{of_other_versions}."
     )
 
 
@@ -124,8 +147,9 @@ row_gradient: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.row_g
 row_gradient_: Callable[..., Tensor] = torch.ops.reptile_ext.row_gradient_.default
 scale_gradient_: Callable[..., None] = torch.ops.reptile_ext.scale_gradient_.default
 
-# THE ARGUMENTS of the operators stand in csrc/torch/arguments.h and nowhere else. All operators but scale_gradient_ have
-# these: two models' logits, constants of the loss that are tensors, what the gradient is multiplied by, and numbers.
+# THE ARGUMENTS of the operators are listed in csrc/torch/arguments.h and nowhere else. All operators but
+# scale_gradient_ have these: two models' logits, constants of the loss that are tensors, what the gradient is
+# multiplied by, and numbers.
 DECLARATIONS = compat.argument_declarations(distillation_loss_)  # "Tensor? labels", ...
 NAMES = tuple(declaration.split()[-1] for declaration in DECLARATIONS)
 MODELS, CONSTANTS = ("student", "teacher"), ("labels", "weight", "denominator")

@@ -37,8 +37,8 @@ class Divergence(NamedTuple):
     """What there is to know of a divergence besides its formulas, which are in csrc/divergence.h and reference.py."""
 
     beta: Beta | None = None
-    # The kernel whose D(s, t) is this one's D(t, s): its gradient for the student is this one's for a trainable teacher.
-    # None: not known, and a trainable teacher gets its gradient from the reference, by autograd.
+    # The kernel whose D(s, t) is this one's D(t, s): its gradient for the student is this one's for a trainable
+    # teacher. None: not known, and a trainable teacher gets its gradient from the reference, by autograd.
     mirror: str | None = None
     mirror_swaps_beta: bool = False  # β of the one is 1 − β of the other
     needs_labels: bool = False
@@ -97,7 +97,8 @@ def mirror(kernel: int, beta: float, one_minus_beta: float) -> tuple[int, float,
     if found is None:
         return None
     name, swaps = found
-    return (KERNELS.index(name), *((one_minus_beta, beta) if swaps else (beta, one_minus_beta)))
+    first, second = (one_minus_beta, beta) if swaps else (beta, one_minus_beta)
+    return KERNELS.index(name), first, second
 
 
 def _resolve(name: str, beta: float | None) -> tuple[str, float, float]:
@@ -139,7 +140,7 @@ class Keywords(TypedDict, total=False):
 
 
 class Options(NamedTuple):
-    """The keywords of a loss, checked and resolved: every number of the operators by its name, and what Python needs."""
+    """The keywords of a loss, checked and resolved: the operators' numbers by their names, and what Python needs."""
 
     divergence: int  # position of the divergence's kernel in KERNELS
     beta: float

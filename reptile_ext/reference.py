@@ -283,15 +283,16 @@ def _gradient(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) 
 
 def _teachers_gradient(s: Tensor, t: Tensor, labels: Tensor | None, of: tuple[Any, ...]) -> Tensor:
     """∂D/∂t, which is the mirrored divergence's ∂D/∂s with the roles exchanged."""
-    mirrored = mirror(*of[:3])
+    kernel, beta, one_minus_beta, student_temperature, teacher_temperature = of
+    mirrored = mirror(kernel, beta, one_minus_beta)
     if mirrored is not None:
-        return _gradient(t, s, labels, (*mirrored, of[4], of[3]))
+        return _gradient(t, s, labels, (*mirrored, teacher_temperature, student_temperature))
 
     def value_of(t: Tensor) -> Tensor:
         return ROW_DIVERGENCES[KERNELS[of[0]]](_rows(s, t, labels, of))[0]
 
     # Not known: by autograd of the value. Where that is infinite, its gradient is taken as 0 where it is no number.
-    value, gradient_of = torch.func.vjp(value_of, t)
+    value, gradient_of = torch.func.vjp(value_of, t)  # type: ignore[misc]
     (gradient,) = gradient_of(torch.ones_like(value))
     return _broken_everywhere(value, torch.where(gradient.isfinite(), gradient, 0.0))
 
@@ -443,7 +444,7 @@ def linear_distillation_loss(
     # What does not fit is complained of below.
     fitting = (x if isinstance(x, Tensor) and x.shape == leading else None for x in (labels, keywords.get("weight")))
     if teacher_hidden.shape[:-1] == leading:
-        counted = counted_rows(*fitting, ignore_index=keywords.get("ignore_index", -100))
+        counted = counted_rows(next(fitting), next(fitting), keywords.get("ignore_index", -100))
         student_hidden, teacher_hidden = (without_ignored(x, counted) for x in (student_hidden, teacher_hidden))
     student = linear_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
     teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)

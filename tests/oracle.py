@@ -47,7 +47,7 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import _C, ops, reference
-from reptile_ext.options import DIVERGENCES
+from reptile_ext.options import DIVERGENCE_TABLE, DIVERGENCES, make_options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INSTRUCTION_SETS: list[str] = _C.cpu_info()["supported"]  # those that this machine has
@@ -55,15 +55,13 @@ BFLOAT16_SET = "avx512_bf16"  # avx512 with other instructions to make bfloat16
 EPSILON = {torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6, torch.float64: 4e-14}
 
 
-# A divergence and a β that is not its default, nor one half, at which mistakes of β and 1 − β do not show.
+# A β that is not the divergence's default, nor one half, at which mistakes of β and 1 − β do not show.
 BETAS = {
-    "symmetric_kl": 0.3,
-    "jsd": 0.3,
-    "scaled_jsd": 0.8,
-    "skew_kl": 0.15,
-    "skew_reverse_kl": 0.15,
-    "dkd": 2.5,
+    name: next(v for v in (0.3, 2.5) if divergence.beta.is_allowed(v) and v != divergence.beta.default)
+    for name, divergence in DIVERGENCE_TABLE.items()
+    if divergence.beta is not None
 }
+BETAS |= {"scaled_jsd": 0.8, "skew_kl": 0.15, "skew_reverse_kl": 0.15, "dkd": 2.5}
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 # D is 0 where student and teacher are equal, and so is its gradient: all but this one.
 ZERO_AT_EQUALITY = [name for name in DIVERGENCES if name != "soft_cross_entropy"]
@@ -75,7 +73,7 @@ def keywords_of(divergence: str) -> dict[str, Any]:
 
 def labels_of(divergence: str, rows: int | tuple[int, ...], vocab_size: int) -> Tensor | None:
     """Labels for the divergence that needs them, none for the others."""
-    return make_labels(rows, vocab_size) if divergence == "dkd" else None
+    return make_labels(rows, vocab_size) if DIVERGENCE_TABLE[divergence].needs_labels else None
 
 
 def name_of(value: Any) -> str | None:
@@ -201,7 +199,11 @@ def _plain_divergence(s: Tensor, t: Tensor, labels: Tensor | None, divergence: s
         return -(p * x).sum(-1)
     if divergence == "mse":
         return F.mse_loss(s, t, reduction="none").mean(-1)
-    assert divergence == "dkd"
+    if divergence != "dkd":
+        # One that nobody has written out here: the reference's formula of the value, autograd for the rest.
+        options = make_options(divergence=divergence, beta=beta)
+        rows = reference.Rows(s, t, x, y, labels, options.beta, options.one_minus_beta)
+        return options.soft_scale * reference.ROW_DIVERGENCES[options.kernel()](rows)[0]
     # Zhao et al. 2022: the probabilities of the label and of all others, and the distribution among the others.
     assert labels is not None
     beta = 8.0 if beta is None else beta
@@ -316,7 +318,11 @@ def _terms(
         return one, (p * q).sqrt() + q, none
     if divergence == "mse":
         return (s.abs() + t.abs()).square().mean(-1), 2 / s.shape[-1] * (s.abs() + t.abs()), none
-    assert divergence == "dkd"
+    if divergence != "dkd":
+        # One that nobody has written out here: as large as terms of p, q and their logarithms can be.
+        scale = make_options(divergence=divergence, beta=beta).soft_scale
+        distance = (x - y).abs()
+        return scale * one, scale * (q + p) * (1 + distance + ((q + p) * distance).sum(-1, keepdim=True)), none
     label = F.one_hot(labels, s.shape[-1]).bool()
     q_hat, p_hat = (torch.where(label, -torch.inf, z).softmax(-1).nan_to_num() for z in (s, t))
     return (1 + beta) * one, torch.where(label, q + p, (1 + beta) * q_hat + beta * p_hat), none

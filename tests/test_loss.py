@@ -296,7 +296,7 @@ def test_every_dim(shape: tuple[int, ...], divergence: str) -> None:
     for dim in range(-len(shape), len(shape)):
         leading = [n for d, n in enumerate(shape) if d != dim % len(shape)]
         keywords = {"dim": dim, **keywords_of(divergence)}
-        labels = torch.randint(shape[dim], leading) if divergence == "dkd" else None
+        labels = labels_of(divergence, tuple(leading), shape[dim])
         check(student, teacher, labels, reduction="none", grad_output=torch.randn(leading), **keywords)
         check(student, teacher, labels, weight=torch.rand(leading) + 0.1, **keywords)
 

@@ -131,8 +131,8 @@ def linear_distillation_loss(
         student = _autocast(student, dtype)
         if teacher_weight is not None:
             teacher = _autocast(teacher, dtype)
-    of_student = check_linear("student", *student, student_softcap, student_scale, device)
-    of_teacher = check_linear("teacher", *teacher, teacher_softcap, teacher_scale, device)
+    of_student = check_linear("student", (student[0], student[1], student[2]), student_softcap, student_scale, device)
+    of_teacher = check_linear("teacher", (teacher[0], teacher[1], teacher[2]), teacher_softcap, teacher_scale, device)
     budget = check_memory_budget(memory_budget)
     check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
     leading = student_hidden.shape[:-1]
@@ -143,7 +143,7 @@ def linear_distillation_loss(
         teacher[0] = teacher[0].reshape(-1, teacher[0].shape[-1])
     tensors = (*student, *teacher)
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
-    (softcaps, scales) = zip(of_student, of_teacher, strict=True)
+    softcaps, scales = (of_student[0], of_teacher[0]), (of_student[1], of_teacher[1])
     config = LinearConfig(options, budget, softcaps, scales)
     if needs_reference(device, "linear_distillation_loss"):
         # A denominator that is a number stays one: its value is checked.

@@ -20,7 +20,7 @@ class Gradients:
     """Those that are needed, from gradients with respect to the logits that are compared, before the softcap."""
 
     def __init__(self, source: LogitsSource, needed: tuple[bool, ...], vocab_size: int, ignored: Tensor | None) -> None:
-        """needed: of hidden states, head and bias. ignored: rows whose hidden states must not be read: 0 · NaN is NaN."""
+        """needed: of hidden states, head, bias. ignored: rows whose hidden states must not be read: 0 · NaN is NaN."""
         self.source, self.vocab_size, self.ignored = source, vocab_size, ignored
         self.hidden = source.hidden.new_zeros(source.hidden.shape) if needed[0] else None
         self.needs_weight, self.needs_bias = needed[1:]

@@ -118,8 +118,8 @@ def product_into(
 
 
 def _product_in_float32(result: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, add: bool) -> None:
-    """`product_into` of 16-bit matrices on a processor that has no product of them: in float32, block by block, so that no
-    float32 copy of a whole matrix exists."""
+    """`product_into` of 16-bit matrices on a processor that has no product of them: in float32, block by block, so that
+    no float32 copy of a whole matrix exists."""
     for rows, columns in itertools.product(*(split(0, size, BLOCK) for size in result.shape)):
         block = result[rows, columns]
         total = torch.zeros(block.shape) if bias is None else bias[columns].float().repeat(block.shape[0], 1)

@@ -31,8 +31,10 @@ class LinearConfig(NamedTuple):
 
     def sources(self, tensors: tuple[Any, ...]) -> tuple[LogitsSource, LogitsSource]:
         """Of hidden states, head and bias of the student, and of the teacher."""
-        student = LogitsSource(*tensors[:3], self.softcaps[0], self.scales[0])
-        return student, LogitsSource(*tensors[3:], self.softcaps[1], self.scales[1])
+        hidden, weight, bias, *of_teacher = tensors
+        student = LogitsSource(hidden, weight, bias, self.softcaps[0], self.scales[0])
+        hidden, weight, bias = of_teacher
+        return student, LogitsSource(hidden, weight, bias, self.softcaps[1], self.scales[1])
 
 
 class Products:
@@ -110,6 +112,7 @@ def run_chunks(
             ignored_here = _rows_of(ignored, part)
 
             # The teacher's gradient first: the student's is written over the logits.
+            t_gradient = None
             if needs_teacher:
                 t_gradient = LogitsLoss.by_kernel(options, (s, t), of_part, grad_of_part, (False, True))[1]
                 assert t_gradient is not None
@@ -124,9 +127,9 @@ def run_chunks(
                 students.add_gradient_to(of_student, part)
             else:
                 loss = ops.distillation_loss(s, t, *of_part, None, *numbers, False)[0]
-            if needs_teacher and t_product is None:
+            if t_gradient is not None and t_product is None:
                 of_teacher.set_given(part, t_gradient)
-            elif needs_teacher:
+            elif t_gradient is not None and t_product is not None:
                 t_product[:] = t_gradient  # the logits are not needed any more
                 teachers.add_gradient_to(of_teacher, part)
 

@@ -80,11 +80,12 @@ class LinearLoss:
     def reference(config: LinearConfig, tensors: tuple[Any, ...], constants: Any, check_values: bool = False) -> Tensor:
         """With logits in full."""
         counted = reference.counted_rows(constants[0], constants[1], config.options.ignore_index)
-        logits = []
-        for source in config.sources(tensors):
-            hidden = reference.without_ignored(source.hidden.flatten(0, -2), counted)
-            logits.append(reference.linear_logits(hidden, source.weight, source.bias, source.softcap, source.scale))
-        return reference.with_options(logits[0], logits[1], *constants, config.options, check_values=check_values)
+        student, teacher = (
+            reference.linear_logits(reference.without_ignored(source.hidden.flatten(0, -2), counted), *source[1:5])
+            for source in config.sources(tensors)
+        )
+        labels, weight, denominator = constants
+        return reference.with_options(student, teacher, labels, weight, denominator, config.options, check_values)
 
 
 # What `distillation_loss` takes, by its own schema, with hidden states and heads in the place of logits.
