@@ -31,7 +31,7 @@ jumps at p = q: where p and q are equal to all digits that the arithmetic has, a
     float16
     float64    4e-14     as float32, with 2^-53: 60 · 2^-53 = 7e-15; the oracle itself is no better than that
 
-A gradient that backward() multiplies by what comes from above is rounded to the logits' dtype twice: each time by up to
+A gradient that backward() multiplies by grad_output is rounded to the logits' dtype twice: each time by up to
 half a unit in the last place (2^-8 of the value in bfloat16, 2^-11 in float16), whatever plain PyTorch's luck was.
 """
 
@@ -420,7 +420,7 @@ def check(
     **keywords: Any,
 ) -> None:
     """Asserts the tolerance rule for loss and gradient, on every instruction set in `sets` (default: the one in use)
-    that is another for these dtypes. The logits of rows that are in must be finite."""
+    that is another for these dtypes. The logits of rows that count must be finite."""
     if sets and torch.bfloat16 not in (student.dtype, teacher.dtype):
         sets = [name for name in sets if name != BFLOAT16_SET]
     before = ops.instruction_set()

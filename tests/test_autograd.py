@@ -144,11 +144,11 @@ def test_what_comes_from_above_scales_the_gradient(keywords: dict, dtype: torch.
 @pytest.mark.parametrize("grad_output", [float("nan"), float("inf")])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("way", ["eager", "inplace", "compiled", "batched", "reference", "create_graph"])
-def test_what_is_out_stays_zero_whatever_comes_from_above(
+def test_what_is_out_stays_zero_whatever_grad_output_is(
     way: str, reduction: str, grad_output: float, dtype: torch.dtype
 ) -> None:
     """A mean over each sequence is 0/0 in one that is all padding. Rows by label and by weight, and the classes that
-    the teacher does not have; the rows that are in show what came."""
+    the teacher does not have; the rows that count show what came."""
     torch.compiler.reset()
     student, teacher = make_logits("random", 6, 9, dtype)
     teacher = teacher[:, :7].contiguous()
@@ -698,7 +698,7 @@ def test_forward_mode_and_hessians(divergence: str) -> None:
 
 
 @every_divergence
-def test_checkpointed_with_a_teacher_who_learns(divergence: str) -> None:
+def test_checkpointed_with_a_trainable_teacher(divergence: str) -> None:
     keywords, labels = keywords_of(divergence), make_labels(6, 9)
     student, teacher = make_logits("random", 6, 9)
     results = []
@@ -710,7 +710,7 @@ def test_checkpointed_with_a_teacher_who_learns(divergence: str) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_batched_upstream_gradients() -> None:
+def test_batched_grad_outputs() -> None:
     """torch.autograd.grad(is_grads_batched=True): the Jacobian of the row losses in one backward pass."""
     student, teacher, _ = make_case({}, torch.float64)
     student.requires_grad_()

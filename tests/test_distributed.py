@@ -38,7 +38,7 @@ def of_one_process(keywords: dict[str, Any]) -> dict[str, Tensor]:
 @needs_gloo
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_give_the_gradient_of_one(kind: str) -> None:
-    """For every divergence, with rows that are out, so that the processes' own means would be another objective."""
+    """For every divergence, with ignored rows, so that the processes' own means would be another objective."""
     of = [
         {"temperature": 2.0, "hard_weight": 0.5, "inplace": inplace, **keywords_of(divergence)}
         for divergence in reptile_ext.options.DIVERGENCES

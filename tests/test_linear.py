@@ -191,7 +191,7 @@ STUDENT = ("student_hidden", "student_weight")
     ("wanted", "soft_weight", "products"),
     [
         *((STUDENT, 1.0, 4), (("student_hidden",), 1.0, 3), (("student_weight",), 1.0, 3), ((), 1.0, 2)),
-        *((STUDENT, 0.0, 3), ((), 0.0, 1), (("teacher_weight",), 0.0, 2)),  # the teacher is not looked at
+        *((STUDENT, 0.0, 3), ((), 0.0, 1), (("teacher_weight",), 0.0, 2)),  # the teacher is unused
     ],
     ids=str,
 )
@@ -236,7 +236,7 @@ def test_no_tensor_of_all_logits_exists() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_a_teachers_logits_are_not_copied(dtype: torch.dtype, keywords: dict[str, Any], learns: bool) -> None:
-    """With rows that are out, and with rows that no matrix has: the positions but the last of each sequence."""
+    """With ignored rows, and with rows that no matrix has: the positions but the last of each sequence."""
     case = make_case(torch.float32, rows=4 * 75, classes=3000, sizes=(8, 8))
     hidden, head = case["student_hidden"].view(4, 75, 8).to(dtype), case["student_weight"].to(dtype)
     logits = torch.randn(4, 76, 3100).to(dtype).requires_grad_(learns)
@@ -402,7 +402,7 @@ def test_zero_is_zero(dtype: torch.dtype, rows: int, size: int, classes: int, bu
 
 
 def test_what_is_out_is_not_looked_at_where_it_is_computed() -> None:
-    """As on a GPU, where rows that are out are not taken away."""
+    """As on a GPU, where ignored rows are not taken away."""
     case = make_case(torch.float32)
     labels = make_labels(23, 40)
     assert (labels == -100).any()
@@ -593,8 +593,8 @@ def test_a_teacher_given_as_logits() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("grad_output", [float("nan"), float("inf"), 1.0])
-def test_rows_that_are_out(grad_output: float, reduction: str) -> None:
-    """Neither their hidden states nor what comes from above reaches anybody."""
+def test_ignored_rows(grad_output: float, reduction: str) -> None:
+    """Neither their hidden states nor grad_output reaches anybody."""
     case = make_case()
     labels, weight = make_labels(23, 40).clamp_min(0), torch.rand(23) + 0.5
     labels[4], weight[7] = -100, 0
@@ -775,7 +775,7 @@ def refuses(kind: type[Exception], words: str) -> Iterator[None]:
     assert words in str(caught.value), str(caught.value)
 
 
-def test_dead_classes_stay_0_whatever_comes_from_above() -> None:
+def test_dead_classes_stay_0_whatever_grad_output_is() -> None:
     case = make_case(torch.float32, classes=40, teacher_classes=33)
     wanted = ["student_weight", "student_bias"]
     above = torch.tensor(torch.nan)
@@ -850,7 +850,7 @@ def test_bad_input(wrong: dict[str, Any], kind: type[Exception], words: str) -> 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(st.data())
 def test_any_combination(data: st.DataObject) -> None:
-    """Of sizes, budgets, options, rows that are out, and who learns; in float64, where rounding hides nothing."""
+    """Of sizes, budgets, options, ignored rows, and who learns; in float64, where rounding hides nothing."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 1000)))
     rows, classes, others = draw(st.integers(0, 40)), draw(st.integers(1, 30)), draw(st.integers(1, 30))
@@ -887,7 +887,7 @@ def test_any_combination(data: st.DataObject) -> None:
         above = torch.arange(1.0, 1.0 + value.numel(), dtype=value.dtype).view(value.shape)
         if value.requires_grad:
             of_inputs = torch.autograd.grad(value, inputs, above, allow_unused=True, materialize_grads=True)
-        else:  # the reference, of a teacher that is not looked at
+        else:  # the reference, of an unused teacher
             of_inputs = tuple(map(torch.zeros_like, inputs))
         found.append((value.detach(), *of_inputs))
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)

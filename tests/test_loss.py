@@ -188,7 +188,7 @@ def test_keywords(keywords: dict, reduction: str, weighted: bool, divergence: st
         check(student.to(dtype), teacher.to(dtype), labels, grad_output=grad_output, **keywords)
 
 
-def test_mean_is_the_weighted_mean_over_rows_that_are_in() -> None:
+def test_mean_is_the_weighted_mean_over_rows_that_count() -> None:
     """By hand: Σ w ℓ / Σ w without the ignored row and without the row of weight 0."""
     student, teacher = make_logits("random", 4, 10, torch.float64)
     rows = reptile_ext.distillation_loss(student, teacher, reduction="none")

@@ -3,7 +3,7 @@
 The definitions part in a few places. Each test says where, and maps the arguments:
 
     T²                   we multiply by T_s·T_t unless temperature_scaling="none"; most others do not
-    what a mean is over  ours: the rows that are in; others: the first dimension, all elements, or the rows
+    what a mean is over  ours: the rows that count; others: the first dimension, all elements, or the rows
     whose share β is     of our mixtures: the teacher's (the first argument's); of symmetric_kl: that of reverse KL
     β = 0 and β = 1      forward and reverse KL: our scaled_jsd goes there continuously; theirs jumps there from jsd,
                          whose own limits are 0
@@ -385,7 +385,7 @@ def test_trl_jsd(trl_loss: Any, beta: float, temperature: float, kind: str) -> N
 @pytest.mark.parametrize("beta", [0.0, 0.4])
 def test_trl_reductions(trl_loss: Any, beta: float, reduction: str, labelled: bool) -> None:
     """Without labels "batchmean" divides by the first dimension, sequences and not tokens; "mean" always divides by
-    elements, rows times classes; "none" leaves the classes unsummed, and drops the rows that are out."""
+    elements, rows times classes; "none" leaves the classes unsummed, and drops the ignored rows."""
     student, teacher = logits("random", (2, 4))
     labels = make_labels((2, 4), VOCAB_SIZE) if labelled else None
     count = (labels != -100).sum().item() if labelled else 8

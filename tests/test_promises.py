@@ -63,7 +63,7 @@ def rows_of(backend: Any, student: Tensor, teacher: Tensor, labels: Tensor | Non
 @pytest.mark.parametrize("divergence", ZERO_AT_EQUALITY)
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_equal_logits_give_exactly_zero(backend: Any, temperature: float, dtype: torch.dtype, divergence: str) -> None:
-    """In the value, in the student's gradient and in that of a teacher who learns."""
+    """In the value, in the student's gradient and in that of a trainable teacher."""
     for kind in ("random", "flat", "peaked", "late_peak", "rising"):
         for vocab_size in (1, 2, *VOCAB_SIZES):
             _, logits = make_logits(kind, 3, vocab_size, dtype)
@@ -180,7 +180,7 @@ INFINITE_IF_TEACHER_MASKED = ("reverse_kl", "symmetric_kl", "mse")
 @pytest.mark.parametrize("masked", ["student", "teacher"])
 def test_mass_where_the_other_side_is_masked(backend: Any, masked: str, dtype: torch.dtype, divergence: str) -> None:
     """+inf where the mathematics says so and the exact finite value elsewhere; the gradient is finite in any case, for
-    a teacher who learns too; and the other rows are whole."""
+    a trainable teacher too; and the other rows are whole."""
     infinite = divergence in (INFINITE_IF_STUDENT_MASKED if masked == "student" else INFINITE_IF_TEACHER_MASKED)
     for vocab_size in VOCAB_SIZES:
         student, teacher = make_logits("random", 3, vocab_size, dtype)
@@ -341,7 +341,7 @@ def test_a_broken_row_makes_the_mean_nan_and_no_other_gradient(backend: Any) -> 
     assert gradient[[0, 2]].isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------- rows that are out
+# ---------------------------------------------------------------------------------------------- ignored rows
 
 
 @every_dtype
@@ -372,7 +372,7 @@ def test_rows_that_are_out_are_never_read(backend: Any, by: str, dtype: torch.dt
 @every_dtype
 @every_divergence
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_row_in_gives_zero_and_no_gradient(
+def test_no_counted_row_gives_zero_and_no_gradient(
     backend: Any, reduction: str, dtype: torch.dtype, divergence: str
 ) -> None:
     student = torch.full((4, 20), NAN, dtype=dtype)
@@ -385,7 +385,7 @@ def test_no_row_in_gives_zero_and_no_gradient(
 
 
 @every_dtype
-def test_inplace_clears_the_rows_that_are_out(dtype: torch.dtype) -> None:
+def test_inplace_clears_the_ignored_rows(dtype: torch.dtype) -> None:
     leaf = torch.full((3, 50), NAN, dtype=dtype, requires_grad=True)
     loss = reptile_ext.distillation_loss(leaf * 1, leaf.detach(), torch.full((3,), -100), inplace=True)
     loss.backward()

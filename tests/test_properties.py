@@ -57,7 +57,7 @@ def divergences(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
-    """Logits in any layout with the classes anywhere, labels with rows that are out, and keywords that go together."""
+    """Logits in any layout with the classes anywhere, labels with ignored rows, and keywords that go together."""
     shape = tuple(draw(st.lists(st.integers(0, 4), min_size=2, max_size=2)))
     vocab_size, other_size = draw(vocab_sizes), draw(vocab_sizes)
     kind, seed = (

@@ -1,5 +1,5 @@
 // What the operators of every device share: a tensor's description, the arguments, their checks, and the LossProblem
-// that they make. Python checks and words the arguments (reptile_ext/arguments.py); what is checked here again is what
+// that they make. Python checks and words the arguments (reptile_ext/checks.py); what is checked here again is what
 // memory safety hangs on, because anybody may call torch.ops.reptile_ext.* directly.
 #pragma once
 

@@ -297,7 +297,7 @@ void lay_out(Tensor& t, Input& in, const LossProblem& p, int64_t family, bool is
   t.memory = Memory((t.row_start.back() + (t.num_classes - 1) * t.class_stride + 1) * int64_t(size_of(t.dtype)));
 }
 
-// Other bits wherever the driver has no business to read: between the elements, past vocab_size, in rows that are out.
+// Other bits wherever the driver has no business to read: between the elements, past vocab_size, in ignored rows.
 void scramble(Tensor& t, const Case& c, Random random) {
   Memory other(t.memory.size());
   random.fill(other);
