@@ -230,18 +230,32 @@ def test_a_torch_that_is_too_old() -> None:
         assert python(code.format(version)).stdout == "loaded\n", version
 
 
+def sources_first(folder: Path) -> str:
+    """Code that makes a copy of the Python sources, in `folder`, the package that is imported."""
+    shutil.copytree(
+        Path(reptile_ext.__file__).parent, folder / "reptile_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    # An editable install finds the package by an importer of its own, which comes before the path.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; "
+    return code + f"sys.path.insert(0, {str(folder)!r}); "
+
+
+def test_sources_find_the_compiled_files_of_an_installed_package(tmp_path: Path) -> None:
+    """`import reptile_ext` inside of a clone, after `pip install .` in it."""
+    code = sources_first(tmp_path) + "import torch, reptile_ext; x = torch.randn(2, 3); "
+    code += "print(reptile_ext.__file__, float(reptile_ext.distillation_loss(x, x)))"
+    assert python(code, PYTHONPATH="").stdout.split() == [str(tmp_path / "reptile_ext" / "__init__.py"), "0.0"]
+
+
 @pytest.mark.parametrize("state", ["missing", "broken"])
 def test_a_library_that_is_missing_or_does_not_fit(tmp_path: Path, state: str) -> None:
     """One sentence that says what to do, in a copy of the sources."""
+    path = sources_first(tmp_path)
     package = tmp_path / "reptile_ext"
-    package.mkdir()
-    for file in Path(reptile_ext.__file__).parent.glob("*.py"):
-        shutil.copy(file, package)
     if state == "broken":
         (package / "_ops.so").write_bytes(b"no library")
-    # An editable install finds the package by an importer of its own, which comes before the path.
-    path = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; "
-    path += f"sys.path.insert(0, {str(tmp_path)!r}); "
+    else:  # there is an installed one, of another version
+        (package / "_version.py").write_text('__version__ = "0.0.0.dev0"\n')
     assert python(path + "import reptile_ext; print('fine')", PYTHONPATH="").stdout == "fine\n"
     message = last_line(python(path + "import reptile_ext; reptile_ext.DistillationLoss()", PYTHONPATH=""))
     assert message == last_line(python(path + "from reptile_ext import distillation_loss", PYTHONPATH=""))
@@ -249,6 +263,7 @@ def test_a_library_that_is_missing_or_does_not_fit(tmp_path: Path, state: str) -
     if state == "missing":
         assert "are missing" in message
         assert "run `pip install .` in it" in message
+        assert f"(version {reptile_ext.__version__}; this is 0.0.0.dev0)" in message
     else:
         assert "do not fit this machine or torch" in message
         assert "pip install --force-reinstall --no-deps ." in message
