@@ -24,6 +24,7 @@ void prepare(const View& new_gradient);
 
 std::tuple<Tensor, Tensor> loss_and_gradient(const Arguments& a, bool needs_gradient, const Combined* combined) {
   const View view(a.student);
+  dtype_of(view, "student");  // before there is a gradient like it
   if (!needs_gradient) {
     const int64_t nothing[1] = {0};
     return {run(a, view, nullptr, combined), new_tensor(device_of(a.student), 1, nothing, view.dtype)};
