@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,6 +162,14 @@ def _num_rows(logits: Tensor, dim: int) -> int:
     return math.prod(size for d, size in enumerate(logits.shape) if d != dim)
 
 
+def _checksum(x: Tensor | None, device: torch.device) -> Tensor:
+    if x is None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    bits = x.reshape(-1).to(torch.float64).view(torch.int64)
+    position = torch.arange(1, bits.numel() + 1, device=device)
+    return (bits ^ (bits >> 17)).mul(2 * position + 1).sum()
+
+
 def _agree_on_ranges(
     student: Tensor, teacher: Tensor, labels: Tensor | None, weight: Tensor | None, options: Options, group: Any
 ) -> Ranges:
@@ -171,12 +180,11 @@ def _agree_on_ranges(
         (zlib.crc32(repr((options._replace(inplace=False), labels is None, weight is None)).encode()), "options"),
     )
     mine = torch.tensor([student.shape[dim], teacher.shape[dim], *(value for value, _ in same)], device=device)
-    checks = torch.zeros(2, dtype=torch.int64, device=device)
-    for i, x in enumerate((labels, weight)):
-        if x is not None:
-            bits = x.reshape(-1).to(torch.float64).view(torch.int64)
-            position = torch.arange(1, bits.numel() + 1, device=device)
-            checks[i] = (bits ^ (bits >> 17)).mul(2 * position + 1).sum()
+    # Labels and weights have to be the same everywhere; logits that are the same have not been sharded.
+    first_row = tuple(slice(None) if d == dim else slice(1) for d in range(student.dim()))
+    checks = torch.stack(
+        [_checksum(x, device) for x in (labels, weight, student.detach()[first_row], teacher.detach()[first_row])]
+    )
     mine = torch.cat([mine, checks])
     everyone = torch.stack(_from_all(mine, group))
     of_student, of_teacher = everyone[:, 0], everyone[:, 1]
@@ -184,7 +192,7 @@ def _agree_on_ranges(
     compared = torch.minimum(of_student, of_teacher)
     # Where a process compares classes, its two ranges begin at the same class; and no class is left out.
     fits = ((starts[0] == starts[1]) | (compared == 0)).all()
-    alike = (everyone[:, 2:] == everyone[0, 2:]).all()
+    alike = (everyone[:, 2:6] == everyone[0, 2:6]).all()
     vocab_size = torch.minimum(of_student.sum(), of_teacher.sum())
     agree = fits & alike & (vocab_size == compared.sum()) & (vocab_size > 0)
     if not options.truncate:
@@ -204,6 +212,12 @@ def _complain(
     same: list[str],
     rank: int,
 ) -> None:
+    if len(everyone) > 1 and min(*sizes[0], *sizes[1]) > 1 and bool((everyone[:, 6:] == everyone[0, 6:]).all()):
+        warnings.warn(
+            "all processes of group hold the same first row of student_logits and of teacher_logits: group is for "
+            "logits whose classes are sharded over its processes; where each process has all classes, pass group=None",
+            stacklevel=5,
+        )
     for i, what in enumerate([*same, "labels", "weights"], start=2):
         column = everyone[:, i].tolist()
         if len(set(column)) > 1:

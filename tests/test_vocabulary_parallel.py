@@ -208,6 +208,7 @@ def test_processes_that_are_not_called_alike_are_all_told(world_size: int) -> No
             "label": "ValueError: labels must lie in [0, 37) or equal ignore_index=-100; got 37",
             "denominator": "ValueError: denominator must be positive and finite; got 0.0",
             "no classes": "need at least one class",
+            "replicated": "where each process has all classes, pass group=None",
         }.items():
             assert words in of[name], (name, of[name])
     assert "ValueError: group must have this process in it" in found[1]["not a member"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -258,6 +259,7 @@ def communication(rank: int, world_size: int) -> list[tuple[int, int, int]]:
     for name in _OTHER_COLLECTIVES:
         setattr(dist, name, None)  # would fail if it was called
     found = []
+    torch.manual_seed(rank)
     for rows, vocab_size in ((10, 60), (10, 6000), (1000, 60)):
         for divergence in DIVERGENCES:
             given = 0
@@ -358,6 +360,10 @@ def refused(rank: int, world_size: int) -> dict[str, str]:
     run("label", s, t, labels, hard_weight=0.5, group=group)
     run("denominator", s, t, denominator=torch.tensor(0.0), group=group)
     run("no classes", s[:, :0], t[:, :0], group=group)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        reptile_ext.distillation_loss(student, teacher, group=group)  # all classes in every process
+        found["replicated"] = " ".join(str(w.message) for w in warned)
     alone = dist.new_group([0])
     if rank == 1:
         run("not a member", s, t, group=alone)
