@@ -22,5 +22,5 @@ for set in $(lesser_sets); do
   esac
   echo "-- $set"
   env REPTILE_EXT_CPU=$set $limits python -m pytest -q -n auto -p no:cacheprovider -k "not ($without)" \
-    tests/test_properties.py tests/test_promises.py tests/test_edges.py tests/test_autograd.py tests/test_linear.py "$@"
+    tests/test_properties.py tests/test_promises.py tests/test_edges.py tests/test_halves.py tests/test_registry.py "$@"
 done
