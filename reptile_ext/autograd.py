@@ -57,7 +57,7 @@ class Loss(Protocol):
         """The gradients that are needed, times a grad_output in float64."""
 
     def reference(self, config: Any, tensors: tuple[Any, ...], constants: Constants, /) -> Tensor:
-        """The loss in plain PyTorch. The values of labels and weights have been looked at."""
+        """The loss in plain PyTorch. The values of labels and weights have been checked."""
 
 
 def by_reference(

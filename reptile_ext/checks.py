@@ -358,7 +358,7 @@ def check_version(gradient: Tensor, expected: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------- values, where they can be looked at
+# ------------------------------------------------------------------------- values, where they can be read at no cost
 
 
 def check_weight_values(weight: Tensor) -> None:

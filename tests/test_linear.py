@@ -850,7 +850,7 @@ def test_bad_input(wrong: dict[str, Any], kind: type[Exception], words: str) -> 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(st.data())
 def test_any_combination(data: st.DataObject) -> None:
-    """Of sizes, budgets, options, ignored rows, and who learns; in float64, where rounding hides nothing."""
+    """Of sizes, budgets, options, ignored rows and trainable models; in float64, where rounding hides nothing."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 1000)))
     rows, classes, others = draw(st.integers(0, 40)), draw(st.integers(1, 30)), draw(st.integers(1, 30))

@@ -157,7 +157,7 @@ def _may_be_equal(student: LogitsSource, teacher: LogitsSource) -> bool:
 
 
 def _can_look(x: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a GPU: fakes have none."""
+    """Whether values can be read without waiting for a GPU: fakes have none."""
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
