@@ -498,7 +498,7 @@ def with_options(
 
     reduction = REDUCTIONS[options.reduction]
     if reduction == "none":
-        return losses.reshape(leading) * options.scale
+        return _scaled(losses.reshape(leading), options.scale)
     total = losses.sum()
     if denominator is not None:
         divisor = torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
@@ -507,4 +507,9 @@ def with_options(
         total = total / torch.where(counted.any(), divisor, 1.0)
     elif reduction == "mean":
         total = total / torch.where(counted.any(), w.sum(), 1.0)
-    return total * options.scale
+    return _scaled(total, options.scale)
+
+
+def _scaled(loss: Tensor, scale: float) -> Tensor:
+    """Times a number that nearly always is 1. In forward mode PyTorch makes a float64 tangent of a 0-d product with one."""
+    return loss if scale == 1.0 else loss * scale

@@ -279,6 +279,7 @@ def _terms(
     q, p = x.exp(), y.exp()
     one = torch.ones(s.shape[:-1], dtype=s.dtype)
     none = torch.zeros_like(s)
+    given_beta = beta
     beta = {"dkd": 8.0, "skew_kl": 0.1, "skew_reverse_kl": 0.1}.get(divergence, 0.5) if beta is None else beta
 
     def centred(u: Tensor) -> Tensor:
@@ -320,7 +321,7 @@ def _terms(
         return (s.abs() + t.abs()).square().mean(-1), 2 / s.shape[-1] * (s.abs() + t.abs()), none
     if divergence != "dkd":
         # One that nobody has written out here: as large as terms of p, q and their logarithms can be.
-        scale = make_options(divergence=divergence, beta=beta).soft_scale
+        scale = make_options(divergence=divergence, beta=given_beta).soft_scale
         distance = (x - y).abs()
         return scale * one, scale * (q + p) * (1 + distance + ((q + p) * distance).sum(-1, keepdim=True)), none
     label = F.one_hot(labels, s.shape[-1]).bool()

@@ -117,7 +117,7 @@ def test_processors_without_products_of_16_bit_matrices(
 ) -> None:
     """Products are then in float32, in blocks: of whole matrices no float32 copy exists."""
     monkeypatch.setattr(linear.logits, "has_product", lambda dtype: False)
-    monkeypatch.setattr(linear, "BLOCK", 4)  # of 23 rows, 40 classes, and hidden states of 6 and 9
+    monkeypatch.setattr(linear.logits, "BLOCK", 4)  # of 23 rows, 40 classes, and hidden states of 6 and 9
     case = make_case(dtype)
     labels = make_labels(23, 40)
     check(case, ["student_hidden", "student_weight", "student_bias"], labels=labels, **keywords)

@@ -146,8 +146,8 @@ def test_four_edits_make_a_divergence(built: tuple[Path, Path]) -> None:
         run_tests(tree, site, "-k", f"{NAME} and not ({LEFT_OUT})", *(f"tests/{file}" for file in files))
         for files in (TESTS[:2], TESTS[2:])
     ]
-    for process in halves:
-        output = process.communicate()[0]
+    outputs = [process.communicate()[0] for process in halves]
+    for process, output in zip(halves, outputs, strict=True):
         assert process.returncode == 0, output
         assert " passed" in output
 
