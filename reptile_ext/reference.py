@@ -511,5 +511,5 @@ def with_options(
 
 
 def _scaled(loss: Tensor, scale: float) -> Tensor:
-    """Times a number that nearly always is 1. In forward mode PyTorch makes a float64 tangent of a 0-d product with one."""
+    """Times a number that nearly always is 1: in forward mode a 0-d product with one has a tangent in float64."""
     return loss if scale == 1.0 else loss * scale
