@@ -16,6 +16,7 @@ from oracle import (
     DTYPES,
     INSTRUCTION_SETS,
     LAYOUTS,
+    WRITTEN_OUT,
     assert_near,
     check,
     every_divergence,
@@ -75,11 +76,12 @@ def test_oracle_equals_closed_forms() -> None:
 
 @every_divergence
 def test_the_rule_rejects_a_loss_that_is_slightly_wrong(divergence: str) -> None:
-    """By 1e-4 of the value, or of the gradient."""
+    """By 1e-4 of the value, or of the gradient; 1e-2 of those whose terms are not written out."""
+    factor = 1.0001 if divergence in WRITTEN_OUT else 1.01
     student, teacher = make_logits("random", 4, 1000)
     labels, keywords = labels_of(divergence, 4, 1000), keywords_of(divergence)
     loss, gradient = run(reptile_ext.distillation_loss, student, teacher, labels, **keywords)
-    for wrong in ((loss * 1.0001, gradient), (loss, gradient * 1.0001)):
+    for wrong in ((loss * factor, gradient), (loss, gradient * factor)):
         with pytest.raises(AssertionError, match="our error"):
             assert_near({"": wrong}, student, teacher, labels, **keywords)
     assert_near({"": (loss, gradient)}, student, teacher, labels, **keywords)
