@@ -6,6 +6,8 @@ version of torch breaks something, look here first.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -56,3 +58,37 @@ def not_compiled(function: _Function) -> _Function:
     compiler, which takes a second."""
     decorated: _Function = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]
     return decorated
+
+
+def is_only_owner(x: Tensor) -> bool:
+    """Whether a local variable of the caller is all that holds the memory of `x`, the result of an operation.
+
+    No node of a graph has saved it, no hook or module has kept it, under this or another name. Where torch does not
+    tell (before 2.13), the answer is no.
+    """
+    if x.grad_fn is None or type(x) is not Tensor or not hasattr(x, "_use_count"):
+        return False
+    if x._base is not None and x._base.grad_fn is None:
+        return False
+    return _owners(x) == _owners_of_an_example(x._base is not None)
+
+
+def _owners(x: Tensor) -> list[int]:
+    """Numbers of those who hold a tensor's memory, the tensor and its Python object, and the same of its base."""
+    base = x._base
+    found = [torch._C._storage_Use_Count(x.untyped_storage()._cdata), x._use_count(), sys.getrefcount(x)]  # type: ignore[attr-defined]
+    return found if base is None else [*found, base._use_count(), sys.getrefcount(base)]  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=2)
+def _owners_of_an_example(is_view: bool) -> list[int]:
+    """What `is_only_owner` counts for a tensor that a local variable alone holds: Python's versions count otherwise."""
+
+    def count(x: Tensor) -> list[int]:
+        return _owners(x)
+
+    with torch.enable_grad():
+        x = -torch.zeros(1, requires_grad=True)
+        if is_view:
+            x = x.view(1, 1)
+    return count(x)

@@ -1,145 +1,194 @@
-"""What the loop samples from: micro-batches in any of the common shapes, and a place in the data that can be kept."""
+"""What the loop is given: a batch in any of the common shapes, taken apart; what a model makes of its part."""
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Keys of a mapping that are not for the models. The rest goes to both as keywords.
+RESERVED = ("labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs")
+# Whose first dimension is the number of samples, whatever the other tensors of a batch are.
+_OF_SAMPLES = ("input_ids", "inputs_embeds", "input_features", "input_values", "decoder_input_ids", "attention_mask")
+
 
 class Batch(NamedTuple):
-    """What the models take, and the labels, if there are any."""
+    """A batch in its parts. What is None is not there; without `teacher_inputs` the teacher gets `inputs`."""
 
     inputs: Any
-    labels: Tensor | None
+    labels: Tensor | None = None
+    weight: Tensor | None = None  # of the samples [B] or of the rows [B, …]
+    teacher_inputs: Any = None
+    teacher_logits: Any = None  # the teacher's answers, in the place of running it
+    mask: Tensor | None = None  # 0 at padding; looked at only where there are no labels
 
 
 def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:
-    """A batch in its two parts.
+    """A batch in its parts.
 
-    A tensor is input alone; a pair is (inputs, labels); a mapping goes to the models as keywords, its "labels" apart,
-    so that an HF model does not compute a loss of its own. `shift_labels` turns the labels of a causal language model
-    (equal to the input) into the next token at each position; nothing follows the last one, so it is ignored.
+    A tensor is input alone; a pair is (inputs, labels), a triple (inputs, labels, weights of the samples). A mapping
+    goes to the models as keywords without the keys of `RESERVED`: so an HF model does not compute a loss of its own.
+    `shift_labels` turns the labels of a causal language model (equal to the input) into the next token at each
+    position; nothing follows the last one, so it is ignored.
     """
-    inputs: Any
+    found: dict[str, Any]
     if isinstance(batch, Tensor):
-        inputs, labels = batch, None
+        found = {"inputs": batch}
     elif isinstance(batch, Mapping):
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch.get("labels")
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, labels = batch
+        found = {"inputs": {name: value for name, value in batch.items() if name not in RESERVED}}
+        if "student_inputs" in batch:
+            if found["inputs"]:
+                raise ValueError(
+                    "a batch has either 'student_inputs' or the inputs of both models as keys of its own; got both: "
+                    f"'student_inputs' and {sorted(found['inputs'])}"
+                )
+            found["inputs"] = batch["student_inputs"]
+        found |= {"labels": batch.get("labels"), "weight": batch.get("sample_weight")}
+        found |= {name: batch.get(name) for name in ("teacher_inputs", "teacher_logits")}
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        found = dict(zip(("inputs", "labels", "weight"), batch, strict=False))
     else:
         raise TypeError(
-            f"batch must be a tensor, a pair (inputs, labels) or a mapping with an optional 'labels'; got "
-            f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+            "batch must be a tensor, a pair (inputs, labels), a triple (inputs, labels, sample_weight) or a mapping "
+            f"with an optional 'labels'; got {type(batch).__name__}"
+            + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+        )
+    for name in ("inputs", "teacher_inputs"):
+        _check_inputs(name, found.get(name))
+    labels, weight = found.get("labels"), found.get("weight")
+    if labels is not None:
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"labels must be a tensor; got {_kind(labels)}: give the loader a collate_fn that makes one"
+            )
+        if labels.dtype in _NARROW:
+            labels = labels.long()  # of narrow ones, 156 would be −100, the usual ignore_index
+    if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        raise TypeError(
+            f"sample_weight must be a floating-point tensor; got {_kind(weight)} (in a triple it is the third; "
+            "an index or an id belongs in no batch)"
         )
     if shift_labels:
         if labels is None:
             raise ValueError("shift_labels=True needs labels in every batch; got a batch without")
+        if labels.ndim < 2:
+            raise ValueError(f"shift_labels=True needs labels [batch, positions]; got {list(labels.shape)}")
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    return Batch(inputs, labels)
+        if weight is not None and weight.ndim > 1:
+            weight = F.pad(weight[:, 1:], (0, 1))
+    return Batch(**(found | {"labels": labels, "weight": weight, "mask": _mask_of(found["inputs"])}))
 
 
-def logits_of(model: nn.Module, inputs: Any) -> Tensor:
-    """Run a model on inputs as `split` returns them; its output is a tensor, or holds one as `.logits`."""
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"{type(model).__name__} must return a tensor of logits or an object with .logits; got "
-            f"{type(output).__name__}"
-        )
-    return output
+# Integers that are made int64 (bool is none: the losses refuse it by name).
+_NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+
+
+def _mask_of(inputs: Any) -> Tensor | None:
+    """The mask of the positions that have logits: the decoder's, where there is a decoder."""
+    if not isinstance(inputs, Mapping):
+        return None
+    has_decoder = any(name in inputs for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim > 1 else None
+
+
+def _check_inputs(name: str, inputs: Any) -> None:
+    """Raise for what no model takes: text, lists of numbers, a mapping without a tensor."""
+    values = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    for key, value in values.items():
+        if isinstance(value, str) or (isinstance(value, list) and not _holds_tensors_of_models(value)):
+            where = f"batch[{key!r}]" if key else f"the batch's {name}"
+            hint = (
+                "turn text into ids with the model's tokenizer"
+                if isinstance(value, str) or (value and isinstance(value[0], str))
+                else "make tensors of it in the loader's collate_fn (of Hugging Face's datasets, with_format('torch'))"
+            )
+            raise TypeError(f"{where} must be a tensor; got {_kind(value)}: {hint}")
+    if isinstance(inputs, Mapping) and not any(isinstance(value, Tensor) for value in inputs.values()):
+        raise TypeError(f"{name} of a batch must hold a tensor; got a mapping with the keys {list(inputs)}")
+
+
+def _holds_tensors_of_models(value: list[Any]) -> bool:
+    """Whether a list is one of images or boxes, as detectors take it: tensors or mappings that are not scalars."""
+    return bool(value) and all(isinstance(x, Mapping) or (isinstance(x, Tensor) and x.ndim > 0) for x in value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return f"a {type(value).__name__}"
 
 
 def num_samples(inputs: Any) -> int:
-    """Size of the first dimension of a batch's inputs."""
-    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
-    return int(first.shape[0])
+    """Number of samples in a batch's inputs: the first dimension of its tensors, `input_ids` before others."""
+    if not isinstance(inputs, Mapping):
+        first = inputs
+        while isinstance(first, (tuple, list)) and first and not isinstance(first[0], Mapping):
+            if isinstance(first, list):
+                return len(first)  # one tensor a sample
+            first = first[0]
+        if isinstance(first, Tensor) and first.ndim:
+            return int(first.shape[0])
+        raise TypeError(f"inputs must be a tensor [samples, …] or a mapping with one; got {_kind(inputs)}")
+    for name in _OF_SAMPLES:
+        if isinstance(inputs.get(name), Tensor) and inputs[name].ndim:
+            return int(inputs[name].shape[0])
+    sizes = Counter(int(x.shape[0]) for x in inputs.values() if isinstance(x, Tensor) and x.ndim)
+    if not sizes:
+        raise TypeError(f"inputs must hold a tensor [samples, …]; got a mapping with the keys {list(inputs)}")
+    if len(sizes) > 1:
+        shapes = {name: list(x.shape) for name, x in inputs.items() if isinstance(x, Tensor)}
+        raise ValueError(
+            f"the inputs disagree on the number of samples: {shapes}; give labels, or name the samples' tensor "
+            f"one of {', '.join(_OF_SAMPLES)}"
+        )
+    return next(iter(sizes))
 
 
-class Sampler:
-    """Micro-batches from endless passes over `data`, from a place that can be saved and found again exactly.
-
-    What is saved is the state of the random numbers at the start of the current pass and how many micro-batches were
-    taken since: to come back, the pass is started again from those random numbers and the micro-batches already used
-    are read and dropped. That costs reading them, and is exact for any loader, shuffle or augmentation.
-    """
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        self._data = data
-        self._passes = 0
-        self._taken = 0
-        self._start: dict[str, Any] = {}
-        self._iterator: Iterator[Any] | None = None
-
-    def take(self, count: int) -> list[Any]:
-        """The next `count` micro-batches, fewer at the end of a pass, never none."""
-        while True:
-            iterator = self._iterator or self._start_pass()
-            window = list(itertools.islice(iterator, count))
-            self._taken += len(window)
-            if len(window) < count:
-                self._iterator = None
-                self._passes += 1
-            if window:
-                return window
-            if self._taken == 0:
-                raise ValueError(
-                    f"train must yield micro-batches on every pass; got none on pass {self._passes} "
-                    "(a generator can be read only once: pass a DataLoader or a list)"
-                )
-
-    def _start_pass(self) -> Iterator[Any]:
-        self._taken = 0
-        self._start = random_state(getattr(self._data, "generator", None))
-        sampler = getattr(self._data, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self._passes)
-        self._iterator = iter(self._data)
-        return self._iterator
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"passes": self._passes, "taken": self._taken, "start": self._start, "open": self._iterator is not None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved place. Moves the global random numbers: set them afterwards."""
-        self._passes, self._iterator = state["passes"], None
-        if state["open"]:
-            set_random_state(state["start"], getattr(self._data, "generator", None))
-            for _ in itertools.islice(self._start_pass(), state["taken"]):
-                self._taken += 1
+def is_empty(inputs: Any) -> bool:
+    """Whether a batch's inputs are of no sample."""
+    values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    sizes = [x.shape[0] for x in values if isinstance(x, Tensor) and x.ndim]
+    return bool(sizes) and not any(sizes)
 
 
-def random_state(generator: torch.Generator | None = None) -> dict[str, Any]:
-    """Every random-number state a step can draw on, in types that load without executing code."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+def output_of(model: Callable[..., Any], inputs: Any) -> Any:
+    """Run a model on inputs as `split` returns them."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def logits_in(output: Any, model: Any) -> Tensor:
+    """The logits in a model's output: a tensor, or what holds one as `.logits` or under "logits" or, as torchvision's
+    segmentation models, "out"."""
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", output.get("out", output))
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", output)
+    if not isinstance(found, Tensor):
+        name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", repr(model))
+        raise TypeError(f"{name} must return a tensor of logits or an object with .logits; got {type(output).__name__}")
+    return found
+
+
+def logits_of(model: Callable[..., Any], inputs: Any) -> Tensor:
+    """Logits of a model, run on inputs as `split` returns them."""
+    return logits_in(output_of(model, inputs), model)
+
+
+def scalars_in(output: Any) -> dict[str, Tensor]:
+    """Scalars of a model's output that want a gradient: its auxiliary losses, by name."""
+    if isinstance(output, Tensor):
+        return {}
+    items = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
     return {
-        "python": random.getstate(),
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "generator": None if generator is None else generator.get_state(),
+        name: value
+        for name, value in items.items()
+        if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad and name != "loss"
     }
-
-
-def set_random_state(state: dict[str, Any], generator: torch.Generator | None = None) -> None:
-    """Put every random-number state back to what `random_state` returned."""
-    random.setstate(state["python"])
-    keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if generator is not None and state["generator"] is not None:
-        generator.set_state(state["generator"])

@@ -14,7 +14,7 @@ from ..functional import distillation_loss
 from ..linear import release_scratch
 from ..timing import Contender, Measured, Turns
 from .batches import logits_of
-from .modes import frozen, in_mode, untouched
+from .modes import being_trained, frozen, untouched
 from .objective import Objective
 
 
@@ -92,9 +92,10 @@ def measure_fused_linear(objective: Objective, batch: Any, repeats: int = 5) -> 
                 parameter.grad = None
 
         def step(_: None) -> None:
-            outputs = chosen.student_outputs(student, batch.inputs)
+            outputs = chosen.student_outputs(student, batch)
             rows = chosen.num_rows(outputs, batch)
-            torch.autograd.backward(chosen.loss(outputs, chosen.teacher_outputs(batch.inputs), batch.labels, rows))
+            loss = chosen.loss(outputs, chosen.teacher_outputs(batch), batch, rows, overwrite=True)
+            torch.autograd.backward(loss)
             head = chosen.student_head
             classes = outputs.shape[-1] if head is None else head.layer.out_features
             shape.update(rows=outputs.shape[:-1].numel(), classes=classes)
@@ -103,7 +104,7 @@ def measure_fused_linear(objective: Objective, batch: Any, repeats: int = 5) -> 
 
     device = next(student.parameters()).device
     turns = Turns([contender("logits", False), contender("fused_linear", True)], device, catch=torch.OutOfMemoryError)
-    with frozen(objective.teacher), untouched(student), in_mode(student, training=True):
+    with frozen(objective.teachers), untouched(student), being_trained(student):
         for one in turns.measured:  # to warm up
             turns.run(one)
         turns.take_turns(repeats)

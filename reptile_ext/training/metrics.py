@@ -56,9 +56,16 @@ class Evaluation:
         return self._metrics[name]
 
     def update(
-        self, loss: Tensor, rows: int, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None
+        self,
+        loss: Tensor,
+        rows: float,
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        weight: Tensor | None = None,
     ) -> None:
-        """`loss` is the mean over the `rows` rows that count; logits [..., V]; labels [...]."""
+        """`loss` is the mean over the rows that count, `rows` or the sum of their weights; logits [..., V]; labels and
+        weights [...]. Accuracy, F1 and agreement count rows, not weights, but for rows of weight 0."""
         if rows == 0:
             return
         self._metric("loss", MeanMetric).update(loss, rows)
@@ -69,16 +76,23 @@ class Evaluation:
             missing = [name for name in self._names if name in _NEED_LABELS]
             if missing:
                 raise ValueError(f"metrics {missing} need labels in the eval batches; got a batch without")
-            kept = torch.ones_like(prediction, dtype=torch.bool)
+            kept = torch.ones_like(prediction, dtype=torch.bool) if weight is None else weight.reshape(-1) != 0
         else:
             labels = labels.reshape(-1)
             kept = labels != self._ignore_index
             if "cross_entropy" in self._names or "perplexity" in self._names:
                 # Not torchmetrics.text.Perplexity: it keeps a softmax of all logits; its value is exp of this mean.
                 nats = distillation_loss(
-                    logits, logits, labels, soft_weight=0.0, hard_weight=1.0, ignore_index=self._ignore_index
+                    logits,
+                    logits,
+                    labels,
+                    weight=None if weight is None else weight.reshape(-1),
+                    soft_weight=0.0,
+                    hard_weight=1.0,
+                    ignore_index=self._ignore_index,
                 )
                 self._metric("cross_entropy", MeanMetric).update(nats, rows)
+            kept = kept if weight is None else kept & (weight.reshape(-1) != 0)
             count = {"num_classes": num_classes, "validate_args": False}
             if "accuracy" in self._names:
                 accuracy = self._metric("accuracy", MulticlassAccuracy, average="micro", **count)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from .batches import random_state, set_random_state
+from .data import random_state, set_random_state
 
 
 @contextlib.contextmanager
@@ -27,14 +28,36 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def frozen(teacher: nn.Module | None) -> Iterator[None]:
-    """A teacher in eval mode whose parameters want no gradient; afterwards as it was."""
-    if teacher is None:
+def being_trained(student: nn.Module) -> Iterator[None]:
+    """A student's parts in the modes to train it in; afterwards each in its own.
+
+    A student in train mode has parts in eval mode on purpose, such as BatchNorms: they stay as they are. One in eval
+    mode, as pretrained models come, is put in train mode, all but its frozen parts: those whose parameters want no
+    gradient, with all that is inside them.
+    """
+    with contextlib.ExitStack() as stack:
+        if not student.training:
+            resting = [part for part in student.modules() if not part.training and _is_frozen(part)]
+            stack.enter_context(in_mode(student, training=True))
+            for part in resting:
+                part.train(False)
         yield
-        return
-    wanted = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
-    with in_mode(teacher, training=False):
-        teacher.requires_grad_(False)
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    parameters = list(part.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+@contextlib.contextmanager
+def frozen(teachers: Iterable[Any]) -> Iterator[None]:
+    """Teachers in eval mode whose parameters want no gradient; afterwards as they were."""
+    modules = [teacher for teacher in teachers if isinstance(teacher, nn.Module)]
+    wanted = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(in_mode(module, training=False))
+            module.requires_grad_(False)
         try:
             yield
         finally:

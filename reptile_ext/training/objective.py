@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..linear import linear_distillation_loss
 from ..modules import DistillationLoss, LinearDistillationLoss
-from .batches import Batch, logits_of, num_samples, split
+from .batches import Batch, logits_in, num_samples, output_of, scalars_in, split
 from .heads import Head, output_layer
 from .modes import in_mode
 
 EVALUATED_ROWS = 512  # whose logits `logits_in_parts` makes at a time: as many as make a product fast
+
+Teacher = nn.Module | Callable[..., Any]
+
+# Decoders of transformers whose own loss takes the labels as they are, unlike its other causal language models.
+_DO_NOT_SHIFT = (
+    *("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "MBart", "Marian", "Musicgen", "MusicgenMelody"),
+    *("Mvp", "PLBart", "Pegasus", "TrOCR", "Whisper", "XLM", "XLNet"),
+)
 
 
 class Objective:
@@ -34,22 +49,40 @@ class Objective:
         loss = (soft + h * hard) / num_rows  # num_rows: by default (labels != ignore_index).sum()
 
     Arguments:
-        student, teacher: modules that take the same inputs and return logits: a tensor [..., V], or an object with
-            `.logits`. The teacher is run in eval mode and without a graph, whatever mode it is in, and is left in it.
-            `teacher=None` is the labels' cross entropy alone.
+        student: a module that returns logits: a tensor [..., V], or an object with `.logits`.
+        teacher: a module, or any function of the same inputs, that returns logits. A module is run in eval mode and
+            without a graph, whatever mode it is in, and is left in it. Several teachers are a list: the divergence is
+            the sum of theirs by `teacher_weights`. "batch": every batch has the logits, under "teacher_logits" (a
+            tensor, or a list of one for each teacher), which a batch may have instead of running the teacher, too.
+            None: the labels' cross entropy alone.
+        teacher_weights: of several teachers; by default each has the same and they add up to 1.
+        teacher_inputs, student_inputs: functions from the inputs of a batch to what the model takes instead. A batch
+            that is a mapping may also have both under these names.
         dim: the class dimension of the logits.
-        shift_labels: labels are a causal language model's input ids; use the next one at each position. False: they
-            are already the next ones.
+        shift_labels: True: labels are a causal language model's input ids; use the next one at each position. False:
+            they are already the next ones. None, the default: what the student's own loss does, True for the causal
+            language models of transformers, else False; labels that then turn out to equal the inputs at the same
+            positions, or to be shifted already where they would be shifted, are a ValueError.
+        auxiliary: weights of the student's own losses, scalars in its output, by name, such as {"aux_loss": 0.01} of
+            a mixture of experts: their mean over the micro-batches, each weighed by its rows, is added. One that is
+            not named is left out, with a warning.
         fused_linear: never have the logits in full: the loss is that of hidden states and heads, by
             `linear_distillation_loss`. See `Reptile`.
         autocast: dtype of the forward passes and of the heads' products, float32 for none. The default, None, leaves
             both to the autocast that the caller has set.
-        loss: keywords of `distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with `fused_linear`,
-            memory_budget too, and no inplace.
+        inplace: True: write the gradient over the logits, as `distillation_loss` does. None, the default: do so where
+            the logits' memory is nobody else's, which saves their size. False: never.
+        loss: keywords of `distillation_loss`: temperature, hard_weight, ignore_index, …; with `fused_linear`,
+            memory_budget too.
 
-    Shapes: a batch is a tensor of inputs, a pair (inputs, labels) or a mapping passed to the models as keywords, its
-    "labels" apart. Labels are integers [...] for logits [..., V]; those equal to `ignore_index` are ignored rows.
-    Without labels every row counts. The loss is a float32 scalar with a graph to the student's parameters.
+    Shapes: a batch is a tensor of inputs, a pair (inputs, labels), a triple (inputs, labels, weights) or a mapping
+    passed to the models as keywords, its "labels" and "sample_weight" apart. Labels are integers [...] for logits
+    [..., V]; those equal to `ignore_index` are ignored rows. Without labels every row counts, but those that
+    "attention_mask" (the decoder's, where there is one) marks as padding. Weights are floats, one a sample or a row;
+    the loss is then the weighted mean. The loss is a float32 scalar with a graph to the student's parameters.
+
+    Models of transformers with an encoder and a decoder get decoder inputs made from the labels, as they make them
+    themselves. Floating-point inputs are cast to the dtype of a model whose parameters have one dtype.
 
     The model that is run is an argument of the call: the student itself, or what a trainer has wrapped it in (DDP,
     torch.compile). `student` says where the head is, which mode the student is in and which device it is on.
@@ -111,33 +144,59 @@ class Objective:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Teacher | Sequence[Teacher] | str | None,
         *,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_inputs: Callable[[Any], Any] | None = None,
+        student_inputs: Callable[[Any], Any] | None = None,
         dim: int = -1,
-        shift_labels: bool = False,
+        shift_labels: bool | None = None,
+        auxiliary: Mapping[str, float] | None = None,
         fused_linear: bool = False,
         autocast: torch.dtype | None = None,
+        inplace: bool | None = None,
         **loss: Any,
     ) -> None:
         for name in ("reduction", "weight", "denominator"):
             if name in loss:
                 raise ValueError(f"{name} is set by the training step: the loss is a mean over all rows of a step")
+        check_keywords(Objective, loss)
         linear_only = {"memory_budget": loss.pop("memory_budget")} if "memory_budget" in loss else {}
         if linear_only and not fused_linear:
             raise ValueError("memory_budget is for the chunks of fused_linear=True; got it with fused_linear=False")
         if teacher is None:
-            if meaningless := sorted(set(loss) - {"ignore_index"}):
+            if meaningless := sorted({*loss, *(["inplace"] if inplace else [])} - {"ignore_index"}):
                 raise ValueError(f"teacher=None leaves no meaning to {meaningless}")
             loss |= {"soft_weight": 0.0, "hard_weight": 1.0}  # the cross entropy, by the same kernel
         self.student, self.teacher = student, teacher
+        self.teachers = teachers_of(teacher)
+        self._set_teacher_weights(teacher_weights)
         self.dim = dim
-        self.shift_labels = shift_labels
+        self._wants_shift = shift_labels
+        self.shift_labels = _is_causal_language_model(student) if shift_labels is None else shift_labels
+        self.auxiliary = dict(auxiliary or {})
         self.autocast = autocast
-        self.criterion = DistillationLoss(**loss)
+        self.inplace = inplace
+        self.criterion = DistillationLoss(inplace=bool(inplace), **loss)
         self.ignore_index: int = self.criterion.keywords["ignore_index"]
+        self._inputs_of = {"student": student_inputs, "teacher": teacher_inputs}
         self._linear_only = linear_only
         self._rows_per_sample: int | None = None
+        self._labels_compared = False
+        self._auxiliary: dict[str, Tensor] = {}  # of the latest forward pass
+        self._left_out: set[str] = set()  # losses of the student's own that were warned of
+        self._nobody_elses: Callable[[], Tensor | None] = lambda: None  # logits whose memory is only theirs
         self._set_fused_linear(fused_linear)
+
+    def _set_teacher_weights(self, weights: Sequence[float] | None) -> None:
+        count = len(self.teachers)
+        self.teacher_weights = tuple(weights) if weights is not None else (1 / max(count, 1),) * count
+        if weights is not None and (
+            len(self.teacher_weights) != count or not all(math.isfinite(w) and w >= 0 for w in self.teacher_weights)
+        ):
+            raise ValueError(
+                f"teacher_weights must be a number of at least 0 for each of {count} teachers; got {list(weights)}"
+            )
 
     def with_fused_linear(self, fused_linear: bool) -> Objective:
         """The same objective of the same models, with or without `fused_linear`."""
@@ -148,7 +207,7 @@ class Objective:
     def _set_fused_linear(self, fused_linear: bool) -> None:
         # Where there is no head, a model is asked for its logits.
         self.student_head: Head | None = None
-        self.teacher_head: Head | None = None
+        self.teacher_heads: list[Head | None] = [None] * len(self.teachers)
         self._linear_keywords: dict[str, Any] = {}
         if not fused_linear:
             return
@@ -163,23 +222,29 @@ class Objective:
         LinearDistillationLoss(**keywords, **self._linear_only)  # complain now, not in the first step
         self._linear_keywords = keywords | self._linear_only
         self.student_head = Head("student", self.student)
-        if self.teacher is not None and output_layer(self.teacher) is not None:
-            self.teacher_head = Head("teacher", self.teacher)
+        self.teacher_heads = [
+            Head("teacher", teacher) if isinstance(teacher, nn.Module) and output_layer(teacher) is not None else None
+            for teacher in self.teachers
+        ]
+
+    def set_keywords(self, **keywords: float) -> None:
+        """Other values of temperature and hard_weight from now on."""
+        self.criterion = DistillationLoss(**(self.criterion.keywords | keywords))
+        if self.student_head is not None:
+            self._linear_keywords |= keywords
 
     # ------------------------------------------------------------------------------------------- all of it in a call
 
-    def __call__(self, model: nn.Module, batch: Any, num_items: float | Tensor | None = None) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Any, num_items: Any = None) -> Tensor:
         """The loss of a batch, divided by the rows that `num_items` stands for.
 
         model: the student, or what it is wrapped in.
         batch: on the models' device.
         num_items: what `count` returns for all micro-batches of the step; None: this batch is all of it.
         """
-        return self._loss_and_outputs(model, batch, num_items)[0]
+        return self._loss_and_outputs(model, batch, num_items, overwrite=True)[0]
 
-    def loss_and_logits(
-        self, model: nn.Module, batch: Any, num_items: float | Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def loss_and_logits(self, model: nn.Module, batch: Any, num_items: Any = None) -> tuple[Tensor, Tensor]:
         """The same, and the student's logits as the model gives them, without a graph: for a trainer's own metrics.
 
         With `fused_linear` they are made for this alone, all of them at once.
@@ -191,138 +256,282 @@ class Objective:
             return loss, self._logits(self.student_head, outputs.detach()).movedim(-1, self.dim)
 
     def _loss_and_outputs(
-        self, model: nn.Module, batch: Any, num_items: float | Tensor | None
+        self, model: nn.Module, batch: Any, num_items: Any, overwrite: bool = False
     ) -> tuple[Tensor, Tensor]:
         batch = self.split(batch)
-        outputs = self.student_outputs(model, batch.inputs)
-        teacher_outputs = self.teacher_outputs(batch.inputs)
-        return self.loss(outputs, teacher_outputs, batch.labels, self.num_rows(outputs, batch, num_items)), outputs
+        outputs = self.student_outputs(model, batch)
+        teacher_outputs = self.teacher_outputs(batch)
+        num_rows = self.num_rows(outputs, batch, num_items)
+        return self.loss(outputs, teacher_outputs, batch, num_rows, overwrite=overwrite), outputs
 
     # ------------------------------------------------------------------------------------------- and step by step
 
     def split(self, batch: Any) -> Batch:
-        """A batch as (inputs, labels), the labels shifted if they are to be. What is split already stays."""
-        return batch if isinstance(batch, Batch) else split(batch, self.shift_labels, self.ignore_index)
+        """A batch in its parts, the labels shifted if they are to be. What is split already stays."""
+        if isinstance(batch, Batch):
+            return batch
+        # Where nobody asked for a shift, a batch without labels is one of which the teacher is all there is to learn.
+        has_labels = not isinstance(batch, Mapping) or batch.get("labels") is not None
+        shifts = self.shift_labels and (has_labels or bool(self._wants_shift))
+        found = split(batch, shifts, self.ignore_index)
+        if not self._labels_compared and found.labels is not None:
+            self._labels_compared = self._compare_labels(found.inputs, found.labels)
+        return found
 
     def count(self, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Labels that count or, without labels, samples, in all micro-batches of a step: `num_items` of the calls.
+
+        With weights it is their sum. Without labels but with a mask or a weight of each row, it is two numbers: of
+        samples, and of rows; which of them holds is known when the model has run.
 
         reduce: sums a tensor over the processes that share the step; None where there is one.
         """
         split_batches = [self.split(batch) for batch in batches]
         if len({batch.labels is None for batch in split_batches}) > 1:
             raise ValueError("the micro-batches of a step must all have labels or all have none; got both kinds")
-        counts = [
-            num_samples(inputs) if labels is None else (labels != self.ignore_index).sum()
-            for inputs, labels in split_batches
-        ]
-        count = torch.stack([torch.as_tensor(c, device=self._device) for c in counts]).sum()
-        return count if reduce is None else reduce(count)
+        counts = [torch.as_tensor(self._count(batch), dtype=torch.float64) for batch in split_batches]
+        count = torch.stack([c.to(self._device if reduce is not None else "cpu") for c in counts]).sum(0)
+        count = count if reduce is None else reduce(count)
+        return count if split_batches[0].weight is not None else count.long()
 
-    def num_rows(
-        self, outputs: Tensor, batch: Batch | tuple[Any, Tensor | None], num_items: float | Tensor | None = None
-    ) -> float | Tensor:
+    def _count(self, batch: Batch) -> Any:
+        if batch.labels is not None:
+            return self._sum_of(batch.labels != self.ignore_index, batch.weight)
+        if batch.weight is None:
+            samples: Any = num_samples(batch.inputs)
+        else:
+            samples = batch.weight.double().sum()
+        if batch.mask is not None:
+            return [float(samples), float(self._sum_of(batch.mask != 0, batch.weight))]
+        if batch.weight is not None and batch.weight.ndim > 1:
+            return [float(samples), float(samples)]
+        return samples
+
+    @staticmethod
+    def _sum_of(kept: Tensor, weight: Tensor | None) -> Tensor:
+        return kept.sum() if weight is None else (kept * _spread(weight, kept.shape).double()).sum()
+
+    def num_rows(self, outputs: Tensor, batch: Batch, num_items: Any = None) -> float | Tensor:
         """The rows to divide a loss by: those that count in this batch or, by `num_items`, in all of the step.
 
         Without labels, `num_items` are samples, and how many rows each has is known only now that the model has run.
         """
-        inputs, labels = batch
         if num_items is None:
-            return self.counted_rows(outputs, labels)
-        if labels is not None:
-            return num_items
-        rows = outputs.shape[:-1].numel() // num_samples(inputs)
+            return self.counted_rows(outputs, batch)
+        of_rows = None
+        if (isinstance(num_items, Tensor) and num_items.ndim) or isinstance(num_items, (list, tuple)):
+            num_items, of_rows = num_items
+        if batch.labels is not None:
+            return num_items  # type: ignore[no-any-return]
+        if of_rows is not None and self._row_weight(outputs, batch, of_samples=False) is not None:
+            return of_rows  # type: ignore[no-any-return]
+        rows, samples = outputs.shape[:-1].numel(), num_samples(batch.inputs)
+        if samples and rows % samples:
+            raise ValueError(
+                f"the student's {rows} rows are no multiple of the batch's {samples} samples: give labels, with "
+                f"ignore_index={self.ignore_index} at the padding"
+            )
+        rows //= max(samples, 1)
         if self._rows_per_sample not in (None, rows):
             raise ValueError(
                 "without labels, samples that share a step must have the same number of rows; got "
                 f"{self._rows_per_sample} and {rows}: give labels, with ignore_index={self.ignore_index} at the padding"
             )
         self._rows_per_sample = rows
-        return num_items * rows
+        return num_items * rows  # type: ignore[no-any-return]
 
-    def counted_rows(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
-        """Number of the rows of these outputs that are not ignored."""
-        if labels is None:
-            return torch.tensor(outputs.shape[:-1].numel(), device=outputs.device)
-        return (labels != self.ignore_index).sum()
+    def counted_rows(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Number of the rows of these outputs that are not ignored or, with weights, the sum of theirs."""
+        weight = self._row_weight(outputs, batch)
+        kept = None if batch.labels is None else batch.labels != self.ignore_index
+        if weight is None:
+            return torch.tensor(outputs.shape[:-1].numel(), device=outputs.device) if kept is None else kept.sum()
+        return (weight if kept is None else weight * kept).sum()
 
-    def student_outputs(self, model: nn.Module, inputs: Any) -> Tensor:
+    def _row_weight(self, outputs: Tensor, batch: Batch, of_samples: bool = True) -> Tensor | None:
+        """[...] weights of the rows of outputs [..., V], the padding's 0; None: all weigh the same."""
+        rows = outputs.shape[:-1]
+        weight = None
+        if batch.weight is not None and (of_samples or batch.weight.ndim > 1):
+            weight = _spread(batch.weight, rows)
+        if batch.labels is None and batch.mask is not None and batch.mask.shape == rows:
+            mask = (batch.mask != 0).float()
+            weight = mask if batch.weight is None else mask * _spread(batch.weight, rows)
+        return None if weight is None else weight.contiguous()
+
+    def student_outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """[..., V] logits of `model`, the student or what it is wrapped in; with `fused_linear`, [..., H] hidden
         states."""
-        return self._outputs(model, self.student_head, inputs)
+        self._nobody_elses = lambda: None
+        if self.student_head is not None:
+            return self._outputs("student", model, self.student_head, batch.inputs, batch.labels)
+        outputs = self._outputs("student", model, None, batch.inputs, batch.labels)
+        if self.inplace is None and not self.auxiliary and compat.is_only_owner(outputs):
+            self._nobody_elses = weakref.ref(outputs)
+        return outputs
 
-    def teacher_outputs(self, inputs: Any) -> Tensor | None:
-        """[..., V] logits of the teacher or, where it has a head and `fused_linear` is on, [..., H] hidden states; None
-        without a teacher."""
-        if self.teacher is None:
-            return None
-        # no_grad, not inference_mode: autograd refuses to save an inference tensor for the student's backward.
-        with torch.no_grad(), in_mode(self.teacher, training=False):
-            return self._outputs(self.teacher, self.teacher_head, inputs)
+    def teacher_outputs(self, batch: Batch) -> list[Tensor]:
+        """For each teacher [..., V] logits or, where it has a head and `fused_linear` is on, [..., H] hidden states."""
+        if batch.teacher_logits is not None:
+            if self.teacher is None:
+                raise ValueError("teacher=None trains on labels alone; got a batch with 'teacher_logits': pass 'batch'")
+            return self._from_batch(batch.teacher_logits)
+        if self.teacher == "batch":
+            raise ValueError("teacher='batch' needs 'teacher_logits' in every batch; got a batch without")
+        found = []
+        for teacher, head in zip(self.teachers, self.teacher_heads, strict=True):
+            inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+            # no_grad, not inference_mode: autograd refuses to save an inference tensor for the student's backward.
+            mode = in_mode(teacher, training=False) if isinstance(teacher, nn.Module) else contextlib.nullcontext()
+            with torch.no_grad(), mode:
+                outputs = self._outputs("teacher", teacher, head, inputs, batch.labels)
+            found.append(outputs.detach().to(self._device))
+        return found
+
+    def _from_batch(self, logits: Any) -> list[Tensor]:
+        found = list(logits) if isinstance(logits, (list, tuple)) else [logits]
+        wanted = 1 if self.teacher == "batch" else len(self.teachers)
+        if len(found) != wanted or not all(isinstance(x, Tensor) and x.is_floating_point() for x in found):
+            kinds = [str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in found]
+            raise ValueError(f"teacher_logits must be {wanted} floating-point tensors; got {kinds}")
+        return [self._classes_last("teacher_logits", x) for x in found]
 
     def loss(
-        self, outputs: Tensor, teacher_outputs: Tensor | None, labels: Tensor | None, num_rows: float | Tensor
+        self,
+        outputs: Tensor,
+        teacher_outputs: Sequence[Tensor],
+        batch: Batch,
+        num_rows: float | Tensor,
+        *,
+        overwrite: bool = False,
     ) -> Tensor:
-        """Sum of the loss over the rows of these outputs, divided by `num_rows`."""
+        """Sum of the loss over the rows of these outputs, divided by `num_rows`, and the student's own losses.
+
+        overwrite: the caller has no use for the outputs any more, so that a gradient may be written over logits that
+            nobody else holds.
+        """
         head = self.student_head
         if head is None:
-            return self.loss_of_logits(outputs, teacher_outputs, labels, num_rows)
-        teacher: dict[str, Any] = {"teacher_weight": None}  # its outputs are logits
-        if teacher_outputs is None:
-            # The divergence has no weight, so any teacher will do: one of one feature costs next to nothing.
-            _check_labels(labels)
-            teacher_outputs = outputs.new_zeros(*outputs.shape[:-1], 1)
-            teacher["teacher_weight"] = outputs.new_zeros(head.weight.shape[0], 1)
-        elif self.teacher_head is not None:
-            found = self.teacher_head.keywords("teacher")
-            teacher = {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}
-        with self._autocast():  # of the heads' products, as it is in the models
-            return linear_distillation_loss(
-                outputs,
-                teacher_hidden=teacher_outputs,
-                labels=labels,
-                denominator=_at_least_one(num_rows),
-                **head.keywords("student"),
-                **teacher,
-                **self._linear_keywords,
-            )
-
-    def loss_of_logits(
-        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, num_rows: float | Tensor
-    ) -> Tensor:
-        """`loss` of logits, which is what `logits_in_parts` gives."""
-        if teacher_logits is None:
-            _check_labels(labels)
-            teacher_logits = logits.detach()  # `criterion` gives the divergence no weight: any logits of this shape do
-        loss: Tensor = self.criterion(logits, teacher_logits, labels, denominator=_at_least_one(num_rows))
+            loss = self.loss_of_logits(outputs, teacher_outputs, batch, num_rows, overwrite=overwrite)
+        else:
+            loss = self._linear_loss(head, outputs, teacher_outputs, batch, num_rows)
+        if self.auxiliary:
+            share = self.counted_rows(outputs, batch) / _not_zero(num_rows)
+            for name, weight in self.auxiliary.items():
+                if name not in self._auxiliary:
+                    raise ValueError(
+                        f"auxiliary names {name!r}, which the student's output has not; its scalars that want a "
+                        f"gradient: {sorted(self._left_out | set(self._auxiliary))}"
+                    )
+                loss = loss + weight * share * self._auxiliary[name].to(loss.device)
         return loss
 
+    def _linear_loss(
+        self, head: Head, outputs: Tensor, teacher_outputs: Sequence[Tensor], batch: Batch, num_rows: float | Tensor
+    ) -> Tensor:
+        total: Tensor | None = None
+        for i, keywords in enumerate(self._shares(self._linear_keywords)):
+            teacher: dict[str, Any] = {"teacher_weight": None}  # its outputs are logits
+            if not teacher_outputs:
+                # The divergence has no weight, so any teacher will do: one of one feature costs next to nothing.
+                _check_labels(batch.labels)
+                of_teacher = outputs.new_zeros(*outputs.shape[:-1], 1)
+                teacher["teacher_weight"] = outputs.new_zeros(head.weight.shape[0], 1)
+            else:
+                of_teacher = teacher_outputs[i]
+                teacher_head = None if batch.teacher_logits is not None else self.teacher_heads[i]
+                if teacher_head is not None:
+                    found = teacher_head.keywords("teacher")
+                    teacher = {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}
+            with self._autocast():  # of the heads' products, as it is in the models
+                loss = linear_distillation_loss(
+                    outputs,
+                    teacher_hidden=of_teacher,
+                    labels=batch.labels,
+                    weight=self._row_weight(outputs, batch),
+                    denominator=_not_zero(num_rows),
+                    **head.keywords("student"),
+                    **teacher,
+                    **keywords,
+                )
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def _shares(self, keywords: dict[str, Any]) -> list[dict[str, Any]]:
+        """The keywords of the loss with each teacher: its share of the divergence, and the labels' part once."""
+        if len(self.teachers) < 2:
+            return [keywords]
+        soft_weight = keywords["soft_weight"]
+        return [
+            keywords | {"soft_weight": soft_weight * weight} | ({"hard_weight": 0.0} if i else {})
+            for i, weight in enumerate(self.teacher_weights)
+        ]
+
+    def loss_of_logits(
+        self,
+        logits: Tensor,
+        teacher_logits: Sequence[Tensor],
+        batch: Batch,
+        num_rows: float | Tensor,
+        *,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """`loss` of logits, which is what `logits_in_parts` gives, without the student's own losses."""
+        if not teacher_logits:
+            _check_labels(batch.labels)
+            # `criterion` gives the divergence no weight: any logits of this shape do
+            teacher_logits = [logits.detach()]
+        weight, denominator = self._row_weight(logits, batch), _not_zero(num_rows)
+        if len(self.teachers) < 2:
+            keywords = self.criterion.keywords
+            if overwrite and self._nobody_elses() is logits:
+                keywords = keywords | {"inplace": True}
+            loss: Tensor = self.criterion.loss(
+                logits, teacher_logits[0], batch.labels, weight=weight, denominator=denominator, **keywords
+            )
+            return loss
+        return torch.stack(
+            [
+                self.criterion.loss(
+                    logits, of_teacher, batch.labels, weight=weight, denominator=denominator, **keywords
+                )
+                for of_teacher, keywords in zip(
+                    teacher_logits, self._shares(self.criterion.keywords | {"inplace": False}), strict=True
+                )
+            ]
+        ).sum()
+
     def logits_in_parts(
-        self, outputs: Tensor, teacher_outputs: Tensor | None, labels: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """(student's logits, teacher's logits, labels) of a batch, for metrics; with `fused_linear`, of a few rows at a
-        time, so that there are never more logits than that."""
-        if self.student_head is None:
-            yield outputs, teacher_outputs, labels
-            return
+        self, outputs: Tensor, teacher_outputs: Sequence[Tensor], batch: Batch
+    ) -> Iterator[tuple[Tensor, list[Tensor], Batch]]:
+        """(student's logits, teachers' logits, labels and weights) of a batch, for metrics; with `fused_linear`, of a
+        few rows at a time, so that there are never more logits than that."""
         rows = outputs.shape[:-1]
+        weight = self._row_weight(outputs, batch)
+        if self.student_head is None:
+            yield outputs, list(teacher_outputs), Batch(None, batch.labels, weight)
+            return
+        labels = batch.labels
         if labels is not None and labels.shape != rows:
             raise ValueError(
                 f"labels must have the shape of the hidden states' rows, {list(rows)}; got {list(labels.shape)}"
             )
-        if teacher_outputs is not None and teacher_outputs.shape[:-1] != rows:
-            raise ValueError(
-                f"the teacher must have the student's rows, {list(rows)}; got {list(teacher_outputs.shape[:-1])}"
-            )
+        for of_teacher in teacher_outputs:
+            if of_teacher.shape[:-1] != rows:
+                raise ValueError(
+                    f"the teacher must have the student's rows, {list(rows)}; got {list(of_teacher.shape[:-1])}"
+                )
+        heads = [None] * len(teacher_outputs) if batch.teacher_logits is not None else self.teacher_heads
         flat = outputs.flatten(0, -2)
-        flat_teacher = None if teacher_outputs is None else teacher_outputs.flatten(0, -2)
-        flat_labels = None if labels is None else labels.flatten()
+        flat_teachers = [of_teacher.flatten(0, -2) for of_teacher in teacher_outputs]
+        flat_labels, flat_weight = (None if x is None else x.flatten() for x in (labels, weight))
         for start in range(0, flat.shape[0], EVALUATED_ROWS):
             part = slice(start, start + EVALUATED_ROWS)
             yield (
                 self._logits(self.student_head, flat[part]),
-                None if flat_teacher is None else self._logits(self.teacher_head, flat_teacher[part]),
-                None if flat_labels is None else flat_labels[part],
+                [self._logits(head, x[part]) for head, x in zip(heads, flat_teachers, strict=True)],
+                Batch(None, *(None if x is None else x[part] for x in (flat_labels, flat_weight))),
             )
 
     # ------------------------------------------------------------------------------------------- inside
@@ -337,20 +546,183 @@ class Objective:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, self.autocast, enabled=self.autocast != torch.float32)
 
-    def _outputs(self, model: nn.Module, head: Head | None, inputs: Any) -> Tensor:
+    def _outputs(self, name: str, model: Teacher, head: Head | None, inputs: Any, labels: Tensor | None) -> Tensor:
+        inputs = self._inputs_for(name, model, inputs, labels)
+        auxiliary: dict[str, Tensor] = {}
+
+        def run() -> Tensor:
+            output = output_of(model, inputs)
+            auxiliary.update(scalars_in(output) if name == "student" else {})
+            return logits_in(output, model)
+
         with self._autocast():
-            if head is not None:
-                return head.hidden_states(lambda: logits_of(model, inputs))
-            return logits_of(model, inputs).movedim(self.dim, -1)
+            found = run() if head is None else head.hidden_states(run)
+        if name == "student":
+            for unnamed in sorted(auxiliary.keys() - self.auxiliary.keys() - self._left_out):
+                self._left_out.add(unnamed)
+                warnings.warn(
+                    f"the student's output has {unnamed!r}, a loss of its own, which is not added: pass "
+                    f"auxiliary={{{unnamed!r}: weight}}, or 0 for its weight to leave it out knowingly",
+                    stacklevel=2,
+                )
+            self._auxiliary = {key: value for key, value in auxiliary.items() if key in self.auxiliary}
+        if head is None:
+            return self._classes_last(name, found)
+        if head.layer.out_features == 1:
+            raise _one_class(name, "a head of one class")
+        return found
+
+    def _classes_last(self, name: str, logits: Tensor) -> Tensor:
+        shape = list(logits.shape)
+        if logits.ndim < 2:
+            raise _one_class(name, f"shape {shape}")
+        if not -logits.ndim <= self.dim < logits.ndim:
+            raise ValueError(f"dim must be a dimension of the {name}'s logits {shape}; got {self.dim}")
+        if logits.shape[self.dim] == 1:
+            raise _one_class(name, f"shape {shape}, one class in dimension {self.dim}")
+        return logits if self.dim in (-1, logits.ndim - 1) else logits.movedim(self.dim, -1)
+
+    def _inputs_for(self, name: str, model: Any, inputs: Any, labels: Tensor | None) -> Any:
+        """What a model gets: by the function given for it, with decoder inputs, in its dtype."""
+        make = self._inputs_of[name]
+        if make is not None:
+            inputs = make(inputs)
+        config = getattr(model, "config", None)
+        if (
+            labels is not None
+            and isinstance(inputs, Mapping)
+            and getattr(config, "is_encoder_decoder", False)
+            and not any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
+        ):
+            labels = labels.masked_fill(labels == self.ignore_index, -100)  # what transformers look for
+            make_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            # A model without that method makes them on its own, if it is given labels; its loss is not used.
+            made = {"labels": labels} if make_inputs is None else {"decoder_input_ids": make_inputs(labels=labels)}
+            inputs = {**inputs, **made}
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else ()
+        device = _device_of(model) if name == "teacher" else None
+        if len(dtypes) != 1 and device is None:
+            return inputs
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+
+        def cast(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+            if isinstance(x, Mapping):
+                return {key: cast(value) for key, value in x.items()}
+            return type(x)(map(cast, x)) if type(x) in (tuple, list) else x
+
+        return cast(inputs)
+
+    def _compare_labels(self, inputs: Any, labels: Tensor) -> bool:
+        """Raise or warn if labels are one position off from what `shift_labels` says; whether that could be told."""
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape != labels.shape or labels.ndim < 2:
+            return True
+        if getattr(getattr(self.student, "config", None), "is_encoder_decoder", False):
+            return True
+
+        def agree(ids: Tensor, labels: Tensor) -> bool:
+            counts = labels != self.ignore_index
+            return bool(counts.any()) and bool((ids.to(labels.dtype) == labels)[counts].all())
+
+        # Labels that are shifted here are the next ids, as they should be; as they came they are compared with both.
+        now, following = agree(ids, labels), agree(ids[:, 1:], labels[:, :-1])
+        after = agree(ids[:, 2:], labels[:, :-2])
+        decided = [now, following, after].count(True) < 2 and bool((labels != self.ignore_index).any())
+        if self.shift_labels:
+            wrong = after and not following
+            what = "labels are already the next input ids, and shift_labels shifts them once more: pass False"
+        else:
+            wrong = now and not following
+            what = "labels equal the input ids at the same positions, so that the student learns to copy its input: "
+            what += "pass shift_labels=True if it is to predict the next one, or False if copying is meant"
+        if wrong and self._wants_shift is None:
+            raise ValueError(what)
+        if wrong:
+            warnings.warn(what, stacklevel=4)
+        return wrong or decided
 
     def _logits(self, head: Head | None, outputs: Tensor) -> Tensor:
         with self._autocast():
             return outputs if head is None else head.logits(outputs)
 
 
-def _at_least_one(num_rows: float | Tensor) -> float | Tensor:
+def check_keywords(owner: type, loss: Mapping[str, Any]) -> None:
+    """Raise a TypeError for a keyword that neither `owner` nor the loss knows, with the nearest that they do."""
+    known = {"memory_budget", *inspect.signature(DistillationLoss).parameters, *inspect.signature(owner).parameters}
+    known -= {"loss", "self"}
+    for name in loss.keys() - known:
+        nearest = difflib.get_close_matches(name, sorted(known), n=1)
+        raise TypeError(
+            f"{owner.__name__}() got an unknown keyword {name!r}"
+            + (f"; the nearest is {nearest[0]!r}" if nearest else f"; it takes {', '.join(sorted(known))}")
+        )
+
+
+def teachers_of(teacher: Teacher | Sequence[Teacher] | str | None) -> list[Teacher]:
+    """The models among the teachers. A ModuleList has no forward: it is several, too."""
+    if teacher is None or teacher == "batch":
+        return []
+    several = isinstance(teacher, (list, tuple, nn.ModuleList))
+    found: list[Any] = list(teacher) if several else [teacher]  # type: ignore[arg-type]
+    if not found or not all(callable(x) for x in found):
+        raise TypeError(
+            "teacher must be a module or function that returns logits, a list of them, 'batch' or None; got "
+            + (f"a list of {[type(x).__name__ for x in found]}" if several else repr(teacher))
+        )
+    return found
+
+
+def _is_causal_language_model(model: Any) -> bool:
+    """Whether this is a model of transformers whose own loss shifts the labels it is given."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return False  # whoever has such a model has imported it
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if callable(getattr(model, "get_base_model", None)):
+        model = model.get_base_model()  # of peft
+    if not isinstance(model, transformers.PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    from transformers.models.auto import modeling_auto
+
+    names = {kind.__name__ for kind in type(model).__mro__}  # a class of the user's own derives from one of theirs
+    known: set[Any] = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known |= set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    found = names & {name for name in known if isinstance(name, str)}
+    return bool(found) and not any(name.startswith(_DO_NOT_SHIFT) for name in found)
+
+
+def _device_of(model: Any) -> torch.device | None:
+    """Where a teacher that stays where it is has its first weights; None where somebody else moves its inputs."""
+    if not isinstance(model, nn.Module) or hasattr(model, "_hf_hook"):
+        return None
+    found = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return None if found is None or found.device.type == "meta" else found.device
+
+
+def _one_class(name: str, found: str) -> ValueError:
+    return ValueError(
+        f"the {name}'s logits must be [samples, …] with two classes or more; got {found}, whose softmax is always 1. "
+        "Of one logit z a sample (sigmoid), make two: torch.stack([torch.zeros_like(z), z], -1)"
+    )
+
+
+def _spread(weight: Tensor, rows: Sequence[int]) -> Tensor:
+    """Weights of samples or rows as weights of rows."""
+    if weight.ndim == 1 and len(rows) > 1 and weight.shape[0] == rows[0]:
+        weight = weight.reshape(-1, *[1] * (len(rows) - 1)).expand(*rows)
+    if list(weight.shape) != list(rows):
+        raise ValueError(
+            f"sample_weight must have the shape of the samples, [{rows[0]}], or of the rows, {list(rows)}; got "
+            f"{list(weight.shape)}"
+        )
+    return weight.float() if weight.dtype != torch.float64 else weight
+
+
+def _not_zero(num_rows: float | Tensor) -> float | Tensor:
     """Of a step without counted rows the loss is 0, not 0 / 0."""
-    return num_rows.clamp(min=1) if isinstance(num_rows, Tensor) else max(num_rows, 1)
+    return num_rows + (num_rows == 0) if isinstance(num_rows, Tensor) else (num_rows or 1)
 
 
 def _check_labels(labels: Tensor | None) -> None:

@@ -13,30 +13,39 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import (
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from .batches import Batch, Sampler, random_state, set_random_state
+from .batches import Batch, is_empty
 from .checkpoint import Log, latest_checkpoint, load_checkpoint, save_checkpoint
 from .costs import measure_fused_linear
+from .data import DataState, Sampler, check_data, random_state, set_random_state
+from .guards import Unchanged, check_apart, make_accelerator, naming_unused_parameters, stays_where_it_is
 from .metrics import Evaluation, check_metrics
-from .modes import frozen, in_mode
-from .objective import Objective
+from .modes import being_trained, frozen, in_mode
+from .objective import Objective, Teacher, check_keywords
+from .schedules import SCHEDULES, as_function, share_of_rate
 from .until import Progress, Result, Until
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCHEDULES = ("constant", "linear", "cosine")
+IDLE_STEPS = 10  # steps in a row without a row that counts, or skipped by float16's scaler, before a word is said
 
 
 class Reptile:
@@ -45,18 +54,24 @@ class Reptile:
     Arguments:
         student, teacher: modules that take the same inputs and return logits: a tensor [..., V], or an object with
             `.logits`. The teacher gets no gradient, runs in eval mode, is in no checkpoint, and after `fit` has the
-            modes and `requires_grad` it came with. Both are moved to the device. `teacher=None` trains the student
-            on the labels alone with the same loop: how a teacher comes to be, and the baseline to compare with.
+            modes and `requires_grad` it came with. It may be any function that returns logits, several in a list (with
+            `teacher_weights`), or "batch": every batch has its answers. `teacher=None` trains the student on the labels
+            alone with the same loop: how a teacher comes to be, and the baseline to compare with. Models are moved to
+            the device, but those that are quantised, offloaded or spread over devices: they are used where they are.
+            A student in train mode keeps its parts' modes; one in eval mode is trained in train mode, all but frozen
+            parts (without a parameter that wants a gradient).
         metrics: what `evaluate` measures, names from `METRICS`.
         optimizer: makes an optimizer from parameters; default AdamW with `learning_rate` and `weight_decay`.
         schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `until.steps`), after a linear warm-up
-            of `warmup` steps; or a function from an optimizer to an LRScheduler that is stepped once a step.
+            of `warmup` steps; or a function from an optimizer to an LRScheduler that is stepped once a step. The rate
+            of a step depends on its number and on `until` alone: a run that is resumed for longer has, from there on,
+            the rates of a run planned for the longer time. A scheduler of your own goes on as it was saved.
         precision: "float32", or autocast to "bfloat16" or "float16" (with loss scaling).
         accumulate: micro-batches a step. The loss is divided by the number of rows that count in all of them, on all
             processes, so that k micro-batches of any sizes give the gradient of one batch.
         clip: largest norm of the gradient, or None.
         shift_labels: labels are a causal language model's input ids; use the next one at each position. False: they
-            are already the next ones.
+            are already the next ones. None, the default: as the student's own loss does (see `Objective`).
         dim: the class dimension of the logits.
         seed: of Python, NumPy and torch at the start of `fit`; None leaves them.
         fused_linear: never have the logits of a step in full: the loss takes hidden states and heads, as
@@ -65,16 +80,24 @@ class Reptile:
             Face's language models do, that returns the `torch.nn.Linear` its logits come from; a teacher that has
             none gives its logits. Softcap and scale are read from the models' configs. A model that does anything
             else to its logits is an error when it is first run. `evaluate` makes the logits of 512 rows at a time.
+        find_unused_parameters: for several processes: let parameters go without a gradient in a step.
+        teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
-            `fused_linear`, memory_budget too, and no inplace.
+            `fused_linear`, memory_budget too, and no inplace. temperature and hard_weight may be schedules: a function
+            of the number of steps done, or "linear:4->1" or "cosine:4->1" from the first step to `until.steps`.
 
-    A batch is a tensor, a pair (inputs, labels) or a mapping passed to the models as keywords, its "labels" apart.
+    A batch is a tensor, a pair (inputs, labels), a triple (inputs, labels, sample_weight) or a mapping passed to the
+    models as keywords, but for "labels", "sample_weight", "teacher_logits", "teacher_inputs" and "student_inputs". See
+    `Objective`. A step without a row that counts is none: it changes nothing and is not counted.
+
+    With torchrun or accelerate launch, the processes share each step. Data are the same in all of them and are shared
+    out; dropout is not the same.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Teacher | Sequence[Teacher] | str | None,
         *,
         metrics: Sequence[str] = (),
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -85,14 +108,20 @@ class Reptile:
         precision: str = "float32",
         accumulate: int = 1,
         clip: float | None = 1.0,
-        shift_labels: bool = False,
+        shift_labels: bool | None = None,
         dim: int = -1,
         seed: int | None = 0,
         fused_linear: bool = False,
+        find_unused_parameters: bool = False,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_inputs: Callable[[Any], Any] | None = None,
+        student_inputs: Callable[[Any], Any] | None = None,
+        auxiliary: Mapping[str, float] | None = None,
+        inplace: bool | None = None,
         **loss: Any,
     ) -> None:
-        if teacher is not None:
-            _check_apart(student, teacher)
+        check_keywords(Reptile, loss)
+        metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         check_metrics(metrics, teacher is not None)
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise ValueError(
@@ -100,26 +129,48 @@ class Reptile:
             )
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1; got {accumulate!r}")
+        for name, number, least in (("accumulate", accumulate, 1), ("warmup", warmup, 0)):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}; got {number!r}")
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0; got {value!r}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be positive, or None; got {clip!r}")
+        self._schedules = {
+            name: loss[name]
+            for name in ("temperature", "hard_weight")
+            if callable(loss.get(name)) or isinstance(loss.get(name), str)
+        }
+        loss |= {name: as_function(name, of, 1)(0) for name, of in self._schedules.items()}
         self.objective = Objective(
             student,
             teacher,
+            teacher_weights=teacher_weights,
+            teacher_inputs=teacher_inputs,
+            student_inputs=student_inputs,
             dim=dim,
             shift_labels=shift_labels,
+            auxiliary=auxiliary,
             fused_linear=fused_linear,
             autocast=PRECISIONS[precision],
+            inplace=inplace,
             **loss,
         )
-        self.accelerator = Accelerator()
+        for one in self.objective.teachers:
+            if isinstance(one, nn.Module):
+                check_apart(student, one)
+        self.accelerator = make_accelerator(find_unused_parameters)
         if self.accelerator.mixed_precision != "no":
             raise ValueError(
                 f"Accelerate is set to mixed_precision={self.accelerator.mixed_precision!r}, which would copy the "
                 "logits to float32: set it to 'no' and pass precision= to Reptile"
             )
-        self.student = student.to(self.accelerator.device)
-        self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
-        self.metrics = tuple(metrics)
+        self.student, self.teacher = student, teacher
+        for model in (student, *self.objective.teachers):
+            if isinstance(model, nn.Module) and not stays_where_it_is(model):
+                model.to(self.accelerator.device)
+        self.metrics = metrics
         self.make_optimizer = optimizer or functools.partial(
             torch.optim.AdamW,
             lr=learning_rate,
@@ -138,26 +189,43 @@ class Reptile:
         train: Iterable[Any],
         eval: Iterable[Any] | None = None,
         *,
-        until: Until,
+        until: Until | int,
         eval_every: int = 100,
         checkpoint_every: int = 100,
         log_every: int = 10,
         folder: str | Path | None = None,
         resume: bool = False,
         progress_bar: bool = True,
+        callback: Callable[[dict[str, Any]], object] | None = None,
     ) -> Result:
         """Train until good enough.
 
         train, eval: anything that yields micro-batches and can be read again for the next pass (a DataLoader, a list).
+            Loader, data set and samplers that have `set_epoch` are told the number of each pass, 0, 1, 2, …
+        until: a number is that of steps.
         eval_every, checkpoint_every, log_every: in steps. There is an evaluation and a checkpoint at the end, too.
         folder: gets `metrics.jsonl` and `checkpoints/`; None writes nothing.
         resume: go on from the folder's newest checkpoint, to the same weights, bit for bit on CPU, as a run that was
-            never stopped. (With several processes the ranks continue with the main process's random numbers.)
+            never stopped. Data that make this impossible are warned of before the first step. See docs/training.md.
+        callback: called after each step in the main process with its step, epochs, seconds, rows, lr, loss (a tensor:
+            reading it waits for the device) and, where there was an evaluation, eval, for a tracker of your own.
 
         Raises ValueError for conditions that cannot be measured, FileExistsError for a folder that holds a run when
         `resume` is False, FloatingPointError if the loss is not finite; the last good checkpoint stays in place.
         """
+        if isinstance(until, int) and not isinstance(until, bool):
+            until = Until(steps=until)
+        if not isinstance(until, Until):
+            raise TypeError(f"until must be an Until, such as Until(steps=1000), or a number of steps; got {until!r}")
+        check_data("train", train)
+        if eval is not None:
+            check_data("eval", eval)
         until.check_measured(self.metrics, eval is not None)
+        if self._schedules and until.metric == "loss" and (until.target or until.patience) is not None:
+            raise ValueError(
+                f"a schedule of {' and '.join(self._schedules)} changes what loss means from step to step: give "
+                "until.target and until.patience another metric"
+            )
         for name, steps in {
             "eval_every": eval_every,
             "checkpoint_every": checkpoint_every,
@@ -174,23 +242,27 @@ class Reptile:
             )
 
         # 1. Initialise: random numbers, student, optimizer, schedule; or all of it from a checkpoint.
+        sampler = self._sample(train, until)
+        if folder is not None and sampler.problems:
+            warnings.warn(f"this run cannot be resumed exactly: {'; '.join(sampler.problems)}", stacklevel=2)
         if self.seed is not None:
-            set_seed(self.seed)
+            set_seed(self.seed, device_specific=True)  # other dropout in each process
+        total = self._steps_of(until, train)
         model = accelerator.prepare(self.student)
         optimizer = self.make_optimizer([p for p in model.parameters() if p.requires_grad])
-        scheduler = self._make_scheduler(optimizer, until)
+        scheduler = self._make_scheduler(optimizer, total)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.precision == "float16")
-        sampler = Sampler(accelerator.prepare_data_loader(train) if accelerator.num_processes > 1 else train)
+        schedules = {name: as_function(name, of, total) for name, of in self._schedules.items()}
         best: dict[str, Tensor] = {}  # the best student so far, kept only where patience will ask for it back
         progress, log_position = Progress(), 0
         if checkpoint is not None:
             state, best = load_checkpoint(checkpoint, self.student)
             progress, log_position = Progress(**state["progress"]), state["log"]
             optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
+            self._resume_schedule(scheduler, optimizer, state["scheduler"])
             scaler.load_state_dict(state["scaler"])
             sampler.load_state_dict(state["sampler"])
-            set_random_state(state["random"])
+            self._resume_random_numbers(state["random"])
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         writes = folder is not None and accelerator.is_main_process
@@ -201,59 +273,82 @@ class Reptile:
             unit="step",
             disable=not (progress_bar and accelerator.is_main_process),
         )
-        shares_steps = self.accumulate * accelerator.num_processes > 1
-        rows_done = torch.tensor(progress.rows, device=accelerator.device)
         earlier, started = (progress.rows, progress.seconds), time.perf_counter() - progress.seconds
+        idle, skipped, last_pass = 0, 0, sampler.passes
         reason = until.reason_to_stop(progress)
 
-        with bar, frozen(self.teacher), in_mode(self.student, training=True):
+        with bar, frozen(objective.teachers), being_trained(self.student):
             while reason is None:
+                objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
                 # 2. Sample the micro-batches of a step, and count the rows of all before the loss of any is divided.
-                window = [self._receive(batch) for batch in sampler.take(self.accumulate)]
-                num_items = objective.count(window, self._sum_over_processes) if shares_steps else None
-                loss = torch.zeros((), device=accelerator.device)
-                for taken, batch in enumerate(window, start=1):
-                    # Gradients of several processes meet in the last backward.
-                    with accelerator.no_sync(model) if taken < len(window) else contextlib.nullcontext():
-                        # 3. Both forwards, to logits or, for fused_linear, hidden states. The teacher's keeps no graph.
-                        outputs = objective.student_outputs(model, batch.inputs)
-                        teacher_outputs = objective.teacher_outputs(batch.inputs)
-                        # 4. Loss: what these rows add to the mean over all rows of the step.
-                        rows = objective.num_rows(outputs, batch, num_items)
-                        share = objective.loss(outputs, teacher_outputs, batch.labels, rows)
-                        # 5. Backward. DDP averages what is already divided by a count over all processes: undo it.
-                        scaler.scale(share * accelerator.num_processes).backward()
-                    loss += share.detach()
-                scaler.unscale_(optimizer)
-                if self.clip is not None:
-                    accelerator.clip_grad_norm_(model.parameters(), self.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                scheduler.step()
-                optimizer.zero_grad()
+                window = [objective.split(batch) for batch in sampler.take(self.accumulate)]
+                reduce = self._sum_over_processes if accelerator.num_processes > 1 else None
+                num_items: Any = objective.count(window, reduce).tolist()  # on the host, where the batches are
+                stepped = (num_items[-1] if isinstance(num_items, list) else num_items) > 0
+                loss, rows = torch.zeros((), device=accelerator.device), cast("float | Tensor", 0.0)
+                if stepped:
+                    if accelerator.num_processes == 1:  # several wait for each other at each micro-batch
+                        window = [batch for batch in window if not is_empty(batch.inputs)]
+                    guard = None if progress.step or idle else Unchanged(objective.teachers, self.student)
+                    for taken, batch in enumerate(map(self._on_device, window), start=1):
+                        # Gradients of several processes meet in the last backward.
+                        alone = accelerator.no_sync(model) if taken < len(window) else contextlib.nullcontext()
+                        with alone, naming_unused_parameters():
+                            # 3. Both forwards, to logits or, for fused_linear, hidden states. The teacher's keeps no
+                            # graph.
+                            outputs = objective.student_outputs(model, batch)
+                            teacher_outputs = objective.teacher_outputs(batch)
+                            # 4. Loss: what these rows add to the mean over all rows of the step.
+                            rows = objective.num_rows(outputs, batch, num_items)
+                            share = objective.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
+                            del outputs, teacher_outputs
+                            # 5. Backward. DDP averages what is already divided by a count over all processes: undo it.
+                            scaler.scale(share * accelerator.num_processes).backward()
+                        loss += share.detach()
+                    scaler.unscale_(optimizer)
+                    if self.clip is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), self.clip)
+                    scale = scaler.get_scale()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    stepped = scaler.get_scale() >= scale  # else float16 overflowed, and the optimizer did nothing
+                    skipped = 0 if stepped else skipped + 1
+                    if guard is not None:
+                        guard.check()
+                    if stepped:
+                        scheduler.step()
+                    optimizer.zero_grad()
+                    if skipped == 100:
+                        raise FloatingPointError(
+                            f"float16 overflowed in {skipped} steps in a row after step {progress.step}: use bfloat16"
+                        )
+                    idle, last_pass = 0, sampler.passes
+                else:
+                    idle += 1
+                    self._say_idle(idle, sampler.passes - last_pass)
 
                 # 6. Repeat until good enough.
-                progress.step += 1
+                progress.step += int(stepped)
                 progress.seconds = time.perf_counter() - started
-                rows_done += rows
+                progress.epochs = sampler.passes
+                progress.rows += int(rows) if stepped else 0
                 reason = until.reason_to_stop(progress)
-                evaluates = eval is not None and (reason is not None or progress.step % eval_every == 0)
-                saves = reason is not None or progress.step % checkpoint_every == 0
-                if evaluates or saves or progress.step % log_every == 0:
+                evaluates = eval is not None and (reason is not None or (stepped and progress.step % eval_every == 0))
+                saves = reason is not None or (stepped and progress.step % checkpoint_every == 0)
+                learning_rate = optimizer.param_groups[0]["lr"]
+                if stepped and (evaluates or saves or progress.step % log_every == 0):
                     value = float(accelerator.reduce(loss, "sum"))
                     if not math.isfinite(value):
                         raise FloatingPointError(
                             f"the loss is {value} at step {progress.step}: lower learning_rate or set clip"
                         )
-                    progress.rows = int(rows_done)
                     rate = (progress.rows - earlier[0]) / (progress.seconds - earlier[1])
-                    learning_rate = optimizer.param_groups[0]["lr"]
                     log.write(
                         step=progress.step, seconds=progress.seconds, rows=progress.rows, loss=value, lr=learning_rate
                     )
                     shown = {name: f"{metric:.4g}" for name, metric in progress.metrics.items() if name != "loss"}
                     bar.set_postfix({"loss": f"{value:.4g}", **shown, "rows/s": f"{rate:.0f}"}, refresh=False)
-                bar.update()
+                bar.update(int(stepped))
                 if evaluates:
                     assert eval is not None
                     is_best = progress.evaluated(self.evaluate(eval), until.metric)
@@ -262,17 +357,27 @@ class Reptile:
                         best = {name: tensor.cpu().clone() for name, tensor in self.student.state_dict().items()}
                     reason = reason or until.reason_to_stop(progress)
                     saves = saves or reason is not None
-                if saves and folder is not None and writes:
-                    state = {
-                        "progress": dataclasses.asdict(progress),
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": scheduler.state_dict(),
-                        "scaler": scaler.state_dict(),
-                        "sampler": sampler.state_dict(),
-                        "random": random_state(),
-                        "log": log.position,
-                    }
-                    save_checkpoint(folder, progress.step, self.student, best, state)
+                if callback is not None and stepped:
+                    total_loss = accelerator.reduce(loss, "sum")
+                    values = dataclasses.asdict(progress) | {"loss": total_loss, "lr": learning_rate}
+                    known = ("step", "epochs", "seconds", "rows", "loss", "lr")
+                    if accelerator.is_main_process:
+                        callback(
+                            {name: values[name] for name in known} | ({"eval": progress.metrics} if evaluates else {})
+                        )
+                if saves and folder is not None:
+                    numbers = gather_object([random_state()])
+                    if writes:
+                        state = {
+                            "progress": dataclasses.asdict(progress),
+                            "optimizer": optimizer.state_dict(),
+                            "scheduler": scheduler.state_dict(),
+                            "scaler": scaler.state_dict(),
+                            "sampler": sampler.state_dict(),
+                            "random": numbers,
+                            "log": log.position,
+                        }
+                        save_checkpoint(folder, progress.step, self.student, best, state)
 
         metrics = progress.metrics
         if best:
@@ -283,23 +388,37 @@ class Reptile:
         return Result(progress.step, progress.seconds, progress.rows, reason, metrics)
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
-        """The loss and `metrics` of the student over all of `data`, each counted row with the same weight.
+        """The loss and `metrics` of the student over all of `data`, each counted row with the same weight, or its own.
 
         Leaves the random numbers as they were. With several processes, each one evaluates all of the data.
         """
+        check_data("eval", data)
         objective = self.objective
         evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device)
-        random_numbers = random_state(getattr(data, "generator", None))
-        with torch.no_grad(), frozen(self.teacher), in_mode(self.student, training=False):
-            for batch in map(self._receive, data):
-                outputs = objective.student_outputs(self.student, batch.inputs)
-                teacher_outputs = objective.teacher_outputs(batch.inputs)
-                for logits, teacher_logits, labels in objective.logits_in_parts(outputs, teacher_outputs, batch.labels):
-                    rows = objective.counted_rows(logits, labels)
-                    loss = objective.loss_of_logits(logits, teacher_logits, labels, rows)
-                    evaluation.update(loss, int(rows), logits, teacher_logits, labels)
-        set_random_state(random_numbers, getattr(data, "generator", None))
+        data_state = DataState("eval", data)
+        random_numbers, of_data = random_state(), data_state.save()
+        with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
+            for found in data:
+                batch = self._on_device(objective.split(found))
+                if is_empty(batch.inputs):
+                    continue
+                outputs = objective.student_outputs(self.student, batch)
+                teacher_outputs = objective.teacher_outputs(batch)
+                for logits, teacher_logits, part in objective.logits_in_parts(outputs, teacher_outputs, batch):
+                    rows = objective.counted_rows(logits, part)
+                    loss = objective.loss_of_logits(logits, teacher_logits, part, rows)
+                    evaluation.update(loss, float(rows), logits, self._answer(teacher_logits), part.labels, part.weight)
+        set_random_state(random_numbers)
+        data_state.restore(of_data)
         return evaluation.compute()
+
+    def _answer(self, teacher_logits: Sequence[Tensor]) -> Tensor | None:
+        """What the teachers say together: the weighted mean of their probabilities."""
+        if len(teacher_logits) < 2:
+            return teacher_logits[0] if teacher_logits else None
+        weights = self.objective.teacher_weights
+        classes = min(x.shape[-1] for x in teacher_logits)
+        return sum(w * x[..., :classes].float().softmax(-1) for w, x in zip(weights, teacher_logits, strict=True))  # type: ignore[return-value]
 
     def measure_fused_linear(self, batch: Any, repeats: int = 5) -> dict[str, Any]:
         """What `fused_linear` does to memory and time: forward and backward of `batch`, with it and without.
@@ -317,38 +436,73 @@ class Reptile:
         Raises:
             ValueError: as `fused_linear=True` does, for models and options that it is not for.
         """
-        return measure_fused_linear(self.objective, self._receive(batch), repeats)
+        return measure_fused_linear(self.objective, self._on_device(self.objective.split(batch)), repeats)
 
-    def _receive(self, batch: Any) -> Batch:
-        """A batch on the device, as (inputs, labels)."""
-        return self.objective.split(send_to_device(batch, self.accelerator.device))
+    def _on_device(self, batch: Batch) -> Batch:
+        return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
 
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(count, "sum")
         return total
 
-    def _make_scheduler(self, optimizer: Optimizer, until: Until) -> LRScheduler:
+    def _sample(self, train: Iterable[Any], until: Until) -> Sampler:
+        """The micro-batches of this process; their random numbers are the same in all processes."""
+        accelerator = self.accelerator
+        seed = [int(torch.randint(2**31, ())) if self.seed is None else self.seed]
+        data, share = train, (0, 1)
+        if accelerator.num_processes > 1:
+            broadcast_object_list(seed)
+            if isinstance(train, DataLoader) and getattr(train.batch_sampler, "batch_size", None) is not None:
+                data = accelerator.prepare_data_loader(train, device_placement=False)
+            else:  # which Accelerate cannot share out
+                share = accelerator.process_index, accelerator.num_processes
+        return Sampler(data, seed=(seed[0] + 0x5EED) % 2**32, look_ahead=until.epochs is not None, share=share)
+
+    def _steps_of(self, until: Until, train: Iterable[Any]) -> int | None:
+        """How many steps a run will have that only steps or epochs end; None if that cannot be told."""
+        found = [] if until.steps is None else [until.steps]
+        if until.epochs is not None:
+            with contextlib.suppress(TypeError):
+                batches = math.ceil(len(train) / self.accelerator.num_processes)  # type: ignore[arg-type]
+                found.append(math.ceil(batches / self.accumulate) * until.epochs)
+        return min(found, default=None)
+
+    def _say_idle(self, idle: int, passes: int) -> None:
+        ignored = f"no row that counts (labels other than ignore_index={self.objective.ignore_index}, weights above 0)"
+        if passes >= 2:
+            raise ValueError(f"train must have rows to learn from; got a whole pass with {ignored}")
+        if idle == IDLE_STEPS:
+            warnings.warn(f"{idle} steps in a row have {ignored}, and change nothing", stacklevel=3)
+
+    def _make_scheduler(self, optimizer: Optimizer, total: int | None) -> LRScheduler:
         if not isinstance(self.schedule, str):
             return self.schedule(optimizer)
-        warmup = LinearLR(optimizer, 1 / (self.warmup + 1), total_iters=self.warmup)
-        if self.schedule == "constant":
-            return warmup
-        if until.steps is None:
-            raise ValueError(f"schedule={self.schedule!r} falls to 0 at until.steps; got until.steps=None")
-        falling = max(until.steps - self.warmup, 1)
-        main = (
-            CosineAnnealingLR(optimizer, falling)
-            if self.schedule == "cosine"
-            else LinearLR(optimizer, 1.0, 0.0, total_iters=falling)
-        )
-        return SequentialLR(optimizer, [warmup, main], milestones=[self.warmup]) if self.warmup else main
+        if self.schedule != "constant" and total is None:
+            raise ValueError(
+                f"schedule={self.schedule!r} falls to 0 at until.steps; got until.steps=None"
+                " and no epochs of a known length"
+            )
+        self._share_of_rate = functools.partial(share_of_rate, self.schedule, self.warmup, total)
+        return LambdaLR(optimizer, self._share_of_rate)
 
+    def _resume_schedule(self, scheduler: LRScheduler, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Go on at the saved step: with the rates that are planned now, but for a scheduler of the user's own."""
+        if not isinstance(self.schedule, str):
+            scheduler.load_state_dict(state)
+            return
+        step = state["last_epoch"]
+        scheduler.last_epoch, scheduler._step_count = step, state["_step_count"]  # type: ignore[attr-defined]
+        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["initial_lr"] = base
+            group["lr"] = base * self._share_of_rate(step)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
-def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
-    own = {id(parameter): name for name, parameter in student.named_parameters()}
-    shared = [own[id(parameter)] for parameter in teacher.parameters() if id(parameter) in own]
-    if shared:
-        raise ValueError(
-            f"student and teacher share {len(shared)} parameters ({shared[0]!r} …): freezing the teacher would freeze "
-            "them in the student; pass copy.deepcopy(teacher)"
-        )
+    def _resume_random_numbers(self, numbers: list[dict[str, Any]]) -> None:
+        own, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if len(numbers) == processes:
+            set_random_state(numbers[own])
+        else:
+            warnings.warn(
+                f"the run was stopped with {len(numbers)} processes and goes on with {processes}: not to the same bits",
+                stacklevel=3,
+            )

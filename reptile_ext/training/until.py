@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from .metrics import METRICS, better
@@ -16,6 +17,7 @@ class Until:
     target:   value that `metric` must reach in an evaluation.
     patience: evaluations in a row without a better `metric`; the best student is then put back.
     metric:   one of `METRICS`.
+    epochs:   passes over the data.
     """
 
     steps: int | None = None
@@ -23,17 +25,25 @@ class Until:
     metric: str = "loss"
     target: float | None = None
     patience: int | None = None
+    epochs: int | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}; got {self.metric!r}")
-        for name in ("steps", "minutes", "patience"):
+        for name in ("steps", "minutes", "epochs", "patience"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive; got {value!r}")
-        if self.steps is self.minutes is self.target is self.patience is None:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__float__"):
+                raise TypeError(f"{name} must be a number; got {value!r}")
+            if not (value > 0 and math.isfinite(value) and (name == "minutes" or value == int(value))):
+                kind = "" if name == "minutes" else " whole number"
+                raise ValueError(f"{name} must be a positive{kind or ' number'}; got {value!r}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target must be a finite number; got {self.target!r}")
+        if self.steps is self.minutes is self.epochs is self.target is self.patience is None:
             raise ValueError(
-                "until needs at least one of steps, minutes, target, patience; got none: it would never end"
+                "until needs at least one of steps, minutes, epochs, target, patience; got none: it would never end"
             )
 
     def check_measured(self, metrics: tuple[str, ...], has_eval: bool) -> None:
@@ -51,6 +61,8 @@ class Until:
             return f"{self.steps} steps"
         if self.minutes is not None and progress.seconds >= 60 * self.minutes:
             return f"{self.minutes:g} minutes"
+        if self.epochs is not None and progress.epochs >= self.epochs:
+            return f"{self.epochs} epochs"
         value = progress.metrics.get(self.metric)
         if (
             self.target is not None
@@ -70,6 +82,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     rows: int = 0
+    epochs: int = 0  # whole passes over the data; known as soon as they end only where until.epochs asks
     metrics: dict[str, float] = field(default_factory=dict)  # the latest evaluation
     best_metrics: dict[str, float] = field(default_factory=dict)  # the evaluation best in until.metric
     stale: int = 0  # evaluations since then

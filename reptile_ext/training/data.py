@@ -1,0 +1,340 @@
+"""What the loop samples from: endless passes over the data, from a place that can be kept and found again exactly.
+
+The data have random numbers of their own. What a loader, a sampler or an augmentation draws, whenever it draws it, does
+not depend on what the models draw (dropout), and the pass can be read again without the models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+Number = (bool, int, float, str, type(None))
+
+
+def check_data(name: str, data: Any) -> None:
+    """Raise a TypeError for what yields samples, or nothing, and not batches."""
+    kind = type(data).__name__
+    if isinstance(data, Dataset) or type(data).__module__.startswith("datasets."):
+        # The only place to see that a data set is meant: it can be iterated over, sample by sample.
+        if isinstance(data, IterableDataset):
+            way = f"DataLoader({name}, batch_size=32), or batch_size=None if it yields batches itself"
+        else:
+            way = f"DataLoader({name}, batch_size=32, shuffle=True)"
+        raise TypeError(f"{name} must yield batches, and a {kind} yields samples: pass {way}")
+    if (
+        isinstance(data, (str, bytes, Mapping, Tensor, np.ndarray, nn.Module))
+        or (isinstance(data, tuple) and all(isinstance(x, Tensor) for x in data))
+        or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
+    ):
+        raise TypeError(f"{name} must yield batches, as a DataLoader does or a list such as [batch]; got a {kind}")
+
+
+class Sampler:
+    """Micro-batches from endless passes over `data`, from a place that can be saved and found again exactly.
+
+    What is saved is the state of all that the data draw on at the start of the current pass, and how many micro-batches
+    were taken since: to come back, the pass is started again from there and the micro-batches already used are read
+    and dropped. That costs reading them, and is exact for any loader, shuffle or augmentation. A loader with a
+    `state_dict` of its own (torchdata's) says itself where it is, and nothing is read twice.
+
+    seed: of the data's random numbers.
+    look_ahead: read one micro-batch ahead, so that `passes` counts a pass as soon as its last is taken.
+    share: (own number, number of processes) where the processes take turns with the micro-batches of `data`.
+    """
+
+    def __init__(
+        self, data: Iterable[Any], *, seed: int = 0, look_ahead: bool = False, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.passes = 0  # that have ended
+        self._data = data
+        self._state = DataState("train", data)
+        self._look_ahead = look_ahead
+        self._share = share
+        self._taken = 0
+        self._start: dict[str, Any] = {}
+        self._iterator: Iterator[Any] | None = None
+        self._ahead: list[Any] = []
+        self._before_ahead: tuple[Any, Any] | None = None  # place of the loader and random numbers before that
+        outside = random_state(devices=False)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        self._numbers = random_state(devices=False)
+        set_random_state(outside)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the place cannot be found again exactly; empty if it can."""
+        return self._state.problems
+
+    def take(self, count: int) -> list[Any]:
+        """The next `count` micro-batches, fewer at the end of a pass, never none."""
+        with self._own_numbers():
+            while True:
+                iterator = self._start_pass() if self._iterator is None else self._iterator
+                window = self._ahead + list(itertools.islice(iterator, count - len(self._ahead)))
+                self._ahead = []
+                self._taken += len(window)
+                ended = len(window) < count
+                if not ended and self._look_ahead:
+                    self._before_ahead = self._place_of_loader(), random_state(devices=False)
+                    self._ahead = list(itertools.islice(iterator, 1))
+                    ended = not self._ahead
+                if ended:
+                    self._iterator, self._before_ahead = None, None
+                    self.passes += 1
+                if window:
+                    return window
+                if self._taken == 0:
+                    raise ValueError(
+                        f"train must yield micro-batches on every pass; got none on pass {self.passes} "
+                        "(a generator can be read only once: pass a DataLoader or a list)"
+                    )
+
+    def _start_pass(self) -> Iterator[Any]:
+        self._taken, self._ahead = 0, []
+        self._state.set_epoch(self.passes)
+        self._start = {"numbers": random_state(devices=False), "found": self._state.save()}
+        self._iterator = iter(self._data) if self._share[1] == 1 else take_turns(self._data, *self._share)
+        return self._iterator
+
+    @contextlib.contextmanager
+    def _own_numbers(self) -> Iterator[None]:
+        outside = random_state(devices=False)
+        set_random_state(self._numbers)
+        try:
+            yield
+        finally:
+            self._numbers = random_state(devices=False)
+            set_random_state(outside)
+
+    def _place_of_loader(self) -> Any:
+        return self._data.state_dict() if _has_state(self._data) else None  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        is_open, place, numbers = self._iterator is not None, None, self._numbers
+        if self._before_ahead is not None:
+            place, numbers = self._before_ahead
+        elif is_open:
+            with self._own_numbers():
+                place = self._place_of_loader()
+        state = {"passes": self.passes, "taken": self._taken, "open": is_open, "start": self._start}
+        return state | {"numbers": numbers, "found": self._state.save(), "place": place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place."""
+        self.passes, self._iterator, self._ahead, self._before_ahead = state["passes"], None, [], None
+        self._numbers = state["numbers"]
+        if not state["open"]:
+            self._state.restore(state["found"])
+            return
+        with self._own_numbers():
+            self._state.restore(state["start"]["found"])
+            if state["place"] is not None and _has_state(self._data):
+                self._state.set_epoch(self.passes)
+                self._data.load_state_dict(state["place"])  # type: ignore[attr-defined]
+                self._iterator, self._taken, self._start = iter(self._data), state["taken"], state["start"]
+                set_random_state(state["numbers"])
+                return
+            # Read again from the start of the pass, the random numbers come out as they were.
+            set_random_state(state["start"]["numbers"])
+            for _ in itertools.islice(self._start_pass(), state["taken"]):
+                self._taken += 1
+
+
+def take_turns(data: Iterable[Any], own: int, processes: int) -> Iterator[Any]:
+    """Every process its micro-batch of each round, the same number in all: the last round is filled up from the
+    start of the pass, as Accelerate does with a DataLoader's."""
+    first: list[Any] = []
+    iterator = iter(data)
+    while turn := list(itertools.islice(iterator, processes)):
+        first += turn[: processes - len(first)]
+        while len(turn) < processes:
+            turn += first[: processes - len(turn)]
+        yield turn[own]
+
+
+class DataState:
+    """All that data draw on which is not the same in each pass, as far as it can be found from outside.
+
+    Looked for in a loader, its sampler, batch sampler, data set and collate function, and in what they hold: random
+    generators of torch, NumPy and Python, what has a `state_dict`, numbers that change, lists that are put in another
+    order. `problems` names what cannot be saved. Whatever has `set_epoch` is told the number of the pass.
+    """
+
+    def __init__(self, name: str, data: Any) -> None:
+        self.problems: list[str] = []
+        self._name = name
+        self._generators: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {}
+        self._numbers: dict[str, tuple[Any, str, Any]] = {}  # path → (object, name of the attribute, its first value)
+        self._lists: dict[str, tuple[list[Any], list[Any]]] = {}  # path → (list, its first content)
+        self._epochs: list[Callable[[int], object]] = []
+        self._seen: dict[int, Any] = {}
+        self._look_at(name, data)
+
+    def set_epoch(self, epoch: int) -> None:
+        for tell in self._epochs:
+            tell(epoch)
+
+    def save(self) -> dict[str, Any]:
+        numbers = {
+            path: value
+            for path, (holder, name, first) in self._numbers.items()
+            if isinstance(value := vars(holder).get(name), Number) and value != first
+        }
+        orders = {path: order for path, of in self._lists.items() if (order := _order_of(*of)) is not None}
+        return {"generators": {path: get() for path, (get, _) in self._generators.items()}} | {
+            "numbers": numbers,
+            "orders": orders,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for path, value in state["generators"].items():
+            if path in self._generators:
+                self._generators[path][1](value)
+        for path, value in state["numbers"].items():
+            if path in self._numbers:
+                holder, name, _ = self._numbers[path]
+                setattr(holder, name, value)
+        for path, order in state["orders"].items():
+            if path in self._lists:
+                current, first = self._lists[path]
+                current[:] = [first[i] for i in order.tolist()]
+
+    def _look_at(self, path: str, x: Any) -> None:
+        if id(x) in self._seen or len(self._seen) > 10_000 or isinstance(x, (*Number, bytes, Tensor, np.ndarray, type)):
+            return
+        self._seen[id(x)] = x  # kept, so that no other object gets its id
+        if callable(getattr(x, "set_epoch", None)):
+            self._epochs.append(x.set_epoch)
+        if type(x).__module__.startswith(_OTHERS):
+            return
+        if isinstance(x, DataLoader):
+            self._look_at_loader(path, x)
+        elif self._is_generator(path, x):
+            pass
+        elif isinstance(x, functools.partial):
+            self._look_at_all(path, {"func": x.func, **dict(enumerate(x.args)), **x.keywords})
+        elif hasattr(x, "__self__") and hasattr(x, "__func__"):
+            self._look_at(path, x.__self__)
+        elif callable(x) and hasattr(x, "__closure__"):
+            names = x.__code__.co_freevars
+            self._look_at_all(path, dict(zip(names, map(_content, x.__closure__ or ()), strict=False)))
+        elif isinstance(x, dict):
+            self._look_at_all(path, dict(itertools.islice(x.items(), 50)))
+        elif isinstance(x, (list, tuple, set, frozenset)):
+            self._look_at_all(path, dict(enumerate(itertools.islice(x, 50))))
+        elif isinstance(x, io.IOBase):
+            self.problems.append(f"{path} is an open file")
+        elif hasattr(x, "__next__"):
+            self.problems.append(f"{path} is an iterator ({type(x).__name__}), which cannot be started again")
+        else:
+            self._look_at_attributes(path, x)
+
+    def _look_at_attributes(self, path: str, x: Any) -> None:
+        attributes = getattr(x, "__dict__", {})
+        for name, value in attributes.items():
+            if isinstance(value, Number):
+                self._numbers[f"{path}.{name}"] = (x, name, value)
+            elif isinstance(value, list):
+                self._lists[f"{path}.{name}"] = (value, list(value))
+        self._look_at_all(path, attributes)
+
+    def _look_at_all(self, path: str, attributes: dict[Any, Any]) -> None:
+        for name, value in attributes.items():
+            self._look_at(f"{path}[{name}]" if isinstance(name, int) else f"{path}.{name}", value)
+
+    def _look_at_loader(self, path: str, loader: Any) -> None:
+        parts = ("generator", "batch_sampler", "sampler", "dataset", "collate_fn", "synchronized_generator")
+        self._look_at_all(path, {part: getattr(loader, part, None) for part in parts})
+        if getattr(loader, "persistent_workers", False):
+            self.problems.append(f"{path} has persistent workers, whose random numbers go on from pass to pass")
+        if _has_state(loader) and getattr(loader, "num_workers", 0):
+            self.problems.append(f"{path} saves its place but not the random numbers of its workers")
+
+    def _is_generator(self, path: str, x: Any) -> bool:
+        found: tuple[Callable[[], Any], Callable[[Any], object]]
+        if isinstance(x, torch.Generator):
+            found = x.get_state, x.set_state
+        elif isinstance(x, random.Random):
+            found = x.getstate, x.setstate
+        elif isinstance(x, np.random.Generator):
+            bits = x.bit_generator
+            found = lambda: _plain(bits.state), lambda state: setattr(bits, "state", state)
+        elif isinstance(x, np.random.RandomState):
+            found = lambda: _plain(x.get_state(legacy=False)), x.set_state
+        elif _has_state(x) and not isinstance(x, nn.Module):
+            found = x.state_dict, x.load_state_dict
+        else:
+            return False
+        self._generators[path] = found
+        return True
+
+
+# Libraries whose objects are data, or whose order depends on what `set_epoch` has told them alone.
+_OTHERS = ("datasets.", "pyarrow", "pandas", "PIL", "transformers.", "tokenizers", "torch.nn", "torchvision.transforms")
+
+
+def _has_state(x: Any) -> bool:
+    if type(x).__module__.startswith("accelerate."):  # its loaders have the methods, but not always a state
+        return False
+    return callable(getattr(x, "state_dict", None)) and callable(getattr(x, "load_state_dict", None))
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _plain(state: Any) -> Any:
+    """A state of NumPy's in types that load without executing code."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, (np.ndarray, np.generic)) else state
+
+
+def _order_of(current: Sequence[Any], first: Sequence[Any]) -> Tensor | None:
+    """Where in `first` the elements of `current` were; None if they are there as they were, or are others."""
+    if len(current) != len(first) or all(a is b for a, b in zip(current, first, strict=True)):
+        return None
+    places: dict[int, list[int]] = {}
+    for i, x in enumerate(first):
+        places.setdefault(id(x), []).append(i)
+    try:
+        return torch.tensor([places[id(x)].pop() for x in current])
+    except (KeyError, IndexError):
+        return None
+
+
+def random_state(devices: bool = True) -> dict[str, Any]:
+    """Every random-number state of the process, in types that load without executing code."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if devices and torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every random-number state back to what `random_state` returned."""
+    random.setstate(state["python"])
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
