@@ -71,7 +71,7 @@ def trained(student: nn.Module, teacher: nn.Module | None, data: Any = None, **k
     """The parameters after a few steps, of which those that were trained must have moved."""
     student = copy.deepcopy(student)
     before = copy.deepcopy(student.state_dict())
-    reptile = Reptile(student, teacher, optimizer=sgd, clip=None, **keywords)
+    reptile = Reptile(student, teacher, optimizer=sgd, clip=None, shift_labels=False, **keywords)
     reptile.fit(batches() if data is None else data, until=Until(steps=3), progress_bar=False)
     after = dict(student.named_parameters())
     assert all((after[name] != before[name]).any() for name in after if after[name].requires_grad)
@@ -549,7 +549,7 @@ def test_labels_of_other_rows_are_refused() -> None:
         reptile.fit(data, until=Until(steps=1), progress_bar=False)
 
 
-def raise_out_of_memory(*_: Any) -> None:
+def raise_out_of_memory(*_: Any, **__: Any) -> Tensor:
     raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
 
@@ -605,7 +605,7 @@ def test_the_measurement_leaves_everything_as_it_was() -> None:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux tells it")
 def test_the_measurement_finds_what_is_saved() -> None:
-    """33 million logits: 131 MB each of student's, teacher's and gradient, against chunks of 1 MB.
+    """33 million logits: 131 MB each of student's and teacher's, against chunks of 1 MB.
 
     In a process of its own, as peaks of memory are a process's."""
     code = """
@@ -626,7 +626,7 @@ for budget in (1 << 20, None):
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     of_logits, in_chunks, _, by_default = map(int, result.stdout.split())
     logits = 8 * 1024 * 4096 * 4
-    assert of_logits > 2.5 * logits
+    assert of_logits > 1.9 * logits  # the student's, which their gradient is written over, and the teacher's
     assert in_chunks < 0.5 * logits
     # What is kept between calls counts: with the default budget the student's logits of 512 rows at least.
     assert by_default > 512 * 4096 * 4

@@ -24,8 +24,8 @@ import reptile_ext
 from reptile_ext.files import write_atomically
 from reptile_ext.training import Reptile, Until
 from reptile_ext.training.batches import split
-from reptile_ext.training.data import Sampler, random_state, set_random_state
 from reptile_ext.training.checkpoint import Log, latest_checkpoint, read_log, save_checkpoint
+from reptile_ext.training.data import Sampler, random_state, set_random_state
 from reptile_ext.training.metrics import Evaluation
 
 
