@@ -19,6 +19,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         flush(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise restated(error, f"{path} was not written") from error
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
@@ -27,6 +29,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def restated(error: OSError, message: str, hint: str = "") -> OSError:
+    """An error of the same number, and so of the same class, that says what could not be done."""
+    message = f"{message}: {error.strerror or error}" + (f". {hint}" if hint else "")
+    return OSError(error.errno, message) if error.errno else OSError(message)
 
 
 def flush(path: Path) -> None:

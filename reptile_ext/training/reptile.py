@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import (
@@ -25,7 +25,6 @@ from accelerate.utils import (
     send_to_device,
     set_seed,
 )
-from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from .batches import Batch, is_empty
-from .checkpoint import Log, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Log, find_checkpoint, load_checkpoint, save_checkpoint, writing_to
 from .costs import measure_fused_linear
 from .data import DataState, Sampler, check_data, random_state, set_random_state
 from .guards import Unchanged, check_apart, make_accelerator, naming_unused_parameters, stays_where_it_is
@@ -43,6 +42,7 @@ from .modes import being_trained, frozen, in_mode
 from .objective import Objective, Teacher, check_keywords
 from .schedules import SCHEDULES, as_function, share_of_rate
 from .until import Progress, Result, Until
+from .weights import copy_state, put_state, save_weights
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IDLE_STEPS = 10  # steps in a row without a row that counts, or skipped by float16's scaler, before a word is said
@@ -194,7 +194,7 @@ class Reptile:
         checkpoint_every: int = 100,
         log_every: int = 10,
         folder: str | Path | None = None,
-        resume: bool = False,
+        resume: bool | Literal["last_good"] = False,
         progress_bar: bool = True,
         callback: Callable[[dict[str, Any]], object] | None = None,
     ) -> Result:
@@ -207,11 +207,14 @@ class Reptile:
         folder: gets `metrics.jsonl` and `checkpoints/`; None writes nothing.
         resume: go on from the folder's newest checkpoint, to the same weights, bit for bit on CPU, as a run that was
             never stopped. Data that make this impossible are warned of before the first step. See docs/training.md.
+            "last_good": from the newest whose files are whole, with a warning if that is not the newest.
         callback: called after each step in the main process with its step, epochs, seconds, rows, lr, loss (a tensor:
             reading it waits for the device) and, where there was an evaluation, eval, for a tracker of your own.
 
-        Raises ValueError for conditions that cannot be measured, FileExistsError for a folder that holds a run when
-        `resume` is False, FloatingPointError if the loss is not finite; the last good checkpoint stays in place.
+        Raises ValueError for conditions that cannot be measured and for a damaged checkpoint, FileExistsError for a
+        folder that holds a run when `resume` is False, RuntimeError for a folder that another run is writing to,
+        OSError if it cannot be written to, FloatingPointError if the loss is not finite; the last good checkpoint
+        stays in place.
         """
         if isinstance(until, int) and not isinstance(until, bool):
             until = Until(steps=until)
@@ -221,7 +224,7 @@ class Reptile:
         if eval is not None:
             check_data("eval", eval)
         until.check_measured(self.metrics, eval is not None)
-        if self._schedules and until.metric == "loss" and (until.target or until.patience) is not None:
+        if self._schedules and until.metric == "loss" and (until.target is not None or until.patience is not None):
             raise ValueError(
                 f"a schedule of {' and '.join(self._schedules)} changes what loss means from step to step: give "
                 "until.target and until.patience another metric"
@@ -233,9 +236,30 @@ class Reptile:
         }.items():
             if steps < 1:
                 raise ValueError(f"{name} must be at least 1; got {steps!r}")
-        accelerator, objective = self.accelerator, self.objective
         folder = None if folder is None else Path(folder)
-        checkpoint = None if folder is None else latest_checkpoint(folder)
+        writes = folder is not None and self.accelerator.is_main_process
+        with writing_to(cast("Path", folder), self.student) if writes else contextlib.nullcontext():
+            result = self._fit(
+                train, eval, until, eval_every, checkpoint_every, log_every, folder, resume, progress_bar, callback
+            )
+            self.accelerator.wait_for_everyone()  # nobody looks for files that are still being written
+        return result
+
+    def _fit(
+        self,
+        train: Iterable[Any],
+        eval: Iterable[Any] | None,
+        until: Until,
+        eval_every: int,
+        checkpoint_every: int,
+        log_every: int,
+        folder: Path | None,
+        resume: bool | Literal["last_good"],
+        progress_bar: bool,
+        callback: Callable[[dict[str, Any]], object] | None,
+    ) -> Result:
+        accelerator, objective = self.accelerator, self.objective
+        checkpoint = self._find_checkpoint(folder, resume)
         if checkpoint is not None and not resume:
             raise FileExistsError(
                 f"{folder} holds a run at step {int(checkpoint.name)}: pass resume=True, or another folder"
@@ -253,7 +277,7 @@ class Reptile:
         scheduler = self._make_scheduler(optimizer, total)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.precision == "float16")
         schedules = {name: as_function(name, of, total) for name, of in self._schedules.items()}
-        best: dict[str, Tensor] = {}  # the best student so far, kept only where patience will ask for it back
+        best: dict[str, Any] = {}  # the best student so far, kept only where patience will ask for it back
         progress, log_position = Progress(), 0
         if checkpoint is not None:
             state, best = load_checkpoint(checkpoint, self.student)
@@ -263,8 +287,6 @@ class Reptile:
             scaler.load_state_dict(state["scaler"])
             sampler.load_state_dict(state["sampler"])
             self._resume_random_numbers(state["random"])
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
         writes = folder is not None and accelerator.is_main_process
         log = Log(folder / "metrics.jsonl" if folder is not None and writes else None, log_position)
         bar = tqdm(
@@ -354,7 +376,7 @@ class Reptile:
                     is_best = progress.evaluated(self.evaluate(eval), until.metric)
                     log.write(step=progress.step, seconds=progress.seconds, eval=progress.metrics)
                     if is_best and until.patience is not None:
-                        best = {name: tensor.cpu().clone() for name, tensor in self.student.state_dict().items()}
+                        best = copy_state(self.student)
                     reason = reason or until.reason_to_stop(progress)
                     saves = saves or reason is not None
                 if callback is not None and stepped:
@@ -381,10 +403,10 @@ class Reptile:
 
         metrics = progress.metrics
         if best:
-            self.student.load_state_dict(best)
+            put_state(self.student, best)
             metrics = progress.best_metrics
         if folder is not None and writes:
-            write_atomically(folder / "student.safetensors", lambda path: save_model(self.student, str(path)))
+            write_atomically(folder / "student.safetensors", lambda path: save_weights(path, self.student))
         return Result(progress.step, progress.seconds, progress.rows, reason, metrics)
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
@@ -444,6 +466,19 @@ class Reptile:
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(count, "sum")
         return total
+
+    def _find_checkpoint(self, folder: Path | None, resume: bool | str) -> Path | None:
+        """What the main process finds; if that is an error, all raise it, so that nobody waits for somebody."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [find_checkpoint(folder, resume)]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return cast("Path | None", found[0])
 
     def _sample(self, train: Iterable[Any], until: Until) -> Sampler:
         """The micro-batches of this process; their random numbers are the same in all processes."""

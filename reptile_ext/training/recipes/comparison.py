@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-from safetensors.torch import load_model
 from torch import nn
 
 from ...files import write_atomically, write_json
@@ -27,6 +27,7 @@ from .. import Reptile, Until
 from ..checkpoint import read_log
 from ..costs import time_losses
 from ..report import draw_curves, format_table
+from ..weights import load_weights
 
 
 class Settings(BaseSettings):
@@ -175,8 +176,8 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     report["minutes"] = (time.perf_counter() - started) / 60
     text = "".join(f"{line}\n" for line in map(json.dumps, lines))
     write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-    weights = (folder / "student" / "student.safetensors").read_bytes()
-    write_atomically(folder / "student.safetensors", lambda path: path.write_bytes(weights))
+    weights = folder / "student" / "student.safetensors"
+    write_atomically(folder / "student.safetensors", lambda path: shutil.copyfile(weights, path))
     write_atomically(folder / "curves.png", lambda path: draw_curves(lines, task.metrics, path))
     write_json(folder / "report.json", report)
     print(format_table(report, task.metrics), flush=True)
@@ -186,5 +187,5 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
 def evaluate(recipe: Recipe, settings: Settings, folder: Path) -> dict[str, float]:
     """Metrics of a run folder's distilled student on the held-out data."""
     task = recipe.build(settings, folder)
-    load_model(task.student, folder / "student.safetensors")
+    load_weights(folder / "student.safetensors", task.student)
     return Reptile(task.student, None, metrics=task.metrics, precision=settings.precision).evaluate(task.held_out)
