@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def test_padding_does_not_count_where_there_is_a_mask(accumulate: int, fused_lin
 
     wanted = moved_by(student, by_hand)
     batches = [
-        {"input_ids": ids, "attention_mask": mask} for ids, mask in zip(IDS.chunk(accumulate), MASK.chunk(accumulate))
+        {"input_ids": ids, "attention_mask": mask}
+        for ids, mask in zip(IDS.chunk(accumulate), MASK.chunk(accumulate), strict=True)
     ]
     value = Reptile(student, teacher, fused_linear=fused_linear).evaluate(batches)["loss"]
     assert value == pytest.approx(by_hand(student).item(), rel=1e-5)
@@ -255,8 +257,9 @@ def config_of(kind: str) -> Any:
     more |= {"n_layers": 1, "max_position_embeddings": 32, "ffn_dim": 16, "word_embed_proj_dim": 16}
     found = transformers.AutoConfig.for_model(kind)
     for name, value in {**small, **more}.items():
-        if hasattr(found, name) or name in ("is_decoder",):
-            setattr(found, name, value)
+        if hasattr(found, name) or name == "is_decoder":
+            with contextlib.suppress(NotImplementedError):  # XLNet has no greatest length
+                setattr(found, name, value)
     return found
 
 
@@ -284,7 +287,7 @@ def test_labels_one_position_off_are_refused() -> None:
     ids = torch.randint(1, 11, (3, 8))
     shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
     copying = {"input_ids": ids, "labels": ids}
-    with pytest.raises(ValueError, match="labels equal the input ids at the same positions.*shift_labels=True"):
+    with pytest.raises(ValueError, match=r"labels equal the input ids at the same positions.*shift_labels=True"):
         fit(Language(0), Language(1), [copying])
     with pytest.raises(ValueError, match="labels equal the input ids at the same positions"):
         fit(Language(0), Language(1), [(ids, ids.masked_fill(ids == 3, -100))])
@@ -472,7 +475,7 @@ def test_a_student_in_its_teacher_s_memory_is_refused(how: str) -> None:
         student[0].weight = nn.Parameter(torch.from_numpy(teacher[0].weight.detach().numpy()))
     for given in (teacher, [perceptron(8, 3), teacher]):
         with pytest.raises(
-            ValueError, match="share . parameters .* or their memory: training the student would change"
+            ValueError, match=r"share . parameters .* or their memory: training the student would change"
         ):
             Reptile(student, given)
 
@@ -590,7 +593,7 @@ def test_temperature_and_hard_weight_have_schedules() -> None:
     optimizer = sgd(by_hand.parameters())
     for step in range(5):
         loss = reptile_ext.distillation_loss(
-            by_hand(inputs), teacher(inputs).detach(), labels, temperature=4.0 - step, hard_weight=0.25 * step
+            by_hand(inputs), teacher(inputs).detach(), labels, temperature=5.0 - step, hard_weight=0.25 * step
         )
         optimizer.zero_grad()
         loss.backward()
@@ -604,18 +607,18 @@ def test_temperature_and_hard_weight_have_schedules() -> None:
             [(inputs, labels)],
             5,
             {"callback": seen.append},
-            temperature="linear: 4 -> 0.0" if False else "linear:4->0" if False else (lambda step: 4.0 - step),
+            temperature="linear:5->1" if callable(hard_weight) else (lambda step: 5.0 - step),
             hard_weight=hard_weight,
         )
         close(weights(one), weights(by_hand))
     assert seen[-1]["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     with pytest.raises(
-        ValueError, match="temperature must be a number, a function of the step, or such as .*got 'warm'"
+        ValueError, match=r"temperature must be a number, a function of the step, or such as .*got 'warm'"
     ):
         Reptile(student, teacher, temperature="warm")
-    with pytest.raises(ValueError, match="temperature must be .*got '?-1"):
+    with pytest.raises(ValueError, match=r"temperature must be .*got -1.0"):
         Reptile(student, teacher, temperature="linear:-1->2")
-    with pytest.raises(ValueError, match="'linear:4->1' ends at until.steps; got until.steps=None"):
+    with pytest.raises(ValueError, match=r"'linear:4->1' ends at until.steps; got until.steps=None"):
         Reptile(student, teacher, temperature="linear:4->1").fit(loader(), until=Until(minutes=1), progress_bar=False)
     with pytest.raises(ValueError, match="changes what loss means"):
         Reptile(student, teacher, temperature="linear:4->1").fit(
@@ -932,7 +935,7 @@ def test_settings_are_checked_before_a_step() -> None:
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-TORCHRUN = """
+TORCHRUN = r"""
 import sys, torch
 torch.set_num_threads(1)
 from torch import nn
@@ -953,31 +956,32 @@ class Stream(IterableDataset):
     def __iter__(self):
         return iter(list(zip(X, Y)))
 
-kind, folder = sys.argv[1:]
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(60) % 5
 pairs = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 60, 4)]
 class Batches:
     def __iter__(self):
         return iter([list(range(i, i + 4)) for i in range(0, 60, 4)])
-data = {
+shuffled = lambda: DataLoader(TensorDataset(X, Y), 4, shuffle=True)
+kinds = {
     "list": lambda: pairs,
     "loader": lambda: DataLoader(TensorDataset(X, Y), 4),
-    "shuffled": lambda: DataLoader(TensorDataset(X, Y), 4, shuffle=True),
     "batches": lambda: DataLoader(TensorDataset(X, Y), batch_sampler=Batches()),
     "stream": lambda: DataLoader(Stream(), 4),
     "unused": lambda: pairs,
-    "resumed": lambda: DataLoader(TensorDataset(X, Y), 4, shuffle=True),
-    "whole": lambda: DataLoader(TensorDataset(X, Y), 4, shuffle=True),
-}[kind]()
-student = Net(8, 0, unused=kind == "unused", dropout=0.3 if kind in ("resumed", "whole") else 0.0)
-reptile = Reptile(student, Net(16, 1), hard_weight=0.5, learning_rate=0.05, find_unused_parameters=kind == "unused")
-stops = [5, 11] if kind == "resumed" else [11]
-for steps in stops:
-    if kind == "resumed":
-        student.load_state_dict(Net(8, 0, dropout=0.3).state_dict())
-    reptile.fit(data, until=steps, folder=folder, resume=True, progress_bar=False)
-print("processes", reptile.accelerator.num_processes, flush=True)
+    "whole": shuffled,
+    "resumed": shuffled,
+}
+for kind, data in kinds.items():
+    for steps in [5, 11] if kind == "resumed" else [11]:
+        student = Net(8, 0, unused=kind == "unused", dropout=0.3 if kind in ("resumed", "whole") else 0.0)
+        unused = kind == "unused"
+        reptile = Reptile(student, Net(16, 1), hard_weight=0.5, learning_rate=0.05, find_unused_parameters=unused)
+        reptile.fit(data(), until=steps, folder=f"{sys.argv[1]}/{kind}", resume=True, progress_bar=False)
+try:
+    Reptile(Net(8, 0, unused=True), Net(16, 1)).fit(pairs, until=3, progress_bar=False)
+except RuntimeError as error:
+    sys.stdout.write(f"{reptile.accelerator.num_processes} processes: {error}\n")
 """
 
 
@@ -991,25 +995,19 @@ def test_processes_of_torchrun_train_one_student(tmp_path: Path) -> None:
 
     code = tmp_path / "run.py"
     code.write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(code), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    said = "2 processes: the student has parameters that got no gradient in a step"
+    assert done.stdout.count(said) == 2, done.stdout
+    assert done.stdout.count("pass find_unused_parameters=True to Reptile") == 2
 
-    def start(kind: str, processes: int) -> subprocess.Popen[str]:
-        folder = tmp_path / f"{kind}{processes}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        return subprocess.Popen(
-            [*command, str(code), kind, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    kinds = ("list", "loader", "shuffled", "batches", "stream", "unused", "whole", "resumed")
-    found = {}
+    kinds = ("list", "loader", "batches", "stream", "unused", "whole", "resumed")
+    found = {kind: load_file(tmp_path / kind / "student.safetensors") for kind in kinds}
     for kind in kinds:
-        with start(kind, 2) as process:
-            said, _ = process.communicate(timeout=120)
-        assert said.count("processes 2") == 2, said
-        found[kind] = load_file(tmp_path / f"{kind}2" / "student.safetensors")
-        rows = read_log(tmp_path / f"{kind}2" / "metrics.jsonl")[-1]["rows"]
-        assert rows == 11 * 8, kind
-    for kind in ("list", "batches", "unused"):
+        assert read_log(tmp_path / kind / "metrics.jsonl")[-1]["rows"] == 11 * 8, kind
+    for kind in ("list", "batches", "stream", "unused"):
         for name, tensor in found["loader"].items():
             torch.testing.assert_close(found[kind][name], tensor, msg=kind)
     for name, tensor in found["whole"].items():

@@ -34,10 +34,17 @@ def check_data(name: str, data: Any) -> None:
         raise TypeError(f"{name} must yield batches, and a {kind} yields samples: pass {way}")
     if (
         isinstance(data, (str, bytes, Mapping, Tensor, np.ndarray, nn.Module))
-        or (isinstance(data, tuple) and all(isinstance(x, Tensor) for x in data))
+        or _is_a_pair(data)
         or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
     ):
         raise TypeError(f"{name} must yield batches, as a DataLoader does or a list such as [batch]; got a {kind}")
+
+
+def _is_a_pair(data: Any) -> bool:
+    """Whether this is (inputs, labels) of one batch, and not a tuple of batches."""
+    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data)):
+        return False
+    return bool(data[0].ndim != data[1].ndim or data[0].dtype != data[1].dtype)
 
 
 class Sampler:
@@ -260,7 +267,7 @@ class DataState:
         self._look_at_all(path, {part: getattr(loader, part, None) for part in parts})
         if getattr(loader, "persistent_workers", False):
             self.problems.append(f"{path} has persistent workers, whose random numbers go on from pass to pass")
-        if _has_state(loader) and getattr(loader, "num_workers", 0):
+        if _has_state(loader) and getattr(loader, "num_workers", False):
             self.problems.append(f"{path} saves its place but not the random numbers of its workers")
 
     def _is_generator(self, path: str, x: Any) -> bool:

@@ -35,8 +35,8 @@ def naming_unused_parameters() -> Iterator[None]:
     except RuntimeError as error:
         if str(error).startswith("Expected to have finished reduction"):
             raise RuntimeError(
-                "the student has parameters that got no gradient in a step, which processes that share it have to know: "
-                "pass find_unused_parameters=True to Reptile, or freeze them by requires_grad_(False)"
+                "the student has parameters that got no gradient in a step, which processes that share it have to "
+                "know: pass find_unused_parameters=True to Reptile, or freeze them by requires_grad_(False)"
             ) from error
         raise
 

@@ -619,6 +619,8 @@ class Objective:
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape != labels.shape or labels.ndim < 2:
             return True
+        if labels.shape[1] < 2:
+            return False
         if getattr(getattr(self.student, "config", None), "is_encoder_decoder", False):
             return True
 

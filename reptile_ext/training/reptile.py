@@ -526,7 +526,7 @@ class Reptile:
             scheduler.load_state_dict(state)
             return
         step = state["last_epoch"]
-        scheduler.last_epoch, scheduler._step_count = step, state["_step_count"]  # type: ignore[attr-defined]
+        scheduler.last_epoch, scheduler._step_count = step, state["_step_count"]
         for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["initial_lr"] = base
             group["lr"] = base * self._share_of_rate(step)
