@@ -85,7 +85,7 @@ def find_checkpoint(folder: Path | None, resume: bool | str) -> Path | None:
         if damage is None:
             if damages:
                 warnings.warn(
-                    f"resume='last_good' goes on from step {_step(checkpoint)}, as {'; '.join(damages)}", stacklevel=3
+                    f"resume='last_good' goes on from step {_step(checkpoint)}, as {'; '.join(damages)}", stacklevel=4
                 )
             return checkpoint
         damages.append(damage)

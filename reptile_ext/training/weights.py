@@ -218,9 +218,9 @@ def _packed(name: str, value: Any) -> Tensor:
     try:
         torch.save(value, buffer)
     except Exception as error:
-        raise ValueError(f"{name!r}, a {type(value).__name__}, cannot be stored: {error}") from error
+        raise ValueError(f"{name!r} (a {type(value).__name__}) cannot be stored: {error}") from error
     packed = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    _unpacked(f"{name!r}, a {type(value).__name__}", packed)  # now rather than when it is needed
+    _unpacked(f"{name!r} (a {type(value).__name__})", packed)  # now rather than when it is needed
     return packed
 
 
@@ -230,5 +230,5 @@ def _unpacked(what: str, packed: Tensor) -> Any:
     except Exception as error:
         raise ValueError(
             f"{what} cannot be read without executing code: get_extra_state must return tensors, numbers, strings, and "
-            f"lists and dicts of them ({str(error).partition(chr(10))[0]})"
+            "lists and dicts of them"
         ) from error
