@@ -291,7 +291,7 @@ def test_any_flipped_bit_of_a_weights_file_is_noticed_or_harmless(tmp_path: Path
     save_weights(path, module)
     whole, wanted = path.read_bytes(), copy.deepcopy(dict(module.state_dict()))
     noticed = 0
-    for position in range(0, len(whole)):
+    for position in range(0, len(whole), 3):
         damaged(path, position, 1 << position % 8)
         try:
             load_weights(path, module)
@@ -300,7 +300,7 @@ def test_any_flipped_bit_of_a_weights_file_is_noticed_or_harmless(tmp_path: Path
             noticed += 1
         assert same(dict(module.state_dict()), wanted), position
         path.write_bytes(whole)
-    assert noticed > len(whole) - 100
+    assert noticed > len(whole) / 3 - 100
     for length in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"weights.safetensors is damaged"):
@@ -498,8 +498,6 @@ def copied(folder: Path, to: Path) -> Path:
 def test_a_damaged_file_is_named_and_the_one_before_is_as_good(
     name: str, damage: Callable[[Path], None], finished: Path, tmp_path: Path
 ) -> None:
-    if (name, damage) == ("manifest.json", lengthen):
-        pytest.skip("a NUL after the JSON is a JSON error like the others'")
     folder = copied(finished, tmp_path)
     path = folder / "checkpoints" / "000000005" / name
     size = path.stat().st_size
@@ -592,7 +590,7 @@ def test_an_old_checkpoint_whose_files_cannot_be_read_is_named(finished: Path, t
 # and forks a child for every run, which it kills: at a random moment, at a random moment after a checkpoint was begun,
 # or (the child itself) at the n-th time that it opens, makes, renames or removes something.
 KILLS = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import numpy, torch
@@ -655,14 +653,19 @@ def ended(pid):
     begun = list(broken.glob("checkpoints/.tmp-*")) + list(broken.glob(".tmp-*"))
     return status == signal.SIGKILL, bool(begun)
 
+run(None)  # what is imported late is imported once
 ended(child(whole))
 moments = random.Random(0)
 kills = in_writing = 0
-for number in range(1, 91):
+for number in range(1, 61):
+    if (broken / "student.safetensors").exists():  # came to its end: once more
+        if (broken / "student.safetensors").read_bytes() != (whole / "student.safetensors").read_bytes():
+            sys.exit(f"other bits before run {number}")
+        shutil.rmtree(broken)
     kind = number % 3
     pid = child(broken, kill_at=number if kind == 0 else None)
     if kind == 1:
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 0.15))
     if kind == 2:
         deadline = time.monotonic() + 0.5
         while not list(broken.glob("checkpoints/.tmp-*")) and time.monotonic() < deadline:

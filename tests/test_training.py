@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import reptile_ext
-from reptile_ext.files import write_atomically
 from reptile_ext.training import Reptile, Until
 from reptile_ext.training.batches import split
-from reptile_ext.training.checkpoint import Log, latest_checkpoint, read_log, save_checkpoint
+from reptile_ext.training.checkpoint import latest_checkpoint, read_log
 from reptile_ext.training.data import Sampler, random_state, set_random_state
 from reptile_ext.training.metrics import Evaluation
 
@@ -364,118 +357,3 @@ def test_until_patience_gives_the_best_student_back(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def test_a_run_is_not_written_over(tmp_path: Path) -> None:
-    fitted(Until(steps=2), folder=tmp_path)
-    with pytest.raises(FileExistsError, match="holds a run at step 2: pass resume=True"):
-        fitted(Until(steps=2), folder=tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
-
-
-def test_a_failed_checkpoint_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = perceptron(8, 0)
-    save_checkpoint(tmp_path, 1, student, {}, {})
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, 2, student, {}, {})
-    newest = latest_checkpoint(tmp_path)
-    assert newest is not None
-    assert int(newest.name) == 1
-
-
-def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = Log(path)
-    log.write(step=1)
-    position = log.position
-    log.write(step=2)
-    with path.open("a") as file:
-        file.write('{"step": 3, "lo')
-    assert [line["step"] for line in read_log(path)] == [1, 2]
-    Log(path, position).write(step=2, again=True)
-    assert read_log(path) == [{"step": 1}, {"step": 2, "again": True}]
-
-
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
-    bad = [(torch.full((4, 6), torch.nan), torch.zeros(4, dtype=torch.long))]
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
-        Reptile(perceptron(8, 0), perceptron(8, 1)).fit(bad, until=Until(steps=1), folder=tmp_path, progress_bar=False)
-    assert latest_checkpoint(tmp_path) is None
-
-
-# A run with everything that has a state: shuffling, dropout, random augmentation, momentum, schedule, accumulation that
-# does not divide the pass, evaluation and the best student.
-RUN = """
-import sys, time, torch, numpy, random
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from reptile_ext.training import Reptile, Until
-
-class Noisy(Dataset):
-    def __len__(self):
-        return 50
-    def __getitem__(self, i):
-        noise = torch.randn(6) + numpy.random.rand() + random.random()
-        return torch.full((6,), float(i % 7)) + noise, i % 4
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-student = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
-teacher = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
-train = DataLoader(Noisy(), 8, shuffle=True)
-held_out = DataLoader(Noisy(), 8)
-if len(sys.argv) > 2:
-    student.register_forward_hook(lambda *_: time.sleep(float(sys.argv[2])))
-    print("ready", flush=True)
-reptile = Reptile(student, teacher, schedule="cosine", warmup=5, accumulate=2, hard_weight=0.3, metrics=["accuracy"])
-reptile.fit(train, held_out, until=Until(steps=40, patience=100), eval_every=7, checkpoint_every=3, log_every=2,
-            folder=sys.argv[1], resume=True, progress_bar=False)
-"""
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RUN]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, str(whole)], check=True)
-
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(3):
-        # Slowed so that there is something to kill; the moment falls anywhere, writing a checkpoint included.
-        with subprocess.Popen([*command, str(broken), "0.01"], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(moments.uniform(0.1, 0.9))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-    assert kills > 0
-    subprocess.run([*command, str(broken)], check=True)
-
-    assert (broken / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
-    for name in ("student.safetensors", "best.safetensors"):
-        assert (broken / "checkpoints/000000040" / name).read_bytes() == (
-            whole / "checkpoints/000000040" / name
-        ).read_bytes()
-    timeless = [
-        [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(folder / "metrics.jsonl")]
-        for folder in (broken, whole)
-    ]
-    assert timeless[0] == timeless[1]
-    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["000000040"]
-    assert json.dumps(timeless[0])  # plain numbers only

@@ -51,8 +51,10 @@ def writing_to(folder: Path, student: nn.Module) -> Iterator[None]:
             for left in folder.glob(f"{TEMPORARY}*"):  # by a kill
                 left.unlink()
             probe = folder / "checkpoints" / f"{TEMPORARY}probe"
-            probe.write_bytes(b"probe")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"probe")
+            finally:
+                probe.unlink(missing_ok=True)
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.exists() else "of unknown process"
             raise RuntimeError(
