@@ -7,7 +7,8 @@
 
 Read top-down: `reptile` is the loop, `objective` what a step of it computes, `batches` what it samples from, `heads`
 how it does without logits, `until` when it stops, `metrics` what it measures, `checkpoint` how it survives a kill,
-`weights` what its files hold, `costs` what a step takes, `report` the table and the curves, `recipes` the runs that `reptile distill` starts.
+`weights` what its files hold, `costs` what a step takes, `report` the table and the curves, `recipes` the runs that
+`reptile distill` starts.
 
 `Objective` is the step without the loop, for a trainer of another library or a loop of your own.
 Needs the extra `train`.
