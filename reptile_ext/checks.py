@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import compat
 from .ops import REDUCTIONS
+from .words import did_you_mean
 
 if TYPE_CHECKING:
     from .options import Options
@@ -26,11 +28,41 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 # ------------------------------------------------------------------------------------------------ numbers and names
 
 
+# What other libraries call it.
+_SAME = {
+    "batchmean": "reduction='mean' divides by the number of rows, as torch's batchmean does for logits [N, V]",
+    "kl": "divergence='forward_kl' is KL(teacher, student)",
+    "kl_div": "divergence='forward_kl' is KL(teacher, student)",
+    "kld": "divergence='forward_kl' is KL(teacher, student)",
+    "js": "divergence='jsd' is Jensen and Shannon's",
+}
+_KEYWORDS = {
+    "T": "temperature",
+    "tau": "temperature",
+    "temp": "temperature",
+    "alpha": "hard_weight and soft_weight",
+    "kd_weight": "soft_weight",
+    "loss_type": "divergence",
+    "kd_loss_type": "divergence",
+    "kind": "divergence",
+    "mask": "weight, which the call takes",
+}
+
+
+def refuse_keyword(function: str, name: str, known: Iterable[str], of_the_call: tuple[str, ...]) -> NoReturn:
+    if name in of_the_call:
+        also = f"; {name} goes to the call"
+    else:
+        also = f"; did you mean {_KEYWORDS[name]}?" if name in _KEYWORDS else did_you_mean(name, known)
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{also}")
+
+
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> int:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, one of {', '.join(map(repr, known))}; got {value!r}")
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+        also = f"; {_SAME[value]}" if value in _SAME and name in _SAME[value] else did_you_mean(value, known)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{also}")
     return known.index(value)
 
 
@@ -89,7 +121,36 @@ def _shape(shape: Any) -> str:
 
 def check_is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}{_where_the_tensor_is(name, value)}")
+
+
+def _where_the_tensor_is(name: str, value: Any) -> str:
+    """What to pass instead of something that has, or can be made, a tensor."""
+    wanted = "last_hidden_state" if name.endswith("_hidden") else "logits"
+    if isinstance(value, torch.nn.Module):
+        return ": pass its .weight" if name.endswith("_weight") else ": pass what it returns"
+    if not isinstance(value, type):
+        for attribute in (wanted, "logits"):
+            if isinstance(getattr(value, attribute, None), Tensor):
+                return f": pass its .{attribute}"
+    if isinstance(value, Mapping):
+        return f': pass its ["{wanted}"]' if wanted in value else f" with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (list, tuple)):
+        return ": pass its [0]" if value and isinstance(value[0], Tensor) else ": pass torch.as_tensor() of it"
+    if type(value).__module__ == "numpy":
+        return (
+            ": pass torch.from_numpy() of it" if type(value).__name__ == "ndarray" else ": pass torch.as_tensor() of it"
+        )
+    return ""
+
+
+def _refuse_dtype(name: str, dtype: torch.dtype) -> NoReturn:
+    also = ""
+    if name == "weight" and (dtype in INTEGERS or dtype == torch.bool):
+        also = " (a mask goes in as mask.float())"
+    elif dtype in INTEGERS:
+        also = " (class numbers go in as labels)"
+    raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {dtype}{also}")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
@@ -117,9 +178,9 @@ def check_tensors(
     check_is_tensor("student_logits", student_logits)
     check_is_tensor("teacher_logits", teacher_logits)
     if student_logits.dtype not in FLOATING:
-        raise TypeError(f"student_logits must be float32, bfloat16, float16 or float64; got {student_logits.dtype}")
+        _refuse_dtype("student_logits", student_logits.dtype)
     if teacher_logits.dtype not in FLOATING:
-        raise TypeError(f"teacher_logits must be float32, bfloat16, float16 or float64; got {teacher_logits.dtype}")
+        _refuse_dtype("teacher_logits", teacher_logits.dtype)
     _check_dense("student_logits", student_logits)
     _check_dense("teacher_logits", teacher_logits)
     s_shape = student_logits.shape
@@ -186,10 +247,7 @@ def check_rows(
     if weight is not None:
         _check_row_shape("weight", weight, s_shape, dim, device, of)
         if weight.dtype not in FLOATING:
-            raise TypeError(
-                f"weight must be float32, bfloat16, float16 or float64; got {weight.dtype}"
-                + (" (a mask goes in as mask.float())" if weight.dtype == torch.bool else "")
-            )
+            _refuse_dtype("weight", weight.dtype)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("weight is a constant of the loss and gets no gradient; pass weight.detach()")
     if denominator is not None:
@@ -216,8 +274,12 @@ def _check_row_shape(name: str, rows: Tensor, s_shape: torch.Size, dim: int, dev
     if len(shape) != len(s_shape) - 1 or shape[:dim] != s_shape[:dim] or shape[dim:] != s_shape[dim + 1 :]:
         wanted = [*s_shape[:dim], *s_shape[dim + 1 :]]
         last = "class" if of == "student_logits" else "last"
+        also = ""
+        if name == "labels" and shape == s_shape:
+            also = ": pass labels.argmax(dim) of one-hot rows" if rows.dtype in INTEGERS else f" of {rows.dtype}"
         raise ValueError(
-            f"{name} must have the shape of {of} without the {last} dimension, {_shape(wanted)}; got {_shape(shape)}"
+            f"{name} must have the shape of {of} without the {last} dimension, {_shape(wanted)}; "
+            f"got {_shape(shape)}{also}"
         )
     if rows.device != device:
         raise ValueError(f"{name} must be on the device of {of}, {device}; got {rows.device}")
@@ -238,7 +300,7 @@ def check_linear(
             continue
         check_is_tensor(name, tensor)
         if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
+            _refuse_dtype(name, tensor.dtype)
         _check_dense(name, tensor)
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of student_hidden, {device}; got {tensor.device}")

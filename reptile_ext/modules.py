@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .checks import check_memory_budget, check_scale, check_softcap
+from .checks import check_memory_budget, check_scale, check_softcap, refuse_keyword
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
 from .options import Keywords, make_options
@@ -49,10 +49,10 @@ class _Loss(nn.Module):
     def __init__(self, **keywords: Any) -> None:
         super().__init__()
         signature = inspect.signature(type(self))
-        try:
-            given = signature.bind(**keywords)
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__}() {error}") from None
+        for name in keywords:
+            if name not in signature.parameters:
+                refuse_keyword(type(self).__name__, name, signature.parameters, OF_THE_CALL)
+        given = signature.bind(**keywords)
         given.apply_defaults()
         self.keywords = dict(given.arguments)
         of_logits = {name: value for name, value in self.keywords.items() if name in Keywords.__annotations__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,13 @@ KNOWN = ", ".join(map(repr, DIVERGENCES))
 
 # keyword, bad value, error, words of the message
 KEYWORDS: list[tuple[str, Any, type[Exception], str]] = [
-    ("divergence", "kl", ValueError, f"divergence must be one of {KNOWN}; got 'kl'"),
+    (
+        "divergence",
+        "kl",
+        ValueError,
+        f"divergence must be one of {KNOWN}; got 'kl'; divergence='forward_kl' is KL(teacher, student)",
+    ),
+    ("divergence", "reverse-kl", ValueError, "got 'reverse-kl'; did you mean reverse_kl?"),
     ("divergence", "mirrored_dkd", ValueError, f"divergence must be one of {KNOWN}; got 'mirrored_dkd'"),
     ("divergence", None, TypeError, f"divergence must be a string, one of {KNOWN}; got None"),
     ("divergence", ["jsd"], TypeError, f"divergence must be a string, one of {KNOWN}; got ['jsd']"),
@@ -64,6 +71,12 @@ KEYWORDS: list[tuple[str, Any, type[Exception], str]] = [
     ("ignore_index", 1.0, TypeError, "ignore_index must be an integer; got float"),
     ("ignore_index", None, TypeError, "ignore_index must be an integer; got NoneType"),
     ("reduction", "average", ValueError, "reduction must be one of 'none', 'mean', 'sum'; got 'average'"),
+    (
+        "reduction",
+        "batchmean",
+        ValueError,
+        "got 'batchmean'; reduction='mean' divides by the number of rows, as ",
+    ),
     ("reduction", None, TypeError, "reduction must be a string, one of 'none', 'mean', 'sum'; got None"),
     ("vocab", "pad", ValueError, "vocab must be one of 'error', 'truncate'; got 'pad'"),
     ("vocab", True, TypeError, "vocab must be a string, one of 'error', 'truncate'; got True"),
@@ -125,8 +138,65 @@ def test_an_equal_legal_keyword_does_not_excuse_one_of_a_wrong_type() -> None:
 S, T = torch.zeros(3, 5), torch.zeros(3, 5)
 # student, teacher, other arguments, error, words of the message
 TENSORS: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
-    "student a list": ([1.0], T, {}, TypeError, "student_logits must be a torch.Tensor; got list"),
-    "student an array": (np.zeros((3, 5)), T, {}, TypeError, "student_logits must be a torch.Tensor; got ndarray"),
+    "student a list": (
+        [1.0],
+        T,
+        {},
+        TypeError,
+        "student_logits must be a torch.Tensor; got list: pass torch.as_tensor() of it",
+    ),
+    "student an array": (
+        np.zeros((3, 5)),
+        T,
+        {},
+        TypeError,
+        "student_logits must be a torch.Tensor; got ndarray: pass torch.from_numpy() of it",
+    ),
+    "a model's output": (
+        SimpleNamespace(logits=S),
+        T,
+        {},
+        TypeError,
+        "student_logits must be a torch.Tensor; got SimpleNamespace: pass its .logits",
+    ),
+    "a model's output as a dict": (
+        S,
+        {"logits": T},
+        {},
+        TypeError,
+        'teacher_logits must be a torch.Tensor; got dict: pass its ["logits"]',
+    ),
+    "a dict without logits": (
+        S,
+        {"scores": T},
+        {},
+        TypeError,
+        "teacher_logits must be a torch.Tensor; got dict with the keys 'scores'",
+    ),
+    "a model's output as a tuple": (S, (T, None), {}, TypeError, "got tuple: pass its [0]"),
+    "a model": (torch.nn.Linear(2, 5), T, {}, TypeError, "got Linear: pass what it returns"),
+    "labels where the teacher goes": (
+        S,
+        torch.zeros(3).long(),
+        {},
+        TypeError,
+        "teacher_logits must be float32, bfloat16, float16 or float64; got torch.int64 (class numbers go in as labels)",
+    ),
+    "the teacher where labels go": (S, T, {"labels": T}, ValueError, "[3]; got [3, 5] of torch.float32"),
+    "labels an array": (
+        S,
+        T,
+        {"labels": np.zeros(3, dtype=int)},
+        TypeError,
+        "labels must be a torch.Tensor; got ndarray: pass torch.from_numpy() of it",
+    ),
+    "weight a list": (
+        S,
+        T,
+        {"weight": [1.0, 1.0, 0.0]},
+        TypeError,
+        "weight must be a torch.Tensor; got list: pass torch.as_tensor() of it",
+    ),
     "teacher None": (S, None, {}, TypeError, "teacher_logits must be a torch.Tensor; got NoneType"),
     "integer student": (
         S.long(),
@@ -218,7 +288,7 @@ TENSORS: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         T,
         {"labels": torch.zeros(3, 5).long()},
         ValueError,
-        "without the class dimension, [3]; got [3, 5]",
+        "without the class dimension, [3]; got [3, 5]: pass labels.argmax(dim) of one-hot rows",
     ),
     "labels elsewhere": (
         S,
@@ -235,7 +305,7 @@ TENSORS: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         T,
         {"weight": torch.ones(3).long()},
         TypeError,
-        "weight must be float32, bfloat16, float16 or float64; got torch.int64",
+        "weight must be float32, bfloat16, float16 or float64; got torch.int64 (a mask goes in as mask.float())",
     ),
     "weight elsewhere": (
         S,
@@ -376,3 +446,45 @@ def test_numpy_numbers_are_numbers() -> None:
     right = reptile_ext.distillation_loss(student, teacher, temperature=2.0, denominator=4.0)
     found = reptile_ext.distillation_loss(student, teacher, temperature=np.float32(2.0), denominator=np.float64(4.0))
     assert torch.equal(found, right)
+
+
+def test_a_head_is_no_weight_and_an_output_no_hidden_states() -> None:
+    hidden, head = torch.zeros(3, 4), torch.nn.Linear(4, 5)
+    right: dict[str, Any] = {
+        "student_hidden": hidden,
+        "student_weight": head.weight,
+        "teacher_hidden": hidden,
+        "teacher_weight": head.weight,
+    }
+    reptile_ext.linear_distillation_loss(**right)
+    wrong: list[tuple[str, Any, str]] = [
+        ("student_weight", head, "student_weight must be a torch.Tensor; got Linear: pass its .weight"),
+        ("teacher_weight", head, "teacher_weight must be a torch.Tensor; got Linear: pass its .weight"),
+        (
+            "student_hidden",
+            SimpleNamespace(last_hidden_state=hidden),
+            "SimpleNamespace: pass its .last_hidden_state",
+        ),
+        ("teacher_hidden", (hidden,), "teacher_hidden must be a torch.Tensor; got tuple: pass its [0]"),
+        ("weight", torch.ones(3, dtype=torch.bool), "got torch.bool (a mask goes in as mask.float())"),
+    ]
+    for name, value, words in wrong:
+        with pytest.raises(TypeError, match=re.escape(words)):
+            reptile_ext.linear_distillation_loss(**{**right, name: value})
+
+
+@pytest.mark.parametrize("kind", [reptile_ext.DistillationLoss, reptile_ext.LinearDistillationLoss])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("temprature", "; did you mean temperature?"),
+        ("T", "; did you mean temperature?"),
+        ("alpha", "; did you mean hard_weight and soft_weight?"),
+        ("weight", "; weight goes to the call"),
+        ("xyz", ""),
+    ],
+)
+def test_unknown_keywords(kind: Any, name: str, words: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        kind(**{name: 1.0})
+    assert str(caught.value) == f"{kind.__name__}() got an unexpected keyword argument {name!r}{words}"
