@@ -7,14 +7,19 @@ imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from ._version import __version__
+from .words import did_you_mean
 
 USAGE = """usage: reptile <command> [options]
 
@@ -23,16 +28,41 @@ USAGE = """usage: reptile <command> [options]
   benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
   doctor             say what is installed, whether the kernels load, and what to do if not
 
-reptile <command> --help says more.
+reptile <command> --help says more; reptile --version says which version this is.
+REPTILE_TRACEBACK=1 in the environment shows where in the program an error comes from.
 """
+
+# What can go wrong with data, disk and memory. Anything else is a mistake of this program and keeps its traceback.
+_FAILURES = (ArithmeticError, EOFError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class CommandError(Exception):
     """Something the user can put right; the message says what."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += " (a value that begins with a minus goes in as --flag=-value)"
+        raise CommandError(message)
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), "")
+            nearest = did_you_mean(flag.split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
+        return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0 fine, 1 it failed, 2 the command line or a file of settings is wrong."""
+    """Run a command; return the exit code: 0 fine, 1 it failed, 2 the command line, a file of settings or the data they
+    ask for is wrong, 130 stopped by Ctrl-C."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     commands: dict[str, Callable[[list[str]], int]] = {
         "distill": distill,
@@ -43,61 +73,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    if command in ("-V", "--version"):
+        print(f"reptile_ext {__version__}")
+        return 0
     if command not in commands:
-        print(f"reptile: unknown command {command!r}; known: {', '.join(commands)}", file=sys.stderr)
+        known = f"known: {', '.join(commands)}"
+        print(f"reptile: unknown command {command!r}; {known}{did_you_mean(command, commands)}", file=sys.stderr)
         return 2
     try:
         return commands[command](rest)
-    except CommandError as error:
-        print(f"reptile {command}: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"reptile {command}: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt as stopped:
+        print(f"reptile {command}: stopped{stopped}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        ours = isinstance(error, CommandError)
+        # A file of weights that is cut short has an error of its own, which is an Exception and nothing else.
+        if os.environ.get("REPTILE_TRACEBACK", "0") not in ("", "0") or not (
+            ours or isinstance(error, _FAILURES) or type(error).__name__ in ("SafetensorError", "UnpicklingError")
+        ):
+            raise
+        words = " ".join(str(error).split("Exception raised from")[0].split())  # without PyTorch's C++ stack
+        if not ours and not isinstance(error, (FloatingPointError, ImportError, TypeError, ValueError)):
+            words = f"{type(error).__name__}: {words}"
+        if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+            words += " (smaller batches and models need less memory)"
+        print(f"reptile {command}: {words}", file=sys.stderr)
+        return 2 if ours or isinstance(error, (TypeError, ValueError)) else 1
 
 
 def distill(argv: list[str]) -> int:
     """Train a teacher, distil it into a student, and compare with the same student trained without a teacher."""
     recipes = _recipes()
     # The recipe decides which flags there are, so it is looked for first: the first word, or a key of the file.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--resume", type=Path)
+    early = _Parser(prog="reptile distill", add_help=False)
+    early.add_argument("--config", type=_path)
+    early.add_argument("--resume", type=_path)
     known, rest = early.parse_known_args(argv)
     given = bool(argv) and not argv[0].startswith("-")
     if known.resume is not None and (known.config is not None or given or set(rest) - {"--quiet"}):
         raise CommandError("--resume takes recipe and settings from the folder: only --quiet goes with it")
-    path = known.config if known.resume is None else known.resume / "config.toml"
-    values = {} if path is None else _read_toml(path)
+    path, values = known.config, {}
+    if known.resume is not None:
+        path, values = known.resume / "config.toml", _read_run(known.resume, "--resume")
+    elif path is not None:
+        values = _read_toml(path)
     name = values.pop("recipe", "code-lm")
     if given:
         name, argv = argv[0], argv[1:]
-    if name not in recipes.RECIPES:
-        raise CommandError(f"recipe must be one of {', '.join(recipes.RECIPES)}; got {name!r}")
+    recipe = _recipe(name)
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"reptile distill {name}",
         description=distill.__doc__,
         epilog=f"Recipes: {', '.join(recipes.RECIPES)}; `reptile distill RECIPE --help` shows the settings of one.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="run folder (default: runs/RECIPE-TIME)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the stopped run in this folder")
+    parser.add_argument("--config", type=_path, metavar="FILE", help="TOML file of settings; flags win over it")
+    parser.add_argument("--out", type=_path, metavar="FOLDER", help="run folder (default: runs/RECIPE-TIME)")
+    parser.add_argument("--resume", type=_path, metavar="FOLDER", help="go on with the stopped run in this folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    settings, options = _settings(recipes.RECIPES[name].settings, values, parser, argv, path)
+    settings, options = _settings(recipe.settings, values, parser, argv, path)
 
     if options.resume is not None:
         folder = options.resume
     else:
         folder = options.out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        if folder.exists() and any(folder.iterdir()):
+        _make_folder(folder)
+        if any(folder.iterdir()):
             raise CommandError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
         _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})
     print(f"recipe {name}, run folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
-    report = recipes.run(recipes.RECIPES[name], settings, folder, progress_bar=bars)
+    try:
+        report = recipes.run(recipe, settings, folder, progress_bar=bars)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; go on with `reptile distill --resume {shlex.quote(str(folder))}`") from None
+    except (TypeError, ValueError):
+        if options.resume is None and all(path.is_file() for path in folder.iterdir()):
+            # Nothing has been trained: the same --out must do for the next attempt.
+            for file in folder.iterdir():
+                file.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     print(f"\n{report['minutes']:.1f} minutes. In {folder}: {files}")
     return 0
@@ -105,21 +162,22 @@ def distill(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Print the metrics of a run folder's distilled student on the held-out data, as JSON."""
-    parser = argparse.ArgumentParser(prog="reptile evaluate", description=evaluate.__doc__)
-    parser.add_argument("folder", type=Path, help="run folder of `reptile distill`")
-    folder = parser.parse_args(argv).folder
+    parser = _Parser(prog="reptile evaluate", description=evaluate.__doc__)
+    parser.add_argument("folder", type=_path, help="run folder of `reptile distill`")
+    folder = parser.read(argv).folder
     recipes = _recipes()
-    values = _read_toml(folder / "config.toml")
+    values = _read_run(folder, "folder")
+    recipe = _recipe(values.pop("recipe", None))
+    settings = _checked(recipe.settings, values, folder / "config.toml")
     if not (folder / "student.safetensors").exists():
         raise CommandError(f"{folder} has no student yet: finish the run with `reptile distill --resume {folder}`")
-    recipe = recipes.RECIPES[values.pop("recipe")]
-    print(json.dumps(recipes.evaluate(recipe, recipe.settings(**values), folder)))
+    print(json.dumps(recipes.evaluate(recipe, settings, folder)))
     return 0
 
 
 def benchmark(argv: list[str]) -> int:
     """Time the fused loss against eager PyTorch and torch.compile on this machine."""
-    parser = argparse.ArgumentParser(prog="reptile benchmark", description=benchmark.__doc__, allow_abbrev=False)
+    parser = _Parser(prog="reptile benchmark", description=benchmark.__doc__)
     from . import benchmark as benchmark_module
 
     parser.add_argument(
@@ -139,33 +197,31 @@ def benchmark(argv: list[str]) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes its time")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         default=Path("runs") / f"benchmark-{datetime.datetime.now():%Y%m%d-%H%M%S}",
         help="where benchmark.json and benchmark.png go (default: %(default)s)",
     )
-    o = parser.parse_args(argv)
-    o.out.mkdir(parents=True, exist_ok=True)
-    try:
-        return benchmark_module.run(
-            shapes=o.shapes,
-            dtypes=tuple(o.dtypes),
-            repeats=o.repeats,
-            threads=o.threads,
-            out=o.out / "benchmark.json",
-            plot=o.out / "benchmark.png",
-            vocab=tuple(o.vocab) if o.vocab else None,
-            pairs=o.pairs,
-            compile=not o.no_compile,
-            divergences=o.divergences,
-        )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    o = parser.read(argv)
+    options = {
+        "shapes": o.shapes,
+        "dtypes": tuple(o.dtypes),
+        "repeats": o.repeats,
+        "threads": o.threads,
+        "vocab": tuple(o.vocab) if o.vocab else None,
+        "pairs": o.pairs,
+        "divergences": o.divergences,
+    }
+    benchmark_module.check(**options)
+    _make_folder(o.out)
+    return benchmark_module.run(
+        **options, compile=not o.no_compile, out=o.out / "benchmark.json", plot=o.out / "benchmark.png"
+    )
 
 
 def doctor(argv: list[str]) -> int:
     """Say what is installed and whether the kernels load. Exit code 0 if they do, 1 if not."""
-    argparse.ArgumentParser(prog="reptile doctor", description=doctor.__doc__).parse_args(argv)
+    _Parser(prog="reptile doctor", description=doctor.__doc__).read(argv)
     problems: list[str] = []
 
     def show(what: str, value: object) -> None:
@@ -273,6 +329,39 @@ def _recipes() -> Any:
     return recipes
 
 
+def _recipe(name: Any) -> Any:
+    known = _recipes().RECIPES
+    if not isinstance(name, str) or name not in known:
+        nearest = did_you_mean(str(name), known)
+        raise CommandError(f"recipe must be one of {', '.join(known)}; got {name!r}{nearest}")
+    return known[name]
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("wanted a path; got ''")
+    return Path(text)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CommandError(f"--out must be a folder; got {folder}, which is a file") from None
+    except OSError as error:
+        raise CommandError(f"--out must be a folder that can be made; got {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"--out must be a folder that can be written to; got {folder}")
+
+
+def _read_run(folder: Path, name: str) -> dict[str, Any]:
+    """The settings that a run wrote down."""
+    if not (folder / "config.toml").is_file():
+        why = "which has no config.toml" if folder.is_dir() else "which is no folder"
+        raise CommandError(f"{name} must be the run folder of a `reptile distill`; got {folder}, {why}")
+    return _read_toml(folder / "config.toml")
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
@@ -281,9 +370,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CommandError(f"there is no {path}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise CommandError(f"{path}: {error}") from error
+        raise CommandError(f"--config must be a file; there is no {path}") from None
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise CommandError(f"{path} is no TOML file: {error}") from error
 
 
 def _write_toml(path: Path, values: dict[str, Any]) -> None:
@@ -295,26 +386,38 @@ def _write_toml(path: Path, values: dict[str, Any]) -> None:
 
 
 def _settings(
-    kind: Any, values: dict[str, Any], parser: argparse.ArgumentParser, argv: list[str], path: Path | None
+    kind: Any, values: dict[str, Any], parser: _Parser, argv: list[str], path: Path | None
 ) -> tuple[Any, argparse.Namespace]:
     """Settings from the file's values and the flags, which win; and the other options. Unknown keys are errors."""
-    from pydantic import ValidationError
     from pydantic_settings import CliSettingsSource
 
     source: Any = CliSettingsSource(kind, root_parser=parser)
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
+    return _checked(kind, values, path, options, _cli_settings_source=source(parsed_args=options)), options
+
+
+def _checked(
+    kind: Any, values: dict[str, Any], path: Path | None, flags: argparse.Namespace | None = None, **source: Any
+) -> Any:
+    """The settings, or what is wrong with them, by the names that the user gave."""
+    from pydantic import ValidationError
+
     try:
-        return kind(_cli_settings_source=source(parsed_args=options), **values), options
+        return kind(**source, **values)
     except ValidationError as error:
-        # Without a place, the error is of settings that do not go together, and its words name them.
-        wrong = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})"
-            if e["loc"]
-            else e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        ]
-        where = f"{path} and flags" if path else "flags"
-        raise CommandError(f"settings ({where}): " + "; ".join(wrong)) from error
+        wrong = []
+        for e in error.errors():
+            name, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
+            if not e["loc"]:  # of settings that do not go together, which its words name
+                wrong.append(message)
+            elif e["type"] == "extra_forbidden":
+                wrong.append(f"{path}: unknown setting {name!r}{did_you_mean(name, kind.model_fields)}")
+            else:
+                by_flag = hasattr(flags, name)
+                place = f"--{name.replace('_', '-')}" if by_flag else f"{path}: {name}"
+                said = f" must{message[12:]}" if message.startswith("Input should") else f": {message}"
+                wrong.append(f"{place}{said}; got {e['input']!r}")
+        raise CommandError("; ".join(wrong)) from error
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import reptile_ext
 from reptile_ext import cli
 
 # digits with everything small, so that a whole run takes a second
@@ -111,8 +114,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
         patch.setattr(
             Reptile, "evaluate", lambda self, data: stop() if self.teacher is not None else evaluate(self, data)
         )
-        with pytest.raises(KeyboardInterrupt):
-            cli.main([*argv, "--out", str(broken)])
+        assert cli.main([*argv, "--out", str(broken)]) == 130
+    said = capsys.readouterr().err
+    assert said.splitlines() == [f"reptile distill: stopped; go on with `reptile distill --resume {broken}`"]
     assert not (broken / "student.safetensors").exists()
     assert "has no student yet: finish the run" in refused(capsys, "evaluate", str(broken))
     assert cli.main(["distill", "--resume", str(broken), "--quiet"]) == 0
@@ -121,32 +125,276 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text("stepz = 3\n")
-    assert "stepz: Extra inputs are not permitted" in refused(capsys, "distill", "digits", "--config", str(file))
-    file.write_text('steps = "many"\n')
-    assert "steps: Input should be a valid integer" in refused(capsys, "distill", "digits", "--config", str(file))
-    file.write_text("steps = = 3\n")
-    assert "settings.toml: " in refused(capsys, "distill", "digits", "--config", str(file))
-    assert f"there is no {tmp_path / 'none.toml'}" in refused(
-        capsys, "distill", "--config", str(tmp_path / "none.toml")
-    )
-    assert "unrecognized arguments: --stepz" in refused(capsys, "distill", "digits", "--stepz", "3")
-    assert "steps: Input should be greater than 0" in refused(capsys, "distill", "digits", "--steps", "0")
-    assert "(flags): divergence must be one of 'forward_kl', 'reverse_kl'" in refused(
-        capsys, "distill", "digits", "--divergence", "kl"
-    )
-    assert "beta has no meaning for divergence='tvd'" in refused(
-        capsys, "distill", "digits", "--divergence", "tvd", "--beta", "2"
-    )
-    assert "inplace has no meaning with fused_linear" in refused(
-        capsys, "distill", "--inplace", "true", "--fused-linear"
-    )
-    assert "unrecognized arguments: --fused-linear" in refused(capsys, "distill", "digits", "--fused-linear")
-    assert "recipe must be one of code-lm, digits; got 'digit'" in refused(capsys, "distill", "digit")
-    assert "is not empty" in refused(capsys, "distill", "digits", "--out", str(tmp_path))
-    assert "unknown command 'distil'; known: distill, evaluate, benchmark, doctor" in refused(capsys, "distil")
-    assert "only --quiet goes with it" in refused(capsys, "distill", "digits", "--resume", str(tmp_path))
+    for text, words in (
+        ("stepz = 3\n", f"{file}: unknown setting 'stepz'; did you mean steps?"),
+        (
+            'steps = "many"\n',
+            f"{file}: steps must be a valid integer, unable to parse string as an integer; got 'many'",
+        ),
+        ("steps = true\n", f"{file}: steps: wanted a number; got True"),
+        ("steps = = 3\n", f"{file} is no TOML file: "),
+        ('recipe = "digit"\n', "recipe must be one of code-lm, digits; got 'digit'; did you mean digits?"),
+        ("recipe = [1]\n", "recipe must be one of code-lm, digits; got [1]"),
+    ):
+        file.write_text(text)
+        assert words in refused(capsys, "distill", *(() if "recipe" in text else ("digits",)), "--config", str(file))
+    file.write_bytes(b"\xff")
+    assert "settings.toml is no TOML file: " in refused(capsys, "distill", "--config", str(file))
+    assert f"{tmp_path} cannot be read: " in refused(capsys, "distill", "--config", str(tmp_path))
+    for argv, words in (
+        ("distill --config none.toml", "--config must be a file; there is no none.toml"),
+        ("distill digits --stepz 3", "unrecognized arguments: --stepz 3; did you mean --steps?"),
+        (
+            "distill digits --teacher_steps=3",
+            "unrecognized arguments: --teacher_steps=3; did you mean --teacher-steps?",
+        ),
+        ("distill digits --steps 0", "--steps must be greater than or equal to 1; got '0'"),
+        ("distill digits --temperature -1", "--temperature must be greater than 0; got '-1'"),
+        (
+            "distill digits --temperature -inf",
+            "argument --temperature: expected one argument (a value that begins with",
+        ),
+        ("distill digits --precision half", "--precision must be 'float32', 'bfloat16' or 'float16'; got 'half'"),
+        ("distill digits --divergence kl", "divergence must be one of 'forward_kl', 'reverse_kl'"),
+        ("distill digits --divergence tvd --beta 2", "beta has no meaning for divergence='tvd'"),
+        ("distill digits --temperature 1e31", "temperature must be a positive number, 1e-30 to 1e30"),
+        ("distill digits --transfer-images 1248", "--transfer-images must be less than or equal to 1247; got '1248'"),
+        ("distill --inplace true --fused-linear", "inplace has no meaning with fused_linear"),
+        ("distill --teacher-heads 3", "teacher_width must be a multiple of teacher_heads; got 128 and 3"),
+        ("distill --transfer-tokens 9", "transfer_tokens must be at least length, 64; got 9"),
+        ("distill digits --fused-linear", "unrecognized arguments: --fused-linear"),
+        ("distill digit", "recipe must be one of code-lm, digits; got 'digit'; did you mean digits?"),
+        (f"distill digits --out {tmp_path}", "is not empty: choose another --out"),
+        (f"distill digits --out {file}", f"--out must be a folder; got {file}, which is a file"),
+        (f"distill digits --out {file}/run", f"--out must be a folder that can be made; got {file}/run: "),
+        (f"benchmark --out {file}", f"--out must be a folder; got {file}, which is a file"),
+        (f"distill digits --resume {tmp_path}", "only --quiet goes with it"),
+        (
+            f"distill --resume {tmp_path}",
+            f"--resume must be the run folder of a `reptile distill`; got {tmp_path}, which",
+        ),
+        (f"evaluate {tmp_path}", f"folder must be the run folder of a `reptile distill`; got {tmp_path}, which has no"),
+        ("evaluate", "the following arguments are required: folder"),
+        ("distil", "unknown command 'distil'; known: distill, evaluate, benchmark, doctor; did you mean distill?"),
+        ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
+        ("doctor --verbose", "unrecognized arguments: --verbose"),
+    ):
+        assert words in refused(capsys, *argv.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.toml"]
+
+
+class Trained(BaseException):
+    """Everything was accepted and made, and training would begin: what tests raise in its place."""
+
+
+def trained(*_: object, **__: object) -> None:
+    raise Trained
+
+
+def a_little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reptile_ext.training.recipes import code_lm
+
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, json, subprocess)]
+    monkeypatch.setattr(code_lm, "standard_library", lambda: (texts[:2], texts[2:]))
+
+
+# What makes the rest of a command line quick.
+SMALL = (
+    "--vocabulary 300 --length 16 --transfer-tokens 2000 --held-out-tokens 1000 --teacher-width 16 --student-width 16"
+)
+COMMANDS = {
+    "distill code-lm": SMALL.split(),
+    "distill digits": ["--teacher-channels", "8"],
+    "evaluate": [],
+    "benchmark": [],
+    "doctor": [],
+}
+NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e400", "99999999999999999999")
+
+
+def answer(capsys: pytest.CaptureFixture[str], argv: list[str], name: str) -> str | None:
+    """None if the command line is accepted and training would begin; else what is wrong with the refusal, or ""."""
+    try:
+        code: object = cli.main(argv)
+    except Trained:
+        capsys.readouterr()
+        return None
+    except SystemExit as stop:
+        code = f"exit {stop.code}"
+    except Exception as error:
+        code = repr(error)
+    said = capsys.readouterr().err
+    named = name.lstrip("-").replace("-", "_") in said.replace("-", "_")
+    return "" if code == 2 and said.count("\n") == 1 and named else f"{argv}: {code}: {said}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_takes_a_value_or_says_what_is_wrong(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever flags there are: accepted, models and data included, or refused in a line that names the flag, and then
+    nothing is left behind."""
+    from reptile_ext.training import Reptile, recipes
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Reptile, "fit", trained)
+    monkeypatch.setattr("reptile_ext.benchmark.program._measure_and_print", trained)
+    a_little_text(monkeypatch)
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parser_of(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+        parsers.append(parser)
+        raise Trained
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Parser, "read", parser_of)
+        with pytest.raises(Trained):
+            cli.main(command.split())
+    actions = [action for action in parsers[-1]._actions if action.dest != "help"]
+    fields = recipes.RECIPES[command.split()[1]].settings.model_fields if command.startswith("distill") else {}
+    assert {"--" + name.replace("_", "-") for name in fields} <= {s for a in actions for s in a.option_strings}
+
+    wrong, tried, accepted = [], 0, 0
+    for action in actions:
+        field = fields.get(action.dest)
+        limits = [getattr(m, side, 4096) for m in (field.metadata if field else ()) for side in ("ge", "le")]
+        for value in (*NUMBERS, "x", "", *(str(limit) for limit in limits if limit < 4096)):
+            given = [f"{flag}={value}" for flag in action.option_strings[:1]] or [value]
+            found = answer(capsys, [*command.split(), *COMMANDS[command], *given], action.dest)
+            tried += 1
+            accepted += found is None
+            wrong += [found] if found else []
+            if found == "":
+                assert list(tmp_path.iterdir()) == [], given
+            for path in tmp_path.iterdir():
+                shutil.rmtree(path)
+    assert not wrong, "\n".join(wrong)
+    assert accepted < tried or not actions
+    needed = [action.dest for action in actions if not action.option_strings]
+    assert answer(capsys, [*command.split(), *needed, "--nonsense"], "--nonsense") == ""
+
+
+@pytest.mark.parametrize("name", ["code-lm", "digits"])
+def test_every_setting_of_a_file_is_taken_or_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reptile_ext.training import Reptile, recipes
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Reptile, "fit", trained)
+    a_little_text(monkeypatch)
+    wrong = []
+    for field in recipes.RECIPES[name].settings.model_fields:
+        for value in (*NUMBERS, '"x"', '""', "true", "[1]", "{ a = 1 }", "1979-05-27"):
+            (tmp_path / "settings.toml").write_text(f"{field} = {value}\n")
+            command = f"distill {name} --config settings.toml --out run".split()
+            small = [] if any(flag[2:].replace("-", "_") == field for flag in COMMANDS[f"distill {name}"]) else COMMANDS
+            found = answer(capsys, [*command, *(small and COMMANDS[f"distill {name}"])], field)
+            wrong += [f"{value} {found}"] if found else []
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_only_the_data_can_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is trained; the folder is free for the next attempt."""
+    a_little_text(monkeypatch)
+    for flags, words in (
+        ("--transfer-tokens 99999999", "transfer_tokens must be at most the text's, "),
+        ("--held-out-tokens 99999999", "held_out_tokens must be at most the text's, "),
+        (
+            "--length 999999 --transfer-tokens 999999 --held-out-tokens 999999",
+            "length must be below the number of tokens",
+        ),
+    ):
+        assert words in refused(capsys, "distill", *SMALL.split(), *flags.split(), "--out", str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+def test_failures_are_a_line_and_the_traceback_is_there_for_the_asking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from reptile_ext.training import recipes
+
+    def failing(error: BaseException) -> tuple[int, str]:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recipes, "run", fail)
+            try:
+                code = cli.main(["distill", "digits", "--out", str(tmp_path / "run")])
+            finally:
+                shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return code, capsys.readouterr().err
+
+    for error, code, words in (
+        (ValueError("labels must\nlie in [0, 5)"), 2, "reptile distill: labels must lie in [0, 5)\n"),
+        (OSError(28, "No space left on device"), 1, "reptile distill: OSError: [Errno 28] No space left on device\n"),
+        (
+            RuntimeError("not enough memory: you tried to allocate 9 bytes.\nException raised from x\nframe #0"),
+            1,
+            "reptile distill: RuntimeError: not enough memory: you tried to allocate 9 bytes. "
+            "(smaller batches and models need less memory)\n",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "(smaller batches and models need less memory)\n"),
+        (SafetensorError("header too small"), 1, "reptile distill: SafetensorError: header too small\n"),
+        (KeyboardInterrupt(), 130, f"stopped; go on with `reptile distill --resume {tmp_path / 'run'}`\n"),
+    ):
+        found = failing(error)
+        assert found[0] == code
+        assert found[1].endswith(words)
+        assert found[1].count("\n") == 1
+    with pytest.raises(AssertionError):  # a mistake of the program
+        failing(AssertionError())
+    monkeypatch.setenv("REPTILE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="labels"):
+        failing(ValueError("labels"))
+    monkeypatch.setenv("REPTILE_TRACEBACK", "0")
+
+    argv = ["distill", "digits", *TINY, "--out", str(tmp_path / "run"), "--teacher-learning-rate", "1e30"]
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err.startswith("reptile distill: teacher: the loss is ")
+
+
+def test_a_run_folder_that_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = folder / "config.toml"
+    for text, words in (
+        ("steps = 3\n", "recipe must be one of code-lm, digits; got None"),
+        ('recipe = "digitz"\n', "got 'digitz'; did you mean digits?"),
+        (
+            'recipe = "digits"\nsteps = 0\nmomentum = 1\n',
+            f"{config}: steps must be greater than or equal to 1; got 0; ",
+        ),
+        ("recipe = \n", f"{config} is no TOML file: "),
+        ('recipe = "digits"\n', "has no student yet: finish the run"),
+    ):
+        config.write_text(text)
+        assert words in refused(capsys, "evaluate", str(folder))
+    (folder / "student.safetensors").write_bytes(b"cut short")
+    assert cli.main(["evaluate", str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("reptile evaluate: SafetensorError: ")
+    assert said.count("\n") == 1
+
+
+def test_a_process_says_no_more_than_a_line(tmp_path: Path) -> None:
+    def reptile(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        code = f"import sys; from reptile_ext import cli; sys.exit(cli.main({list(argv)!r}))"
+        return run_python(code, **environment)
+
+    done = reptile("distill", "digits", "--temperature", "-1", "--out", str(tmp_path / "run"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "reptile distill: --temperature must be greater than 0; got '-1'\n"
+    assert not (tmp_path / "run").exists()
+    done = reptile("benchmark", "--pairs", "0", REPTILE_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
 
 
 def test_a_divergence_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,10 +413,7 @@ def test_fused_linear_trains_the_same_and_says_what_it_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one switch; without it there is no such line. On a little text, so that a whole run takes seconds."""
-    from reptile_ext.training.recipes import code_lm
-
-    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, json, subprocess)]
-    monkeypatch.setattr(code_lm, "standard_library", lambda: (texts[:2], texts[2:]))
+    a_little_text(monkeypatch)
     small = ["--vocabulary", "400", "--length", "16", "--transfer-tokens", "2000", "--held-out-tokens", "1000"]
     small += ["--teacher-width", "16", "--student-width", "16", "--teacher-steps", "20", "--steps", "20", "--quiet"]
     reports, said = {}, {}
@@ -203,7 +448,10 @@ def test_fused_linear_trains_the_same_and_says_what_it_saved(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     said = capsys.readouterr().out
-    assert all(command in said for command in ("distill", "evaluate", "benchmark", "doctor"))
+    assert all(command in said for command in ("distill", "evaluate", "benchmark", "doctor", "--version"))
+    for flag in ("-V", "--version"):
+        assert cli.main([flag]) == 0
+        assert capsys.readouterr().out == f"reptile_ext {reptile_ext.__version__}\n"
     with pytest.raises(SystemExit) as stop:
         cli.main(["distill", "digits", "--help"])
     assert stop.value.code == 0

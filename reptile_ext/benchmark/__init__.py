@@ -25,7 +25,7 @@ from ..eager import TEMPERATURE
 from ..timing import DTYPES, Contender
 from .data import SHAPES, Case, Data, cases
 from .losses import COMPILE_VOCAB, NAMES, contenders
-from .program import environment, run
+from .program import check, environment, run
 
 __all__ = [
     "COMPILE_VOCAB",
@@ -37,6 +37,7 @@ __all__ = [
     "Contender",
     "Data",
     "cases",
+    "check",
     "contenders",
     "environment",
     "run",

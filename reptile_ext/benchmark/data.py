@@ -71,8 +71,12 @@ def cases(
             raise ValueError(f"dtypes must be of {', '.join(map(repr, DTYPES))}; got {dtype!r}")
     if vocab is not None and any(v < 1 for v in vocab):
         raise ValueError(f"vocab must be positive sizes; got {tuple(vocab)}")
+    if vocab is not None and any(v >= 2**31 for v in vocab):
+        raise ValueError(f"vocab must be sizes below 2,147,483,648; got {tuple(vocab)}")
     if pairs is not None and not pairs > 0:
         raise ValueError(f"pairs must be a positive number; got {pairs!r}")
+    if pairs is not None and pairs > 1e12:
+        raise ValueError(f"pairs must be at most 1e12; got {pairs!r}")
     if divergences is not None and tuple(divergences) == ("all",):
         divergences = DIVERGENCES
     for divergence in divergences or ():

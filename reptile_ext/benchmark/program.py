@@ -50,11 +50,7 @@ def run(
         ModuleNotFoundError: `plot` without matplotlib.
         RuntimeError: a contender's loss or gradient is wrong.
     """
-    chosen = cases(shapes, dtypes, vocab, pairs, divergences)
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1; got {repeats}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1; got {threads}")
+    chosen = check(shapes, dtypes, repeats, threads, vocab, pairs, divergences)
     if plot is not None:
         pyplot_or_complain()  # find out now, not after minutes
     threads_before = torch.get_num_threads()
@@ -74,6 +70,32 @@ def run(
         if path is not None:
             print(f"wrote {path}")
     return int(any(r.failed is not None and r.contender.startswith("ours") for r in results))
+
+
+def check(
+    shapes: str,
+    dtypes: Sequence[str],
+    repeats: int,
+    threads: int | None,
+    vocab: tuple[int, ...] | None,
+    pairs: float | None,
+    divergences: Sequence[str] | None,
+) -> list[Case]:
+    """The cases that `run` would measure.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    chosen = cases(shapes, dtypes, vocab, pairs, divergences)
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1; got {repeats}")
+    if repeats > 1_000_000:
+        raise ValueError(f"repeats must be at most 1,000,000; got {repeats}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1; got {threads}")
+    if threads is not None and threads > 4096:
+        raise ValueError(f"threads must be at most 4096; got {threads}")
+    return chosen
 
 
 def _measure_and_print(chosen: list[Case], repeats: int, compile: bool) -> Iterator[Result]:

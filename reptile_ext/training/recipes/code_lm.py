@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import CliImplicitFlag
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from ...files import write_atomically
-from .comparison import Recipe, Settings, Task
+from .comparison import Count, Rate, Recipe, Settings, Task, Weight
 
 # Tests and other people's packages, and what is no code: tables of characters and of help texts.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
@@ -30,36 +31,47 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "li
 class CodeLM(Settings):
     """Distil a transformer language model of Python source into an Embedding + LSTM + Linear."""
 
-    vocabulary: PositiveInt = 8192
-    """Size of the byte-level byte-pair vocabulary."""
-    length: PositiveInt = 64
+    vocabulary: Annotated[Count, Field(ge=256)] = 8192
+    """Size of the byte-level byte-pair vocabulary, in which every byte is one."""
+    length: Count = 64
     """Tokens in a sample."""
-    transfer_tokens: PositiveInt = 20_000
+    transfer_tokens: Count = 20_000
     """Tokens of training text that the students get."""
-    held_out_tokens: PositiveInt = 24_000
+    held_out_tokens: Count = 24_000
     """Tokens of the held-out files that are evaluated."""
-    teacher_width: PositiveInt = 128
-    teacher_layers: PositiveInt = 2
-    teacher_heads: PositiveInt = 2
-    student_width: PositiveInt = 128
+    teacher_width: Count = 128
+    teacher_layers: Count = 2
+    teacher_heads: Count = 2
+    student_width: Count = 128
     """Size of the student's embedding and of its LSTM's state."""
     fused_linear: CliImplicitFlag[bool] = False
     """Train from hidden states and heads, without the logits in full, and measure what that saves."""
 
-    batch: PositiveInt = 4
-    teacher_batch: PositiveInt = 8
-    hard_weight: float = 1.0
-    teacher_steps: PositiveInt = 1400
-    teacher_learning_rate: float = 2e-3
-    steps: PositiveInt = 700
-    learning_rate: float = 4e-3
-    eval_every: PositiveInt = 350
-    checkpoint_every: PositiveInt = 350
+    batch: Count = 4
+    teacher_batch: Count = 8
+    hard_weight: Weight = 1.0
+    teacher_steps: Count = 1400
+    teacher_learning_rate: Rate = 2e-3
+    steps: Count = 700
+    learning_rate: Rate = 4e-3
+    eval_every: Count = 350
+    checkpoint_every: Count = 350
 
     @model_validator(mode="after")
     def _one_way_to_save_memory(self) -> CodeLM:
         if self.inplace and self.fused_linear:
             raise ValueError("inplace has no meaning with fused_linear: there are no logits to write over")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> CodeLM:
+        if self.teacher_width % self.teacher_heads:
+            raise ValueError(
+                f"teacher_width must be a multiple of teacher_heads; got {self.teacher_width} and {self.teacher_heads}"
+            )
+        for name in ("transfer_tokens", "held_out_tokens"):
+            if getattr(self, name) < self.length:
+                raise ValueError(f"{name} must be at least length, {self.length}; got {getattr(self, name)}")
         return self
 
 
@@ -134,8 +146,8 @@ def build(settings: CodeLM, folder: Path) -> Task:
     held_out = _blocks(tokenizer, held_out_text, settings.length)
 
     # Samples from all over the text: every n-th block.
-    transfer = _thin(train, settings.transfer_tokens // settings.length)
-    held_out = _thin(held_out, settings.held_out_tokens // settings.length)
+    transfer = _thin(train, "transfer_tokens", settings)
+    held_out = _thin(held_out, "held_out_tokens", settings)
 
     torch.manual_seed(settings.seed)
     vocabulary = tokenizer.get_vocab_size()
@@ -197,15 +209,17 @@ def _tokenizer(size: int, texts: list[str], path: Path) -> Tokenizer:
 def _blocks(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
     """All texts after one another in blocks of length + 1 tokens, each sharing one token with the next."""
     ids = torch.tensor([token for encoding in tokenizer.encode_batch(texts) for token in encoding.ids])
+    if length >= len(ids):
+        raise ValueError(f"length must be below the number of tokens of the shorter text, {len(ids)}; got {length}")
     return ids.unfold(0, length + 1, length)
 
 
-def _thin(blocks: Tensor, count: int) -> Tensor:
-    """`count` of the blocks, evenly spaced."""
+def _thin(blocks: Tensor, name: str, settings: CodeLM) -> Tensor:
+    """As many of the blocks as the setting of this name says, evenly spaced."""
+    tokens: int = getattr(settings, name)
+    count = tokens // settings.length
     if count > len(blocks):
-        raise ValueError(
-            f"the text has {len(blocks)} blocks, and {count} are asked for: lower transfer_tokens or held_out_tokens"
-        )
+        raise ValueError(f"{name} must be at most the text's, {len(blocks) * settings.length}; got {tokens}")
     return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 

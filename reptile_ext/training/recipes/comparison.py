@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from torch import nn
 
@@ -30,57 +30,78 @@ from ..report import draw_curves, format_table
 from ..weights import load_weights
 
 
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # true in a TOML file, which would pass for 1
+        raise ValueError("wanted a number")
+    return value
+
+
+# What can be wrong with a number is said before anything is trained. The limit is what every kernel's counts can hold.
+_Integer = Annotated[int, BeforeValidator(_no_boolean), Field(lt=2**31)]
+_Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Count = Annotated[_Integer, Field(ge=1)]
+NonNegative = Annotated[_Integer, Field(ge=0)]
+Threads = Annotated[NonNegative, Field(le=4096)]
+Rate = Annotated[_Number, Field(gt=0)]
+Weight = Annotated[_Number, Field(ge=0)]
+
+
 class Settings(BaseSettings):
     """What every recipe lets you set, by flag or in a TOML file. A flag wins over the file."""
 
     model_config = SettingsConfigDict(extra="forbid", use_attribute_docstrings=True, cli_kebab_case=True)
 
-    seed: int = 0
+    seed: Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, lt=2**32)] = 0
     """Seed of the models' first weights and of the order of the data."""
-    threads: NonNegativeInt = 0
+    threads: Threads = 0
     """CPU threads; 0 leaves PyTorch's choice."""
-    batch: PositiveInt = 8
+    batch: Count = 8
     """Samples in a micro-batch of the students."""
-    teacher_batch: PositiveInt = 8
+    teacher_batch: Count = 8
     """Samples in a micro-batch of the teacher."""
-    accumulate: PositiveInt = 1
+    accumulate: Count = 1
     """Micro-batches in a step."""
-    precision: str = "float32"
-    """float32, bfloat16 or float16 (autocast)."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The last two by autocast."""
     divergence: str = "forward_kl"
     """What is measured between teacher and student: forward_kl, jsd, dkd, … (see `reptile_ext.distillation_loss`)."""
-    beta: float | None = None
+    beta: _Number | None = None
     """Parameter of the divergences that have one; without it, the divergence's default."""
-    temperature: PositiveFloat = 1.0
+    temperature: Rate = 1.0
     """Temperature of the distillation."""
-    hard_weight: float = 0.5
+    hard_weight: Weight = 0.5
     """Weight of the labels' cross entropy beside the teacher's divergence, which has weight 1."""
     inplace: bool = False
     """Write the loss's gradient over the student's logits, which saves their size in memory."""
-    teacher_steps: PositiveInt = 100
+    teacher_steps: Count = 100
     """Steps that train the teacher."""
-    teacher_learning_rate: PositiveFloat = 1e-3
+    teacher_learning_rate: Rate = 1e-3
     """Peak learning rate of the teacher."""
-    steps: PositiveInt = 100
+    steps: Count = 100
     """Steps that train each student."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: Rate = 1e-3
     """Peak learning rate of the students."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Weight decay of AdamW, for all three."""
-    schedule: str = "cosine"
-    """constant, linear or cosine."""
-    warmup: int = 20
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Of the learning rate, after the warm-up."""
+    warmup: NonNegative = 20
     """Steps of linear rise of the learning rate."""
-    eval_every: PositiveInt = 100
+    eval_every: Count = 100
     """Steps between evaluations on the held-out data."""
-    checkpoint_every: PositiveInt = 100
+    checkpoint_every: Count = 100
     """Steps between checkpoints."""
 
     @model_validator(mode="after")
     def _loss_is_possible(self) -> Settings:
         """Complain of a divergence that is unknown, or a β it cannot have, before a teacher is trained."""
-        DistillationLoss(divergence=self.divergence, beta=self.beta, hard_weight=self.hard_weight)
+        DistillationLoss(**self.loss())
         return self
+
+    def loss(self) -> dict[str, Any]:
+        """The keywords of `distillation_loss` that are settings."""
+        names = ("divergence", "beta", "temperature", "hard_weight", "inplace")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def settings_customise_sources(
@@ -136,11 +157,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         task.student,
         task.teacher,
         learning_rate=settings.learning_rate,
-        divergence=settings.divergence,
-        beta=settings.beta,
-        temperature=settings.temperature,
-        hard_weight=settings.hard_weight,
-        inplace=settings.inplace,
+        **settings.loss(),
         **{**common, "metrics": (*task.metrics, "agreement")},
     )
     alone = Reptile(student_alone, None, learning_rate=settings.learning_rate, **labels)
@@ -154,16 +171,19 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     for name, (reptile, train, steps) in stages.items():
         print(f"{name}: {steps} steps", flush=True)
         stage_folder = folder / name.replace(" ", "-")
-        result = reptile.fit(
-            train,
-            task.held_out,
-            until=Until(steps=steps),
-            eval_every=settings.eval_every,
-            checkpoint_every=settings.checkpoint_every,
-            folder=stage_folder,
-            resume=True,
-            progress_bar=progress_bar,
-        )
+        try:
+            result = reptile.fit(
+                train,
+                task.held_out,
+                until=Until(steps=steps),
+                eval_every=settings.eval_every,
+                checkpoint_every=settings.checkpoint_every,
+                folder=stage_folder,
+                resume=True,
+                progress_bar=progress_bar,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name}: {error}") from error
         parameters = sum(parameter.numel() for parameter in reptile.student.parameters())
         table[name] = {"parameters": parameters, **result.metrics, "seconds": result.seconds}
         lines += [{"model": name, **line} for line in read_log(stage_folder / "metrics.jsonl")]
