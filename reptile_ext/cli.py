@@ -35,6 +35,9 @@ REPTILE_TRACEBACK=1 in the environment shows where in the program an error comes
 # What can go wrong with data, disk and memory. Anything else is a mistake of this program and keeps its traceback.
 _FAILURES = (ArithmeticError, EOFError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 
+# What PyTorch's and our RuntimeErrors say where there is no memory left.
+_NO_MEMORY = ("not enough memory", "out of memory", "allocate memory")
+
 
 class CommandError(Exception):
     """Something the user can put right; the message says what."""
@@ -87,15 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         ours = isinstance(error, CommandError)
-        # A file of weights that is cut short has an error of its own, which is an Exception and nothing else.
-        if os.environ.get("REPTILE_TRACEBACK", "0") not in ("", "0") or not (
-            ours or isinstance(error, _FAILURES) or type(error).__name__ in ("SafetensorError", "UnpicklingError")
-        ):
+        kind = type(error).__name__
+        damaged = kind in ("EOFError", "SafetensorError", "UnpicklingError")
+        traceback = os.environ.get("REPTILE_TRACEBACK", "0") not in ("", "0")
+        if traceback or not (ours or damaged or isinstance(error, _FAILURES)):
             raise
         words = " ".join(str(error).split("Exception raised from")[0].split())  # without PyTorch's C++ stack
-        if not ours and not isinstance(error, (FloatingPointError, ImportError, TypeError, ValueError)):
-            words = f"{type(error).__name__}: {words}"
-        if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+        if damaged:
+            words = f"a file is damaged or cut short ({kind}: {words.split('. ')[0]})"
+        elif not ours and not isinstance(error, (FloatingPointError, ImportError, TypeError, ValueError)):
+            words = f"{kind}: {words}"
+        if isinstance(error, MemoryError) or any(what in words for what in _NO_MEMORY):
             words += " (smaller batches and models need less memory)"
         print(f"reptile {command}: {words}", file=sys.stderr)
         return 2 if ours or isinstance(error, (TypeError, ValueError)) else 1
@@ -147,7 +152,7 @@ def distill(argv: list[str]) -> int:
         report = recipes.run(recipe, settings, folder, progress_bar=bars)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with `reptile distill --resume {shlex.quote(str(folder))}`") from None
-    except (TypeError, ValueError):
+    except Exception:
         if options.resume is None and all(path.is_file() for path in folder.iterdir()):
             # Nothing has been trained: the same --out must do for the next attempt.
             for file in folder.iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -184,7 +185,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 class Trained(BaseException):
-    """Everything was accepted and made, and training would begin: what tests raise in its place."""
+    """Everything was accepted and made, and a model computes: what tests raise in the place of its first forward."""
 
 
 def trained(*_: object, **__: object) -> None:
@@ -234,10 +235,10 @@ def test_every_flag_takes_a_value_or_says_what_is_wrong(
 ) -> None:
     """Whatever flags there are: accepted, models and data included, or refused in a line that names the flag, and then
     nothing is left behind."""
-    from reptile_ext.training import Reptile, recipes
+    from reptile_ext.training import recipes
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Reptile, "fit", trained)
+    monkeypatch.setattr(torch.nn.Module, "__call__", trained)
     monkeypatch.setattr("reptile_ext.benchmark.program._measure_and_print", trained)
     a_little_text(monkeypatch)
     parsers: list[argparse.ArgumentParser] = []
@@ -278,18 +279,20 @@ def test_every_flag_takes_a_value_or_says_what_is_wrong(
 def test_every_setting_of_a_file_is_taken_or_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reptile_ext.training import Reptile, recipes
+    from reptile_ext.training import recipes
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Reptile, "fit", trained)
+    monkeypatch.setattr(torch.nn.Module, "__call__", trained)
     a_little_text(monkeypatch)
     wrong = []
     for field in recipes.RECIPES[name].settings.model_fields:
         for value in (*NUMBERS, '"x"', '""', "true", "[1]", "{ a = 1 }", "1979-05-27"):
             (tmp_path / "settings.toml").write_text(f"{field} = {value}\n")
             command = f"distill {name} --config settings.toml --out run".split()
-            small = [] if any(flag[2:].replace("-", "_") == field for flag in COMMANDS[f"distill {name}"]) else COMMANDS
-            found = answer(capsys, [*command, *(small and COMMANDS[f"distill {name}"])], field)
+            small = COMMANDS[f"distill {name}"]
+            flags = dict(zip(small[::2], small[1::2], strict=True))
+            flags.pop("--" + field.replace("_", "-"), None)
+            found = answer(capsys, [*command, *itertools.chain(*flags.items())], field)
             wrong += [f"{value} {found}"] if found else []
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert not wrong, "\n".join(wrong)
@@ -310,6 +313,11 @@ def test_what_only_the_data_can_say(
     ):
         assert words in refused(capsys, "distill", *SMALL.split(), *flags.split(), "--out", str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
+    # More memory than any machine has.
+    monkeypatch.setattr(torch.nn, "Linear", lambda *_: torch.empty(2**50))
+    assert cli.main(["distill", "digits", "--out", str(tmp_path / "run")]) == 1
+    assert "(smaller batches and models need less memory)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_failures_are_a_line_and_the_traceback_is_there_for_the_asking(
@@ -341,7 +349,11 @@ def test_failures_are_a_line_and_the_traceback_is_there_for_the_asking(
             "(smaller batches and models need less memory)\n",
         ),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "(smaller batches and models need less memory)\n"),
-        (SafetensorError("header too small"), 1, "reptile distill: SafetensorError: header too small\n"),
+        (
+            SafetensorError("too small"),
+            1,
+            "reptile distill: a file is damaged or cut short (SafetensorError: too small)\n",
+        ),
         (KeyboardInterrupt(), 130, f"stopped; go on with `reptile distill --resume {tmp_path / 'run'}`\n"),
     ):
         found = failing(error)
@@ -379,7 +391,7 @@ def test_a_run_folder_that_is_broken(tmp_path: Path, capsys: pytest.CaptureFixtu
     (folder / "student.safetensors").write_bytes(b"cut short")
     assert cli.main(["evaluate", str(folder)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("reptile evaluate: SafetensorError: ")
+    assert said.startswith("reptile evaluate: a file is damaged or cut short (SafetensorError: ")
     assert said.count("\n") == 1
 
 
