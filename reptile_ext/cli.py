@@ -272,6 +272,7 @@ def doctor(argv: list[str]) -> int:
 _EXTRAS = {
     "train": (
         "accelerate",
+        "filelock",
         "matplotlib",
         "pydantic-settings",
         "safetensors",

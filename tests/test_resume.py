@@ -137,7 +137,7 @@ KINDS: dict[str, Any] = {
     "stream, by epoch": lambda: DataLoader(Stream(by_epoch=True), BATCH),
     "stream, its generator": lambda: DataLoader(Stream(by_epoch=False), BATCH),
     "workers": lambda: DataLoader(Augmented(), BATCH, shuffle=True, num_workers=2),
-    "a loader with a state": stateful,
+    "torchdata's": stateful,
 }
 STOPS = {"in the first pass": 3, "at its end": 6, "in the second": 8, "in the third": 14}
 
@@ -310,7 +310,7 @@ def test_epochs_end_with_the_last_batch_of_a_pass(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_a_place_is_found_in_what_loads_without_running_code(tmp_path: Path) -> None:
     for name, kind in KINDS.items():
-        if name == "a loader with a state" and importlib.util.find_spec("torchdata") is None:
+        if name == "torchdata's" and importlib.util.find_spec("torchdata") is None:
             continue
         place = Place(kind(), look_ahead=True)
         place.take(2)

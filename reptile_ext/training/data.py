@@ -52,8 +52,7 @@ class Sampler:
 
     What is saved is the state of all that the data draw on at the start of the current pass, and how many micro-batches
     were taken since: to come back, the pass is started again from there and the micro-batches already used are read
-    and dropped. That costs reading them, and is exact for any loader, shuffle or augmentation. A loader with a
-    `state_dict` of its own (torchdata's) says itself where it is, and nothing is read twice.
+    and dropped. That costs reading them, and is exact for any loader, shuffle or augmentation.
 
     seed: of the data's random numbers.
     look_ahead: read one micro-batch ahead, so that `passes` counts a pass as soon as its last is taken.
@@ -72,13 +71,12 @@ class Sampler:
         self._start: dict[str, Any] = {}
         self._iterator: Iterator[Any] | None = None
         self._ahead: list[Any] = []
-        self._before_ahead: tuple[Any, Any] | None = None  # place of the loader and random numbers before that
-        outside = random_state(devices=False)
+        outside = _numbers()
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        self._numbers = random_state(devices=False)
-        set_random_state(outside)
+        self._numbers = _numbers()
+        _set_numbers(outside)
 
     @property
     def problems(self) -> list[str]:
@@ -95,11 +93,10 @@ class Sampler:
                 self._taken += len(window)
                 ended = len(window) < count
                 if not ended and self._look_ahead:
-                    self._before_ahead = self._place_of_loader(), random_state(devices=False)
                     self._ahead = list(itertools.islice(iterator, 1))
                     ended = not self._ahead
                 if ended:
-                    self._iterator, self._before_ahead = None, None
+                    self._iterator = None
                     self.passes += 1
                 if window:
                     return window
@@ -112,50 +109,35 @@ class Sampler:
     def _start_pass(self) -> Iterator[Any]:
         self._taken, self._ahead = 0, []
         self._state.set_epoch(self.passes)
-        self._start = {"numbers": random_state(devices=False), "found": self._state.save()}
+        self._start = {"numbers": _numbers(), "found": self._state.save()}
         self._iterator = iter(self._data) if self._share[1] == 1 else take_turns(self._data, *self._share)
         return self._iterator
 
     @contextlib.contextmanager
     def _own_numbers(self) -> Iterator[None]:
-        outside = random_state(devices=False)
-        set_random_state(self._numbers)
+        outside = _numbers()
+        _set_numbers(self._numbers)
         try:
             yield
         finally:
-            self._numbers = random_state(devices=False)
-            set_random_state(outside)
-
-    def _place_of_loader(self) -> Any:
-        return self._data.state_dict() if _has_state(self._data) else None  # type: ignore[attr-defined]
+            self._numbers = _numbers()
+            _set_numbers(outside)
 
     def state_dict(self) -> dict[str, Any]:
-        is_open, place, numbers = self._iterator is not None, None, self._numbers
-        if self._before_ahead is not None:
-            place, numbers = self._before_ahead
-        elif is_open:
-            with self._own_numbers():
-                place = self._place_of_loader()
-        state = {"passes": self.passes, "taken": self._taken, "open": is_open, "start": self._start}
-        return state | {"numbers": numbers, "found": self._state.save(), "place": place}
+        start = self._start | {"numbers": _loadable(self._start["numbers"])} if self._start else {}
+        state = {"passes": self.passes, "taken": self._taken, "open": self._iterator is not None, "start": start}
+        return state | {"numbers": _loadable(self._numbers), "found": self._state.save()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place."""
-        self.passes, self._iterator, self._ahead, self._before_ahead = state["passes"], None, [], None
-        self._numbers = state["numbers"]
+        self.passes, self._iterator, self._ahead = state["passes"], None, []
+        self._numbers = _from_loadable(state["numbers"])
         if not state["open"]:
             self._state.restore(state["found"])
             return
-        with self._own_numbers():
+        with self._own_numbers():  # which come out as they were
+            _set_numbers(_from_loadable(state["start"]["numbers"]))
             self._state.restore(state["start"]["found"])
-            if state["place"] is not None and _has_state(self._data):
-                self._state.set_epoch(self.passes)
-                self._data.load_state_dict(state["place"])  # type: ignore[attr-defined]
-                self._iterator, self._taken, self._start = iter(self._data), state["taken"], state["start"]
-                set_random_state(state["numbers"])
-                return
-            # Read again from the start of the pass, the random numbers come out as they were.
-            set_random_state(state["start"]["numbers"])
             for _ in itertools.islice(self._start_pass(), state["taken"]):
                 self._taken += 1
 
@@ -267,8 +249,6 @@ class DataState:
         self._look_at_all(path, {part: getattr(loader, part, None) for part in parts})
         if getattr(loader, "persistent_workers", False):
             self.problems.append(f"{path} has persistent workers, whose random numbers go on from pass to pass")
-        if _has_state(loader) and getattr(loader, "num_workers", False):
-            self.problems.append(f"{path} saves its place but not the random numbers of its workers")
 
     def _is_generator(self, path: str, x: Any) -> bool:
         found: tuple[Callable[[], Any], Callable[[Any], object]]
@@ -326,22 +306,37 @@ def _order_of(current: Sequence[Any], first: Sequence[Any]) -> Tensor | None:
         return None
 
 
-def random_state(devices: bool = True) -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """Every random-number state of the process, in types that load without executing code."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if devices and torch.cuda.is_available() else [],
-    }
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return _loadable(_numbers()) | {"cuda": devices}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Put every random-number state back to what `random_state` returned."""
-    random.setstate(state["python"])
-    keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
+    _set_numbers(_from_loadable(state))
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _numbers() -> tuple[Any, ...]:
+    """The states of the host's generators as they give them, which costs microseconds."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_numbers(numbers: tuple[Any, ...]) -> None:
+    python, numpy, of_torch = numbers
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(of_torch)
+
+
+def _loadable(numbers: tuple[Any, ...]) -> dict[str, Any]:
+    python, (_, keys, position, has_gauss, gauss), of_torch = numbers
+    numpy = [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)]
+    return {"python": python, "numpy": numpy, "torch": of_torch}
+
+
+def _from_loadable(state: dict[str, Any]) -> tuple[Any, ...]:
+    keys, position, has_gauss, gauss = state["numpy"]
+    return state["python"], ("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss), state["torch"]

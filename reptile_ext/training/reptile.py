@@ -301,7 +301,8 @@ class Reptile:
 
         with bar, frozen(objective.teachers), being_trained(self.student):
             while reason is None:
-                objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
+                if schedules:
+                    objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
                 # 2. Sample the micro-batches of a step, and count the rows of all before the loss of any is divided.
                 window = [objective.split(batch) for batch in sampler.take(self.accumulate)]
                 reduce = self._sum_over_processes if accelerator.num_processes > 1 else None
