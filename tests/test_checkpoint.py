@@ -590,11 +590,12 @@ def test_an_old_checkpoint_whose_files_cannot_be_read_is_named(finished: Path, t
 # and forks a child for every run, which it kills: at a random moment, at a random moment after a checkpoint was begun,
 # or (the child itself) at the n-th time that it opens, makes, renames or removes something.
 KILLS = """
-import os, random, shutil, signal, sys, time
+import os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 
 import numpy, torch
 from torch import nn
+from tqdm import tqdm
 from torch.utils.data import DataLoader, Dataset
 
 from reptile_ext.training import Reptile, Until
@@ -627,6 +628,7 @@ EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate
 def child(folder, kill_at=None):
     pid = os.fork()
     if pid == 0:
+        tqdm.set_lock(threading.RLock())  # its own is one of all forks, and stays taken when one is killed
         left = kill_at
         def count(event, arguments):
             nonlocal left
@@ -683,7 +685,7 @@ print(kills, in_writing)
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run([sys.executable, "-c", KILLS, whole, broken], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KILLS, whole, broken], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     kills, in_writing = map(int, done.stdout.split())
     assert kills >= 30

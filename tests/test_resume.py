@@ -103,6 +103,7 @@ class Batches:
 
 def stateful() -> Any:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    torch.manual_seed(0)  # its sampler draws a seed when it is made
     return torchdata.StatefulDataLoader(Augmented(), BATCH, shuffle=True)
 
 
