@@ -338,3 +338,71 @@ def test_states_are_found_in_functions_and_what_they_hold() -> None:
         saved, first = state.save(), next(iter(data))
         state.restore(saved)
         assert torch.equal(next(iter(data)), first)
+
+
+class Counted:
+    """Yields what the number of its passes says."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.seen: list[float] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        for i in range(3):
+            yield torch.full((2, 6), self.passes * 10.0 + i)
+
+
+class Shuffled(Counted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = [torch.full((2, 6), float(i)) for i in range(4)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        random.shuffle(self.items)
+        return iter(list(self.items))
+
+
+def seen_by_a_student(run: Any) -> list[float]:
+    student, seen = perceptron(8, 0), []
+    student.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0][0, 0].item()) if torch.is_grad_enabled() else None
+    )
+    run(lambda: Reptile(student, perceptron(8, 1)))
+    return seen
+
+
+@pytest.mark.parametrize("kind", [Counted, Shuffled])
+def test_an_evaluation_on_the_data_of_the_training_changes_nothing(kind: type[Counted]) -> None:
+    data, shared = kind(), kind()
+    wanted = seen_by_a_student(lambda make: make().fit(data, until=11, progress_bar=False))
+    found = seen_by_a_student(lambda make: make().fit(shared, shared, until=11, eval_every=2, progress_bar=False))
+    assert found == wanted
+    loader: Any = DataLoader(X, 2, num_workers=1, persistent_workers=True)  # type: ignore[arg-type,var-annotated]
+    with pytest.raises(ValueError, match="Pass two loaders"):
+        Reptile(perceptron(8, 0), perceptron(8, 1)).fit(loader, loader, until=1, progress_bar=False)
+
+
+@pytest.mark.parametrize("kind", [Counted, Shuffled])
+@pytest.mark.parametrize("stop", [2, 4, 5, 8])
+def test_a_run_may_go_on_in_the_process_it_was_stopped_in(kind: type[Counted], stop: int, tmp_path: Path) -> None:
+    data, stopped = kind(), kind()
+
+    def in_two(make: Any) -> None:
+        for steps in (stop, 11):
+            make().fit(stopped, until=steps, folder=tmp_path, resume=True, progress_bar=False)
+
+    wanted = seen_by_a_student(lambda make: make().fit(data, until=11, progress_bar=False))
+    assert seen_by_a_student(in_two) == wanted
+
+
+def test_patience_that_begins_on_resuming_has_no_best_student_yet(tmp_path: Path) -> None:
+    data, student = list(X.split(BATCH)), perceptron(8, 0)
+    common: dict[str, Any] = {"eval_every": 5, "folder": tmp_path, "resume": True, "progress_bar": False}
+    Reptile(student, perceptron(16, 1), learning_rate=0.05).fit(data, data, until=20, **common)
+    worse = Reptile(student, perceptron(16, 1), optimizer=lambda p: torch.optim.SGD(p, lr=30.0), clip=None)
+    with pytest.MonkeyPatch.context() as patch:  # another optimizer's state
+        patch.setattr(torch.optim.SGD, "load_state_dict", lambda *_: None)
+        result = worse.fit(data, data, until=Until(patience=3, steps=60), **common)
+    assert worse.evaluate(data)["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+    assert (tmp_path / "checkpoints").exists()

@@ -235,10 +235,13 @@ def test_a_causal_language_model_of_transformers_gets_the_labels_its_own_loss_wo
     wanted = student.eval()(**batch).loss.item()
     for model in (student, torch.compile(student, backend="eager")):
         assert Reptile(model, None).evaluate([batch])["loss"] == pytest.approx(wanted, rel=1e-5)
-    peft = pytest.importorskip("peft") if "peft" in sys.modules else None
-    if peft is not None:
-        adapted = peft.get_peft_model(gpt2(8), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-        assert Objective(adapted, None).shift_labels
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of transformers
+def test_an_adapted_model_shifts_as_what_it_adapts() -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(gpt2(8), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    assert Objective(adapted, None).shift_labels
 
 
 def config_of(kind: str) -> Any:
@@ -930,6 +933,71 @@ def test_settings_are_checked_before_a_step() -> None:
     for until in ({"steps": 2.5}, {"epochs": 0}, {"minutes": float("inf")}, {"steps": 5, "target": float("nan")}):
         with pytest.raises(ValueError, match="must be a"):
             Until(**until)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_no_numbers_any_more_are_not_saved(tmp_path: Path) -> None:
+    """The loss is finite, and its gradient is not."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x) + (0 * self.layer.bias).pow(0.5)
+
+    with pytest.raises(FloatingPointError, match=r"'layer.*' of the student is not finite after step 1"):
+        fit(Root(), perceptron(8, 1), loader(), fit_keywords={"folder": tmp_path})
+    assert not list((tmp_path / "checkpoints").glob("0*"))
+
+
+def test_samples_of_other_lengths_in_other_steps_are_fine() -> None:
+    batches = [IDS[:, :5], IDS]
+    assert fit(Language(0), Language(1), batches, steps=4).rows == 2 * (4 * 5 + 4 * 6)
+
+
+def test_a_schedule_s_value_is_that_of_the_step_after_a_run_that_had_ended(tmp_path: Path) -> None:
+    def run() -> float:
+        reptile = Reptile(perceptron(8, 0), perceptron(8, 1), temperature="linear:4->1", learning_rate=0.0)
+        reptile.fit(loader(), until=4, folder=tmp_path, resume=True, progress_bar=False)
+        return reptile.evaluate(loader(shuffle=False))["loss"]
+
+    assert run() == run()
+
+
+def test_agreement_is_about_the_classes_that_are_compared() -> None:
+    class Fixed(nn.Module):
+        def __init__(self, *logits: float) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([logits]))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.logits * x[:, :1]
+
+    for student, teacher in (((1.0, 2.0, 0.0), (1.0, 2.0, 0.0, 5.0)), ((1.0, 2.0, 0.0, 5.0), (1.0, 2.0, 0.0))):
+        found = Reptile(Fixed(*student), Fixed(*teacher), metrics="agreement", vocab="truncate").evaluate(
+            [torch.ones(2, 1)]
+        )
+        assert found["agreement"] == 1.0
+        assert found["loss"] == 0.0
+
+
+def test_a_wrapped_model_with_a_decoder_gets_its_inputs() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    config = transformers.T5Config(
+        vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    student, teacher = (transformers.T5ForConditionalGeneration(config).eval() for _ in range(2))
+    batch = {"input_ids": torch.randint(3, 30, (2, 6)), "labels": torch.randint(3, 30, (2, 5))}
+    objective = Objective(student, teacher)
+    assert torch.equal(objective(Wrapped(student), batch), objective(student, batch))
 
 
 # ------------------------------------------------------------------------------------------------ several processes

@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -124,9 +125,12 @@ class Sampler:
             _set_numbers(outside)
 
     def state_dict(self) -> dict[str, Any]:
-        start = self._start | {"numbers": _loadable(self._start["numbers"])} if self._start else {}
+        start = dict(self._start)
+        if start:
+            start["numbers"] = _loadable(start["numbers"])
+            start["found"] = self._state.of_interest(start["found"])
         state = {"passes": self.passes, "taken": self._taken, "open": self._iterator is not None, "start": start}
-        return state | {"numbers": _loadable(self._numbers), "found": self._state.save()}
+        return state | {"numbers": _loadable(self._numbers), "found": self._state.of_interest(self._state.save())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place."""
@@ -177,18 +181,35 @@ class DataState:
             tell(epoch)
 
     def save(self) -> dict[str, Any]:
-        numbers = {
-            path: value
-            for path, (holder, name, first) in self._numbers.items()
-            if isinstance(value := vars(holder).get(name), Number) and value != first
-        }
-        orders = {path: order for path, of in self._lists.items() if (order := _order_of(*of)) is not None}
-        return {"generators": {path: get() for path, (get, _) in self._generators.items()}} | {
-            "numbers": numbers,
-            "orders": orders,
+        """All of it as it is now."""
+        return {
+            "generators": {path: get() for path, (get, _) in self._generators.items()},
+            "numbers": {path: vars(holder).get(name) for path, (holder, name, _) in self._numbers.items()},
+            "orders": {path: _order_of(*of) for path, of in self._lists.items()},
         }
 
+    def of_interest(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state without what has never changed, which a resumed run may want to set otherwise."""
+        now = self.save()
+
+        def changed(path: str) -> bool:
+            first = self._numbers[path][2]
+            return bool(state["numbers"][path] != first or now["numbers"][path] != first)
+
+        numbers = {path: x for path, x in state["numbers"].items() if isinstance(x, Number) and changed(path)}
+        orders = {path: x for path, x in state["orders"].items() if x is not None}
+        return {"generators": state["generators"], "numbers": numbers, "orders": orders}
+
     def restore(self, state: dict[str, Any]) -> None:
+        self._restore_values(state)
+        for path, (current, first) in self._lists.items():
+            order = state["orders"].get(path)
+            if order is not None:
+                current[:] = [first[i] for i in order.tolist()]
+            elif _order_of(current, first) is not None:  # it was in its first order then
+                current[:] = first
+
+    def _restore_values(self, state: dict[str, Any]) -> None:
         for path, value in state["generators"].items():
             if path in self._generators:
                 self._generators[path][1](value)
@@ -196,10 +217,19 @@ class DataState:
             if path in self._numbers:
                 holder, name, _ = self._numbers[path]
                 setattr(holder, name, value)
-        for path, order in state["orders"].items():
-            if path in self._lists:
-                current, first = self._lists[path]
-                current[:] = [first[i] for i in order.tolist()]
+
+    def hold(self) -> Callable[[], None]:
+        """A function that puts all of it back to what it is now."""
+        state = self.save()
+        lists = [(current, list(current)) for current, _ in self._lists.values()]
+
+        def put_back() -> None:
+            self._restore_values(state)
+            for current, before in lists:
+                if _order_of(current, before) is not None:
+                    current[:] = before
+
+        return put_back
 
     def _look_at(self, path: str, x: Any) -> None:
         if id(x) in self._seen or len(self._seen) > 10_000 or isinstance(x, (*Number, bytes, Tensor, np.ndarray, type)):
@@ -235,9 +265,9 @@ class DataState:
         attributes = getattr(x, "__dict__", {})
         for name, value in attributes.items():
             if isinstance(value, Number):
-                self._numbers[f"{path}.{name}"] = (x, name, value)
+                self._numbers[f"{path}.{name}"] = (x, name, _first_seen(x, name, value))
             elif isinstance(value, list):
-                self._lists[f"{path}.{name}"] = (value, list(value))
+                self._lists[f"{path}.{name}"] = (value, _first_seen(x, name, list(value)))
         self._look_at_all(path, attributes)
 
     def _look_at_all(self, path: str, attributes: dict[Any, Any]) -> None:
@@ -271,6 +301,17 @@ class DataState:
 
 # Libraries whose objects are data, or whose order depends on what `set_epoch` has told them alone.
 _OTHERS = ("datasets.", "pyarrow", "pandas", "PIL", "transformers.", "tokenizers", "torch.nn", "torchvision.transforms")
+
+
+# What attributes of data were when first looked at in this process: a run may go on in the one it was stopped in.
+_FIRST: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def _first_seen(holder: Any, name: str, value: Any) -> Any:
+    try:
+        return _FIRST.setdefault(holder, {}).setdefault(name, value)
+    except TypeError:  # cannot be hashed, or not be referred to weakly
+        return value
 
 
 def _has_state(x: Any) -> bool:

@@ -78,6 +78,15 @@ def _span(x: Tensor) -> tuple[int, int] | None:
     return (start, start + extent * local.element_size()) if start and local.numel() else None
 
 
+def check_finite(student: nn.Module, step: int) -> None:
+    """Raise a FloatingPointError for weights that are not numbers any more, though the loss was."""
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
+            raise FloatingPointError(
+                f"{name!r} of the student is not finite after step {step}, though the loss was: its gradient was not"
+            )
+
+
 class Unchanged:
     """That teachers are after the first step what they were: parameters, and buffers in the student's memory."""
 

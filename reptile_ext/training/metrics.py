@@ -101,7 +101,9 @@ class Evaluation:
                 f1 = self._metric("f1", MulticlassF1Score, average="macro", **count)
                 f1.update(prediction[kept], labels[kept])
         if "agreement" in self._names and teacher_logits is not None:
-            first = teacher_logits.reshape(-1, teacher_logits.shape[-1]).argmax(-1)
+            shared = min(num_classes, teacher_logits.shape[-1])  # vocab="truncate" compares no others
+            first = teacher_logits.reshape(-1, teacher_logits.shape[-1])[:, :shared].argmax(-1)
+            prediction = prediction if shared == num_classes else logits[:, :shared].argmax(-1)
             self._metric("agreement", MeanMetric).update((prediction == first)[kept].float())
 
     def compute(self) -> dict[str, float]:

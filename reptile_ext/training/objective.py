@@ -287,6 +287,7 @@ class Objective:
         reduce: sums a tensor over the processes that share the step; None where there is one.
         """
         split_batches = [self.split(batch) for batch in batches]
+        self._rows_per_sample = None  # of the step that begins
         if len({batch.labels is None for batch in split_batches}) > 1:
             raise ValueError("the micro-batches of a step must all have labels or all have none; got both kinds")
         counts = [torch.as_tensor(self._count(batch), dtype=torch.float64) for batch in split_batches]
@@ -587,6 +588,7 @@ class Objective:
         make = self._inputs_of[name]
         if make is not None:
             inputs = make(inputs)
+        model = self.student if name == "student" else model  # which may be wrapped
         config = getattr(model, "config", None)
         if (
             labels is not None

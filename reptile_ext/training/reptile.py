@@ -36,7 +36,7 @@ from .batches import Batch, is_empty
 from .checkpoint import Log, find_checkpoint, load_checkpoint, save_checkpoint, writing_to
 from .costs import measure_fused_linear
 from .data import DataState, Sampler, check_data, random_state, set_random_state
-from .guards import Unchanged, check_apart, make_accelerator, naming_unused_parameters, stays_where_it_is
+from .guards import Unchanged, check_apart, check_finite, make_accelerator, naming_unused_parameters, stays_where_it_is
 from .metrics import Evaluation, check_metrics
 from .modes import being_trained, frozen, in_mode
 from .objective import Objective, Teacher, check_keywords
@@ -223,6 +223,11 @@ class Reptile:
         check_data("train", train)
         if eval is not None:
             check_data("eval", eval)
+        if eval is train and getattr(train, "persistent_workers", False):
+            raise ValueError(
+                "train and eval are the same loader, whose persistent workers can read one pass at a time: an "
+                "evaluation would end the pass that is trained on. Pass two loaders"
+            )
         until.check_measured(self.metrics, eval is not None)
         if self._schedules and until.metric == "loss" and (until.target is not None or until.patience is not None):
             raise ValueError(
@@ -287,6 +292,11 @@ class Reptile:
             scaler.load_state_dict(state["scaler"])
             sampler.load_state_dict(state["sampler"])
             self._resume_random_numbers(state["random"])
+            if until.patience is not None and (not best or state.get("metric", until.metric) != until.metric):
+                # So far nobody kept the best student, or another one was: patience begins here.
+                best, progress.best_metrics, progress.stale = {}, {}, 0
+        if schedules:  # also for who evaluates after a run that was at its end already
+            objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
         writes = folder is not None and accelerator.is_main_process
         log = Log(folder / "metrics.jsonl" if folder is not None and writes else None, log_position)
         bar = tqdm(
@@ -365,6 +375,8 @@ class Reptile:
                         raise FloatingPointError(
                             f"the loss is {value} at step {progress.step}: lower learning_rate or set clip"
                         )
+                    if evaluates or saves:
+                        check_finite(self.student, progress.step)
                     rate = (progress.rows - earlier[0]) / (progress.seconds - earlier[1])
                     log.write(
                         step=progress.step, seconds=progress.seconds, rows=progress.rows, loss=value, lr=learning_rate
@@ -398,6 +410,7 @@ class Reptile:
                             "scaler": scaler.state_dict(),
                             "sampler": sampler.state_dict(),
                             "random": numbers,
+                            "metric": until.metric,
                             "log": log.position,
                         }
                         save_checkpoint(folder, progress.step, self.student, best, state)
@@ -413,13 +426,13 @@ class Reptile:
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
         """The loss and `metrics` of the student over all of `data`, each counted row with the same weight, or its own.
 
-        Leaves the random numbers as they were. With several processes, each one evaluates all of the data.
+        Leaves the random numbers, and what the data draw on, as they were. With several processes, each one evaluates
+        all of the data.
         """
         check_data("eval", data)
         objective = self.objective
         evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device)
-        data_state = DataState("eval", data)
-        random_numbers, of_data = random_state(), data_state.save()
+        random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
             for found in data:
                 batch = self._on_device(objective.split(found))
@@ -432,7 +445,7 @@ class Reptile:
                     loss = objective.loss_of_logits(logits, teacher_logits, part, rows)
                     evaluation.update(loss, float(rows), logits, self._answer(teacher_logits), part.labels, part.weight)
         set_random_state(random_numbers)
-        data_state.restore(of_data)
+        put_data_back()
         return evaluation.compute()
 
     def _answer(self, teacher_logits: Sequence[Tensor]) -> Tensor | None:
