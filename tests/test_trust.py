@@ -391,6 +391,26 @@ def test_inputs_are_cast_to_the_dtype_of_each_model() -> None:
     close(weights(student), wanted)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bfloat16", torch.float16), ("float16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_a_teacher_of_the_other_half_precision_keeps_to_it(precision: str, dtype: torch.dtype) -> None:
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(30, 16), nn.LayerNorm(16), nn.Linear(16, 4))  # a norm does not take two dtypes
+
+    inputs = torch.randn(16, 30)
+    student, teacher = model(0), model(1).to(dtype)
+    answers = teacher(inputs.to(dtype)).detach()
+    reptile = Reptile(student, teacher, precision=precision, optimizer=sgd, clip=None)
+    assert reptile.fit([inputs], until=1, progress_bar=False).steps == 1
+    found = reptile.evaluate([inputs])["loss"]
+    assert found == pytest.approx(kl(student(inputs), answers.float()).mean().item(), rel=0.05)
+    if dtype == torch.float16 or precision == "float16":  # autocast trains float32 weights
+        with pytest.raises(ValueError, match=f"precision='{precision}' trains float32 weights .* pass student.float()"):
+            Reptile(model(0).to(dtype), model(1), precision=precision)
+
+
 # ------------------------------------------------------------------------------------------------ teachers
 
 

@@ -48,6 +48,19 @@ def stays_where_it_is(model: nn.Module) -> bool:
     return len(devices) > 1 or torch.device("meta") in devices or any(getattr(model, mark, None) for mark in marks)
 
 
+def check_precision(student: nn.Module, precision: str) -> None:
+    """Autocast keeps the weights that it trains in float32, where small steps are not rounded away."""
+    dtypes = {x.dtype for x in student.parameters() if x.requires_grad}
+    wrong = {torch.float16} if precision != "float32" else set()
+    wrong |= {torch.bfloat16} if precision == "float16" else set()
+    if found := dtypes & wrong:
+        name = str(found.pop()).removeprefix("torch.")
+        raise ValueError(
+            f"precision={precision!r} trains float32 weights and casts them in each step; got a student with weights in "
+            f"{name}: pass student.float(), or precision='float32', which casts nothing"
+        )
+
+
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:
     """What the student trains must not be the teacher's memory, under whatever name."""
     spans = sorted((*span, name) for name, x in teacher.named_parameters() if (span := _span(x)) is not None)

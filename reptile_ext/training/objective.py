@@ -35,6 +35,9 @@ _DO_NOT_SHIFT = (
 )
 
 
+_HALVES = {torch.float16, torch.bfloat16}
+
+
 class Objective:
     """The distillation loss of a batch, for `Reptile`, another trainer or a loop of your own.
 
@@ -542,10 +545,12 @@ class Objective:
         found = next(itertools.chain(self.student.parameters(), self.student.buffers()), None)
         return torch.device("cpu") if found is None else found.device
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self, model: Any = None) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, self.autocast, enabled=self.autocast != torch.float32)
+        # A teacher that has weights of the other 16-bit dtype keeps to it: few layers take both.
+        enabled = self.autocast != torch.float32 and not _HALVES <= {self.autocast, *_dtypes_of(model)}
+        return torch.autocast(self._device.type, self.autocast, enabled=enabled)
 
     def _outputs(self, name: str, model: Teacher, head: Head | None, inputs: Any, labels: Tensor | None) -> Tensor:
         inputs = self._inputs_for(name, model, inputs, labels)
@@ -556,7 +561,7 @@ class Objective:
             auxiliary.update(scalars_in(output) if name == "student" else {})
             return logits_in(output, model)
 
-        with self._autocast():
+        with self._autocast(model):
             found = run() if head is None else head.hidden_states(run)
         if name == "student":
             for unnamed in sorted(auxiliary.keys() - self.auxiliary.keys() - self._left_out):
@@ -601,7 +606,7 @@ class Objective:
             # A model without that method makes them on its own, if it is given labels; its loss is not used.
             made = {"labels": labels} if make_inputs is None else {"decoder_input_ids": make_inputs(labels=labels)}
             inputs = {**inputs, **made}
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else ()
+        dtypes = _dtypes_of(model)
         device = _device_of(model) if name == "teacher" else None
         if len(dtypes) != 1 and device is None:
             return inputs
@@ -695,6 +700,11 @@ def _is_causal_language_model(model: Any) -> bool:
     known |= set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
     found = names & {name for name in known if isinstance(name, str)}
     return bool(found) and not any(name.startswith(_DO_NOT_SHIFT) for name in found)
+
+
+def _dtypes_of(model: Any) -> set[torch.dtype]:
+    """The floating dtypes of a model's parameters."""
+    return {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
 
 
 def _device_of(model: Any) -> torch.device | None:

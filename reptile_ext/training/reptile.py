@@ -36,7 +36,15 @@ from .batches import Batch, is_empty
 from .checkpoint import Log, find_checkpoint, load_checkpoint, save_checkpoint, writing_to
 from .costs import measure_fused_linear
 from .data import DataState, Sampler, check_data, random_state, set_random_state
-from .guards import Unchanged, check_apart, check_finite, make_accelerator, naming_unused_parameters, stays_where_it_is
+from .guards import (
+    Unchanged,
+    check_apart,
+    check_finite,
+    check_precision,
+    make_accelerator,
+    naming_unused_parameters,
+    stays_where_it_is,
+)
 from .metrics import Evaluation, check_metrics
 from .modes import being_trained, frozen, in_mode
 from .objective import Objective, Teacher, check_keywords
@@ -157,6 +165,7 @@ class Reptile:
             inplace=inplace,
             **loss,
         )
+        check_precision(student, precision)
         for one in self.objective.teachers:
             if isinstance(one, nn.Module):
                 check_apart(student, one)
