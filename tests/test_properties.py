@@ -244,7 +244,7 @@ def test_extreme_betas_keep_the_tolerance_rule(beta: float, dtype: torch.dtype, 
             loss, gradient = run(distillation_loss, student, teacher, **keywords)
             assert abs(loss.double() / exact_loss - 1) < (1e-12 if dtype == torch.float64 else 1e-5), (divergence, name)
             if exact_gradient.abs().max() >= tiny:  # not less than the logits' dtype can hold
-                # The instruction that rounds two registers to bfloat16 gives 0 for all that is below the smallest normal.
+                # The instruction that rounds to bfloat16 gives 0 for all that is below the smallest normal number.
                 flushed = name == BFLOAT16_SET and dtype == torch.bfloat16
                 found = error(gradient, exact_gradient, size, slack=tiny if flushed else tiny * half_unit)
                 assert found <= EPSILON[dtype] + half_unit, (divergence, name)

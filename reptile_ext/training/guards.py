@@ -56,8 +56,8 @@ def check_precision(student: nn.Module, precision: str) -> None:
     if found := dtypes & wrong:
         name = str(found.pop()).removeprefix("torch.")
         raise ValueError(
-            f"precision={precision!r} trains float32 weights and casts them in each step; got a student with weights in "
-            f"{name}: pass student.float(), or precision='float32', which casts nothing"
+            f"precision={precision!r} trains float32 weights and casts them in each step; got a student whose weights "
+            f"are {name}: pass student.float(), or precision='float32', which casts nothing"
         )
 
 

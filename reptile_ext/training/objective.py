@@ -549,7 +549,7 @@ class Objective:
         if self.autocast is None:
             return contextlib.nullcontext()
         # A teacher that has weights of the other 16-bit dtype keeps to it: few layers take both.
-        enabled = self.autocast != torch.float32 and not _HALVES <= {self.autocast, *_dtypes_of(model)}
+        enabled = self.autocast != torch.float32 and not {self.autocast, *_dtypes_of(model)} >= _HALVES
         return torch.autocast(self._device.type, self.autocast, enabled=enabled)
 
     def _outputs(self, name: str, model: Teacher, head: Head | None, inputs: Any, labels: Tensor | None) -> Tensor:
