@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import compat, ops
-from .checks import check_version, refuse_batched_backward, refuse_second_backward
+from .checks import check_version, refuse_batched_backward, refuse_lent, refuse_second_backward
 from .options import Options
 
 # labels, weight, denominator: they get no gradient.
@@ -29,6 +29,8 @@ Gradients = Sequence[Tensor | None]
 class Loss(Protocol):
     """A loss of some tensors: functions of its configuration (what is the same whatever the tensors hold), the tensors
     and the constants."""
+
+    names: tuple[str, ...]  # of the tensors, as the user knows them
 
     def config_of(self, given: Mapping[str, Any], /) -> Any:
         """The configuration, from the arguments of its operator by name."""
@@ -95,12 +97,30 @@ def _gradients(ctx: Any, kept: Any, grad_output: Tensor, needed: Sequence[bool],
         if True not in needed:
             return found
     saved = ctx.saved_tensors
+    if getattr(ctx, "lent", None):
+        refuse_lent(ctx.lent)
     tensors, constants = saved[: len(needed)], saved[len(needed) : len(needed) + len(ops.CONSTANTS)]
     if plain:
         more: Gradients = by_reference(loss, ctx.config, tensors, constants, grad_output, needed)
     else:
         more = loss.by_kernel(ctx.config, tensors, constants, grad_output.to(torch.float64).contiguous(), needed)
     return [a if b is None else b for a, b in zip(found, more, strict=True)]
+
+
+def _without_inference(
+    loss: Loss, tensors: tuple[Any, ...], constants: Constants, is_all_kept: bool
+) -> tuple[tuple[Any, ...], str | None]:
+    """Tensors to save, and the names of those that cannot be: autograd refuses what was made in inference mode, and
+    would not notice that it changes. Where all gradients are kept, a first backward pass has no need of them."""
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return x.clone() if x is not None and x.is_inference() else x
+
+    lent = [name for name, x in zip(loss.names, tensors, strict=True) if x is not None and x.is_inference()]
+    if lent and is_all_kept:
+        tensors = tuple(None if x is None or x.is_inference() else x for x in tensors)
+        return (*tensors, *map(own, constants)), " and ".join(lent)
+    return (*map(own, tensors), *map(own, constants)), None
 
 
 class Fused(torch.autograd.Function):
@@ -112,8 +132,12 @@ class Fused(torch.autograd.Function):
         ctx.loss, ctx.config = loss, config
         ctx.set_materialize_grads(False)
         result, ctx.kept = loss.forward(config, tensors, constants, ctx.needs_input_grad[5:])
+        saved = (*tensors, *constants)
+        ctx.lent = None
+        if any(x is not None and x.is_inference() for x in saved):
+            saved, ctx.lent = _without_inference(loss, tensors, constants, is_all_kept=ctx.kept is not None)
         # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
-        ctx.save_for_backward(*tensors, *constants)
+        ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
@@ -183,7 +207,7 @@ class FusedInPlace(torch.autograd.Function):
         if student.dtype == torch.float16:  # in the backward pass, as always
             with compat.below_autograd():
                 result, _ = ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), False)
-            ctx.save_for_backward(student, teacher, *constants)
+            ctx.save_for_backward(*_without_inference(loss, (student, teacher), constants, is_all_kept=False)[0])
             return result
         result = ops.distillation_loss_(student, teacher, *constants, None, *ops.numbers(options))
         torch.autograd.graph.increment_version(student)

@@ -20,11 +20,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # A context manager: operators go below their own autograd layer, for a caller who is an autograd.Function already.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
-# Whether a tensor is a batch that torch.autograd.grad(..., is_grads_batched=True) made of several gradients.
-is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 
 # Whether a transform of torch.func (grad, vmap, jvp, ...) is being applied; the compiler can look at it too.
 in_torch_func: Any = torch._C._are_functorch_transforms_active
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a tensor is a batch that torch.autograd.grad(..., is_grads_batched=True) made of several gradients. (A
+    compiler of the backward pass cannot look at it, and refuses such a call on its own.)"""
+    return not torch.compiler.is_compiling() and bool(_is_batched(x))
 
 
 def in_forward_mode() -> bool:
@@ -40,6 +45,35 @@ def in_dispatch_mode() -> bool:
 def base_of(x: Tensor) -> Tensor | None:
     """The tensor that this one is a view of."""
     return x._base
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler or make_fx is recording what happens to a tensor, or it is a fake without values."""
+    if torch.compiler.is_compiling():
+        return True
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    if fakes is not None and (
+        isinstance(x, fakes.FakeTensor) or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    ):
+        return True
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def has_its_own_values(kind: Any) -> bool:
+    """Whether tensors of a type compute with something else than their own memory: subclasses that wrap others."""
+    if hasattr(kind, "__tensor_flatten__"):
+        return not kind.__module__.startswith(("torch._subclasses", "torch.distributed"))
+    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    plain = (getattr(Tensor.__torch_function__, "__func__", None), torch._C._disabled_torch_function_impl)
+    return own not in plain
+
+
+def values_of(x: Tensor) -> Tensor:
+    """All values of a tensor that a transform of torch.func has wrapped."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def version_of(x: Tensor) -> int:

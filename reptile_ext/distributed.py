@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -285,6 +285,8 @@ class VocabularyParallelLoss:
 
     The gradient is computed in the backward pass, from the row stats, which takes no communication.
     """
+
+    names: ClassVar[tuple[str, ...]] = ("student_logits", "teacher_logits")
 
     @staticmethod
     def forward(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import autograd, compat, distributed, ops, reference
 from .autograd import Constants, Gradients
-from .checks import check_inplace, check_tensors, raise_better
+from .checks import LARGE_TEMPERATURE, check_inplace, check_tensors, raise_better, warn_of_temperature
 from .options import REDUCTIONS, Options, make_options
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class LogitsLoss:
     not yet multiplied by grad_output (a loss scaler's 65,536), it would underflow.
     """
 
+    names: ClassVar[tuple[str, ...]] = ("student_logits", "teacher_logits")
     config_of = Options.of_operator
 
     @staticmethod
@@ -53,10 +54,10 @@ class LogitsLoss:
     @staticmethod
     def scaled(options: Options, kept: Any, grad_output: Tensor, is_ours: bool) -> Gradients:
         gradient, labels, weight, vocab_size = kept
+        how = (grad_output.contiguous(), labels, weight, options.ignore_index, vocab_size, options.dim)
         if not is_ours:
-            gradient = gradient.clone()
-        factor = grad_output.contiguous()
-        ops.scale_gradient_(gradient, factor, labels, weight, options.ignore_index, vocab_size, options.dim)
+            return ops.scaled_gradient(gradient, *how), None
+        ops.scale_gradient_(gradient, *how)
         return gradient, None
 
     @staticmethod
@@ -207,6 +208,8 @@ def distillation_loss(
             (student_logits, teacher_logits), (labels, weight, denominator), dim, group
         )
     check_tensors(student_logits, teacher_logits, labels, weight, denominator, options, sharded=group is not None)
+    if options.student_temperature > LARGE_TEMPERATURE or options.teacher_temperature > LARGE_TEMPERATURE:
+        warn_of_temperature(options, student_logits, teacher_logits)
     if group is not None:
         if inplace:
             check_inplace(student_logits, teacher_logits)
@@ -217,6 +220,10 @@ def distillation_loss(
         return reference.with_options(student_logits, teacher_logits, labels, weight, denominator, options)
     if inplace:
         check_inplace(student_logits, teacher_logits)
+        if (
+            not torch.compiler.is_compiling() and student_logits.is_neg()
+        ):  # whose memory holds the numbers with the other sign
+            options = options._replace(inplace=False)
     constants, options = for_operators(labels, weight, denominator, options, student_logits.device)
     return _apply(student_logits, teacher_logits, constants, options)
 
@@ -253,7 +260,7 @@ def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Opti
     if torch.is_grad_enabled():
         needs_student, needs_teacher = student.requires_grad, teacher.requires_grad
     try:
-        if (needs_student or needs_teacher) and not torch.compiler.is_compiling():
+        if (needs_student or needs_teacher) and not compat.is_traced(student):
             function = autograd.FusedInPlace if options.inplace else autograd.Fused
             loss: Tensor = function.apply(LogitsLoss, options, *constants, student, teacher)  # type: ignore[no-untyped-call]
             return loss

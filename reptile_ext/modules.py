@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .checks import check_memory_budget, check_scale, check_softcap, refuse_keyword
+from .checks import check_memory_budget, check_scale, check_softcap, refuse_attribute, refuse_keyword
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
 from .options import Keywords, make_options
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # What the call takes, not the module.
-OF_THE_CALL = ("weight", "denominator", "student_bias", "teacher_bias")
+OF_THE_CALL = ("weight", "denominator", "student_bias", "teacher_bias", "student_head", "teacher_head")
 
 
 class _Loss(nn.Module):
@@ -54,9 +54,26 @@ class _Loss(nn.Module):
                 refuse_keyword(type(self).__name__, name, signature.parameters, OF_THE_CALL)
         given = signature.bind(**keywords)
         given.apply_defaults()
-        self.keywords = dict(given.arguments)
-        of_logits = {name: value for name, value in self.keywords.items() if name in Keywords.__annotations__}
-        make_options(**of_logits)  # complain now, not in the first step
+        self.keywords = self._checked(dict(given.arguments))
+
+    def __getattr__(self, name: str) -> Any:
+        keywords = self.__dict__.get("keywords", {})
+        return keywords[name] if name in keywords else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keywords are attributes, and may be set from step to step (`criterion.temperature = 2.0`)."""
+        keywords = self.__dict__.get("keywords", {})
+        if name in keywords:
+            self.keywords = self._checked({**keywords, name: value})
+            return
+        if keywords and not name.startswith("_"):
+            refuse_attribute(type(self).__name__, name, keywords, OF_THE_CALL)
+        super().__setattr__(name, value)
+
+    def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The keywords, if the function would take them: complain now, not in the first step."""
+        make_options(**{name: value for name, value in keywords.items() if name in Keywords.__annotations__})
+        return keywords
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items() if value is not None)
@@ -71,8 +88,8 @@ class DistillationLoss(_Loss):
         y = F.log_softmax(teacher_logits.float() / T, -1)
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
-    The keywords are those of `distillation_loss` without `weight` and `denominator`, which go to the call, and are
-    checked when the module is made.
+    The keywords are those of `distillation_loss` without `weight` and `denominator`, which go to the call. They are
+    attributes too, checked when the module is made and when one is set (`criterion.temperature = 2.0`).
 
     Shapes: student and teacher logits [..., V]; labels, if any, integer [...]; result a scalar, or [...] with
     `reduction="none"`. Dtypes, errors and the paper: see `distillation_loss`.
@@ -111,8 +128,9 @@ class LinearDistillationLoss(_Loss):
         y = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / T, -1)
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
-    The keywords are those of `linear_distillation_loss` without `student_bias`, `teacher_bias`, `weight` and
-    `denominator`, which go to the call, and are checked when the module is made.
+    The keywords are those of `linear_distillation_loss` without `student_head`, `teacher_head`, `student_bias`,
+    `teacher_bias`, `weight` and `denominator`, which go to the call. They are attributes too, checked when the module
+    is made and when one is set (`criterion.temperature = 2.0`).
 
     Shapes: hidden states [..., H], heads [V, H], biases [V]; labels, if any, integer [...]; result a scalar, or [...]
     with `reduction="none"`. Dtypes, errors and papers: see `linear_distillation_loss`.
@@ -127,19 +145,25 @@ class LinearDistillationLoss(_Loss):
 
     def __init__(self, **keywords: Unpack[LinearKeywords]) -> None:
         super().__init__(**keywords)
-        check_memory_budget(self.keywords["memory_budget"])
+
+    def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        keywords = super()._checked(keywords)
+        check_memory_budget(keywords["memory_budget"])
         for side in ("student", "teacher"):
-            self.keywords[f"{side}_softcap"] = check_softcap(side, self.keywords[f"{side}_softcap"])
-            self.keywords[f"{side}_scale"] = check_scale(side, self.keywords[f"{side}_scale"])
+            keywords[f"{side}_softcap"] = check_softcap(side, keywords[f"{side}_softcap"])
+            keywords[f"{side}_scale"] = check_scale(side, keywords[f"{side}_scale"])
+        return keywords
 
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor | None,
+        student_weight: Tensor | None = None,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        student_head: nn.Module | None = None,
+        teacher_head: nn.Module | None = None,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
         weight: Tensor | None = None,
@@ -151,6 +175,8 @@ class LinearDistillationLoss(_Loss):
             teacher_hidden,
             teacher_weight,
             labels,
+            student_head=student_head,
+            teacher_head=teacher_head,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
             weight=weight,

@@ -210,3 +210,25 @@ _register_fake("row_stats", _fake_row_stats)
 _register_fake("row_gradient", _fake_loss_and_gradient)
 _register_fake("row_gradient_", _fake_loss)
 _register_fake("scale_gradient_", lambda given: None)
+
+
+# Of programs that are traced for sizes that may change: inductor cannot replace an operator that writes over its
+# argument there, and fails with an assertion that says nothing (torch 2.13).
+@torch.library.custom_op(
+    "reptile_ext::scaled_gradient",
+    mutates_args=(),
+    schema=(
+        "(Tensor gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, SymInt vocab_size, int dim)"
+        " -> Tensor"
+    ),
+)
+def scaled_gradient(gradient: Tensor, *arguments: Any) -> Tensor:
+    """What `scale_gradient_` makes of a copy."""
+    copy = gradient.clone()
+    scale_gradient_(copy, *arguments)
+    return copy
+
+
+@scaled_gradient.register_fake
+def _(gradient: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(gradient)

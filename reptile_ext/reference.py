@@ -468,23 +468,26 @@ def with_options(
     double = torch.float64 in (s.dtype, t.dtype)
     arithmetic = torch.float64 if double else torch.float32
     # One layout for both: a sum in another order would make equal logits differ.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and t.is_inference():
+        t = t.clone()  # autograd would not save it
     s = s[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
     t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
-    # Where values can be looked at without a sync, and outside of transforms, wrong ones are errors.
-    may_look = check_values and s.device.type == "cpu" and not (torch.compiler.is_compiling() or compat.in_torch_func())
+    # Where values can be looked at without a sync wrong ones are errors, also those of all calls that are one by vmap.
+    may_look = check_values and s.device.type == "cpu" and not compat.is_traced(compat.values_of(s))
     with torch.no_grad():
         w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
         counted = w != 0
         wrong = torch.zeros_like(counted)
         if weight is not None and may_look:
-            check_weight_values(w)
+            check_weight_values(compat.values_of(w))
         if labels is not None:
             labels = labels.reshape(-1).to(torch.int64)
             counted = counted & (labels != options.ignore_index)
             wrong = counted & ((labels < 0) | (labels >= vocab_size))
             if may_look:
-                check_label_values(labels, wrong, vocab_size, options.ignore_index)
+                values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
+                check_label_values(values, values != options.ignore_index, vocab_size, options.ignore_index)
             labels = torch.where(counted & ~wrong, labels, 0)
         w = torch.where(counted, w, 0.0)
 
@@ -502,8 +505,8 @@ def with_options(
     total = losses.sum()
     if denominator is not None:
         divisor = torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
-        if may_look and bool(counted.any()):
-            check_divisor_value(divisor)
+        if may_look and bool(compat.values_of(counted).any()):
+            check_divisor_value(compat.values_of(divisor))
         total = total / torch.where(counted.any(), divisor, 1.0)
     elif reduction == "mean":
         total = total / torch.where(counted.any(), w.sum(), 1.0)

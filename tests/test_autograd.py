@@ -161,7 +161,7 @@ def test_what_is_out_stays_zero_whatever_grad_output_is(
         loss_fn = reference.distillation_loss if way == "reference" else loss_of
         return loss_fn(s * 1, teacher, labels, **keywords)
 
-    loss = (torch.compile(f, backend="aot_eager", fullgraph=True) if way == "compiled" else f)(leaf)
+    loss = (torch.compile(f, backend="inductor", fullgraph=True) if way == "compiled" else f)(leaf)
     above = torch.full_like(loss, grad_output)
     if way == "batched":
         gradient = torch.autograd.grad(loss, leaf, above.unsqueeze(0), is_grads_batched=True)[0][0]
@@ -443,7 +443,7 @@ def test_compiled_equals_eager(keywords: dict, with_labels: bool, dtype: torch.d
         keywords = {k: v for k, v in keywords.items() if k not in ("hard_weight", "label_smoothing")}
     student, teacher, labels = make_case(keywords, dtype)
     labels = labels if with_labels else None
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="inductor")
     weight = torch.rand(4)
     found = run(compiled, student, teacher, labels, weight=weight, **keywords)
     right = run(step, student, teacher, labels, weight=weight, **keywords)
@@ -457,7 +457,7 @@ def test_every_divergence_compiled_equals_eager(divergence: str) -> None:
     """With both gradients, one graph for a changing batch."""
     torch.compiler.reset()
     keywords = keywords_of(divergence)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, backend="inductor", dynamic=True)
     for rows in (4, 9):
         student, teacher, labels = make_case({}, torch.float32, rows=rows)
         results = []
@@ -486,7 +486,7 @@ def test_compiled_with_a_changing_batch() -> None:
         def f(s: Tensor, t: Tensor, labels: Tensor, reduction: str = reduction) -> Tensor:
             return step(s, t, labels, hard_weight=0.5, reduction=reduction)
 
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled = torch.compile(f, fullgraph=True, backend="inductor", dynamic=True)
         for rows in (4, 9, 2, 1, 30):
             student, teacher, labels = make_case({}, torch.float32, rows=rows)
             found = run(compiled, student, teacher, labels)
@@ -502,7 +502,7 @@ def test_compiled_with_a_changing_temperature() -> None:
 
     student, teacher, _ = make_case({}, torch.float32)
     for dynamic in (None, True):
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        compiled = torch.compile(f, fullgraph=True, backend="inductor", dynamic=dynamic)
         for temperature in (1.0, 2.0, 3.5, 2.0):
             right = run(f, student, teacher, temperature)
             torch.testing.assert_close(run(compiled, student, teacher, temperature), right)
@@ -666,9 +666,9 @@ def test_torch_func_compiled(divergence: str) -> None:
         (torch.func.hessian(f), student),
         (batched, torch.stack([student, 2 * student])),
     ):
-        compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(transformed, backend="inductor", fullgraph=True)
         torch.testing.assert_close(compiled(argument), transformed(argument))
-    compiled = torch.compile(f, backend="aot_eager")
+    compiled = torch.compile(f, backend="inductor")
     compiled(student)  # in the cache, for a program without transforms
     torch.testing.assert_close(torch.func.jvp(compiled, (student,), (tangent,))[1], jvp(student))
     torch.testing.assert_close(torch.func.grad(compiled)(student), torch.func.grad(f)(student))

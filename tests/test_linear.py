@@ -497,7 +497,7 @@ def test_traced_for_any_number_of_rows() -> None:
     torch.manual_seed(1)
     inputs = [(torch.randn(n, 6).requires_grad_(), torch.randn(n, 6)) for n in (5, 8, 11, 13, 17, 19, 23, 29, 31, 37)]
     for dynamic in (None, True):
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        compiled = torch.compile(f, fullgraph=True, backend="inductor", dynamic=dynamic)
         for x, y in inputs:  # more than may be compiled anew
             found = [torch.autograd.grad(loss(x, y), [x, head]) for loss in (compiled, f)]
             torch.testing.assert_close(*found)
@@ -708,7 +708,7 @@ def test_traced_transformed_and_checkpointed(keywords: dict[str, Any]) -> None:
     inputs = [case[name].requires_grad_() for name in names]
     loss = f(*inputs)
     right = torch.autograd.grad(loss, inputs)
-    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)(*inputs)
+    compiled = torch.compile(f, backend="inductor", fullgraph=True)(*inputs)
     checkpointed = checkpoint(f, *inputs, use_reentrant=False)
     for other in (compiled, checkpointed):
         torch.testing.assert_close(other, loss)

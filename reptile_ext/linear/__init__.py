@@ -10,6 +10,7 @@ products back to the gradients of hidden states, head and bias, all in the forwa
     gradients.py   gradients of hidden states, head and bias, added up over the chunks
     loop.py        the loop over the chunks
     loss.py        how autograd and traced programs see it
+    head.py        a module as head: the linear map that its forward is
     dtensor.py     heads that are sharded over processes
     function.py    `linear_distillation_loss`
 """

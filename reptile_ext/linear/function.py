@@ -6,12 +6,13 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import autograd
+from .. import autograd, compat
 from ..autograd import Constants
 from ..checks import (
     FLOATING,
+    LARGE_TEMPERATURE,
     check_is_tensor,
     check_linear,
     check_linear_shapes,
@@ -19,11 +20,13 @@ from ..checks import (
     check_rows,
     raise_better,
     refuse_dtensor,
+    warn_of_temperature,
 )
 from ..functional import for_operators, needs_reference
 from ..options import REDUCTIONS, Options, make_options
 from ..reference import counted_rows
 from .dtensor import gathered, is_dtensor
+from .head import linear_map
 from .loop import LinearConfig
 from .loss import LinearLoss, operator, operator_arguments
 
@@ -32,11 +35,13 @@ _SUM = REDUCTIONS.index("sum")
 
 def linear_distillation_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
+    student_weight: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
+    student_head: nn.Module | None = None,
+    teacher_head: nn.Module | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     student_softcap: float | None = None,
@@ -75,6 +80,10 @@ def linear_distillation_loss(
         student_weight: the head, [V_s, H_s], as in `torch.nn.Linear`; of the dtype of the hidden states, as the bias.
         teacher_hidden: [..., H_t]; its dtype and H_t may differ from the student's.
         teacher_weight: [V_t, H_t], or None: `teacher_hidden` are the teacher's logits, [..., V_t].
+        student_head, teacher_head: a module in the place of weight and bias, with whatever its forward adds to them:
+            adapters (LoRA), fake quantisation, weights in 8 bits. It has to be linear in the hidden states, up to
+            rounding, which is checked on four rows in every call; no dropout in train mode. A module that is more than
+            a `torch.nn.Linear` is asked what it makes of H + 1 unit vectors, each time.
         labels, weight: of the leading shape. On the CPU, ignored rows are left out of the products too.
         student_bias, teacher_bias: [V].
         student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
@@ -103,6 +112,10 @@ def linear_distillation_loss(
     Equal models give exactly 0. The products are torch's: the same bits come of the same machine with the same number
     of threads, and another number may round them otherwise.
 
+    A weight is taken as it is: `lm_head.weight` of a head with adapters is the base weight alone, for which pass
+    `student_head=lm_head`. Under DDP and FSDP, call the loss inside of the wrapped module's forward (the head's
+    gradient has to be one of its outputs' for the processes to add it up).
+
     Heads and biases may be DTensors, as the parameters of a module that FSDP2 has sharded are outside of its forward:
     they are cast to the dtype of the hidden states and gathered, and get the mean of the processes' gradients, as FSDP2
     does by default. Each process's loss is that of its own rows.
@@ -120,6 +133,14 @@ def linear_distillation_loss(
         vocab=vocab,
     )
     check_is_tensor("student_hidden", student_hidden)
+    check_is_tensor("teacher_hidden", teacher_hidden)
+    assert teacher_hidden is not None
+    student_hidden, student_weight, student_bias = _of_head(
+        "student", student_head, student_hidden, student_weight, student_bias
+    )
+    teacher_hidden, teacher_weight, teacher_bias = _of_head(
+        "teacher", teacher_head, teacher_hidden, teacher_weight, teacher_bias
+    )
     device = student_hidden.device
     for name, x in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
         if is_dtensor(x):
@@ -134,6 +155,8 @@ def linear_distillation_loss(
     of_student = check_linear("student", (student[0], student[1], student[2]), student_softcap, student_scale, device)
     of_teacher = check_linear("teacher", (teacher[0], teacher[1], teacher[2]), teacher_softcap, teacher_scale, device)
     budget = check_memory_budget(memory_budget)
+    if options.student_temperature > LARGE_TEMPERATURE or options.teacher_temperature > LARGE_TEMPERATURE:
+        warn_of_temperature(options, student[0], teacher[0])
     check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
     leading = student_hidden.shape[:-1]
     check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
@@ -156,6 +179,14 @@ def linear_distillation_loss(
     return loss.reshape(leading) if reduction == "none" else loss
 
 
+def _of_head(side: str, head: Any, hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Any, Any]:
+    if head is None:
+        return hidden, weight, bias
+    if weight is not None or bias is not None:
+        raise ValueError(f"{side}_head takes the place of {side}_weight and {side}_bias; got both")
+    return linear_map(side, head, hidden)
+
+
 def _autocast(tensors: list[Any], dtype: torch.dtype) -> list[Any]:
     """As `F.linear` would be cast."""
     return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATING[:3] else x for x in tensors]
@@ -163,7 +194,7 @@ def _autocast(tensors: list[Any], dtype: torch.dtype) -> list[Any]:
 
 def _is_matrix(x: Tensor) -> bool:
     """Whether its rows are a matrix's without a copy. (A compiler decides on its own.)"""
-    if torch.compiler.is_compiling():
+    if compat.is_traced(x):
         return True
     leading = [n for n in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n[0] != 1]
     return x.numel() == 0 or all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(leading))
@@ -174,7 +205,7 @@ def _mean_as_sum(student_hidden: Tensor, constants: Constants, options: Options)
     labels, weight, _ = constants
     divisor = None
     counted = counted_rows(labels, weight, options.ignore_index)
-    if counted is None and not torch.compiler.is_compiling():
+    if counted is None and not compat.is_traced(student_hidden):
         options = options._replace(scale=1.0 / max(student_hidden.shape[0], 1))
     elif counted is None:  # the number of rows may be a symbol
         divisor = student_hidden.new_ones(student_hidden.shape[0], dtype=torch.float64).sum().clamp(min=1.0)
@@ -189,7 +220,7 @@ def _apply(config: LinearConfig, tensors: tuple[Any, ...], constants: Constants)
     if not torch.is_grad_enabled():  # autograd's functions are asked for gradients of what requires one there too
         tensors = tuple(x if x is None else x.detach() for x in tensors)
     try:
-        if not torch.compiler.is_compiling():
+        if not compat.is_traced(tensors[0]):
             fused: Tensor = autograd.Fused.apply(LinearLoss, config, *constants, *tensors)  # type: ignore[no-untyped-call]
             return fused
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]

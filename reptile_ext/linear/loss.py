@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ TENSORS = {
 
 class LinearLoss:
     """`autograd.Loss` of the six tensors; its configuration is `LinearConfig`."""
+
+    names: ClassVar[tuple[str, ...]] = tuple(TENSORS)
 
     @staticmethod
     def config_of(given: Mapping[str, Any]) -> LinearConfig:
@@ -57,9 +59,15 @@ class LinearLoss:
     @staticmethod
     def scaled(config: LinearConfig, kept: Any, grad_output: Tensor, is_ours: bool) -> Gradients:
         gradients, vocab_size, mask = kept
-        if not is_ours:
-            gradients = [gradient if gradient is None else gradient.clone() for gradient in gradients]
         factor = grad_output.contiguous()
+        if not is_ours:
+
+            def scaled(i: int, gradient: Tensor) -> Tensor:
+                rows = (mask, 0, gradient.shape[-1], -1) if i == 0 else (None, 0, vocab_size, 0)
+                found: Tensor = ops.scaled_gradient(gradient, factor, None, *rows)
+                return found
+
+            return [None if gradient is None else scaled(i, gradient) for i, gradient in enumerate(gradients)]
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 compared, weight = (gradient, mask) if i == 0 else (gradient[:vocab_size], None)

@@ -48,6 +48,16 @@ def stays_where_it_is(model: nn.Module) -> bool:
     return len(devices) > 1 or torch.device("meta") in devices or any(getattr(model, mark, None) for mark in marks)
 
 
+def check_trainable(student: nn.Module) -> None:
+    """Parameters that were made in inference mode look trainable and are not."""
+    for name, x in student.named_parameters():
+        if x.is_inference():
+            raise ValueError(
+                f"the student's parameter {name!r} was made under torch.inference_mode() and cannot be trained: make "
+                "the model outside of it, or pass a copy.deepcopy made outside"
+            )
+
+
 def check_precision(student: nn.Module, precision: str) -> None:
     """Autocast keeps the weights that it trains in float32, where small steps are not rounded away."""
     dtypes = {x.dtype for x in student.parameters() if x.requires_grad}

@@ -57,12 +57,15 @@ def frozen(teachers: Iterable[Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(in_mode(module, training=False))
-            module.requires_grad_(False)
+            for parameter in module.parameters():
+                if not parameter.is_inference():  # which no graph is made of, and may not be told so
+                    parameter.requires_grad_(False)
         try:
             yield
         finally:
             for parameter, requires_grad in wanted:
-                parameter.requires_grad_(requires_grad)
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from .guards import (
     check_apart,
     check_finite,
     check_precision,
+    check_trainable,
     make_accelerator,
     naming_unused_parameters,
     stays_where_it_is,
@@ -165,6 +166,7 @@ class Reptile:
             inplace=inplace,
             **loss,
         )
+        check_trainable(student)
         check_precision(student, precision)
         for one in self.objective.teachers:
             if isinstance(one, nn.Module):

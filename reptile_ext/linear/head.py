@@ -1,0 +1,90 @@
+"""A module as head: the linear map that its forward is.
+
+What a module adds to a product of hidden states and one weight (adapters, fake or real quantisation, a
+parametrization) is in its forward alone. Where the forward is linear, it is known from what it makes of unit vectors,
+differentiably, so that whatever it is made of gets its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROWS = 4  # on which the map found and the module are compared, in every call
+# Of the row's largest logit. Products round by less, in whatever order; dynamic quantisation and dropout err by more.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+
+
+def linear_map(side: str, head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight [V, H] and bias [V] such that head(hidden) = hidden · weightᵀ + bias.
+
+    Of a plain `torch.nn.Linear` its own. Of any other module those that it gives by calling it on H + 1 rows, which
+    takes H·H·V products and, until the backward pass has run, another weight's memory.
+
+    Raises:
+        TypeError: `head` is not a module.
+        ValueError: its forward is not linear.
+    """
+    name = f"{side}_head"
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module; got {type(head).__name__}: pass a weight as {side}_weight")
+    if _is_plain(head):
+        return hidden, head.weight, head.bias  # type: ignore[return-value]
+    for part in head.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            raise ValueError(f"{name} has dropout in train mode, which is no linear map: put it in eval mode, or p=0")
+    size = hidden.shape[-1]
+    # Unit vectors of a length that keeps the bias's rounding away from the weight's digits.
+    length = 2.0 ** (4 if hidden.dtype == torch.float16 else 6)
+    units = length * torch.eye(size + 1, size, dtype=hidden.dtype, device=hidden.device)
+    found = _logits(name, head, units)
+    bias = found[size]
+    weight = ((found[:size] - bias) / length).t()
+    hidden = hidden.to(found.dtype)
+    _compare(name, head, hidden, weight, bias)
+    return hidden, weight, bias
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a module is its weight and bias, which may be a parametrization's or a DTensor."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+        return False
+    from ..checks import is_plain_or_sharded
+
+    hooks: tuple[Any, ...] = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
+    return not any(hooks) and all(x is None or is_plain_or_sharded(x) for x in (head.weight, head.bias))
+
+
+def _logits(name: str, head: nn.Module, hidden: Tensor) -> Tensor:
+    found = head(hidden)
+    shape = list(hidden.shape[:-1])
+    if not isinstance(found, Tensor) or list(found.shape[:-1]) != shape or not found.is_floating_point():
+        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{name} must make floating-point logits {[*shape, 'V']} of {list(hidden.shape)}; got {got}")
+    return found
+
+
+def _compare(name: str, head: nn.Module, hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise if the module and the map found disagree on some of the rows that it is for."""
+    rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    if rows.shape[0] == 0:
+        return
+    rows = rows[torch.linspace(0, rows.shape[0] - 1, _ROWS, device=rows.device).long()]
+    with torch.no_grad():
+        right, found = _logits(name, head, rows).double(), F.linear(rows, weight, bias).double()
+    tolerance = _TOLERANCE[weight.dtype]
+    if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        tolerance = max(tolerance, 2**-8)
+    wrong = ((right - found).abs() > tolerance * right.abs().amax(-1, keepdim=True)).any()  # not of rows with a NaN
+    message = (
+        f"{name} must be a linear map of the hidden states, up to rounding, and its forward is not (a softcap and a "
+        f"scale go in as {name.removesuffix('head')}softcap and {name.removesuffix('head')}scale, and dynamic "
+        "quantisation does not fit): use distillation_loss on its logits"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong, message)
+    elif bool(wrong):
+        raise ValueError(message)
