@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import inspect
 import json
 import os
 import platform
@@ -184,18 +185,22 @@ def benchmark(argv: list[str]) -> int:
     """Time the fused loss against eager PyTorch and torch.compile on this machine."""
     parser = _Parser(prog="reptile benchmark", description=benchmark.__doc__)
     from . import benchmark as benchmark_module
+    from .benchmark import training
 
     parser.add_argument(
-        "--shapes", choices=benchmark_module.SHAPES, default="default", help="set of shapes (default: %(default)s)"
+        "--training", action="store_true", help="whole steps: two models' forward, loss, backward and optimizer"
     )
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    parser.add_argument("--sizes", nargs="+", help=f"of models, with --training (default: {' '.join(training.SIZES)})")
+    parser.add_argument("--tokens", type=int, help=f"in a step, with --training (default: {training.TOKENS})")
+    parser.add_argument("--shapes", choices=benchmark_module.SHAPES, help="set of shapes (default: default)")
+    parser.add_argument("--dtypes", nargs="+", help="default: float32 bfloat16; float32 with --training")
     parser.add_argument(
         "--divergences",
         nargs="+",
         metavar="NAME",
         help="all, or some of them (default: forward_kl, and where it has targets reverse_kl and jsd)",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="measurements of each case (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help="measurements of each case (default: 7; 5 with --training)")
     parser.add_argument("--threads", type=int, help="default: what torch uses")
     parser.add_argument("--vocab", type=int, nargs="+", help="only these vocabulary sizes")
     parser.add_argument("--pairs", type=float, help="student-teacher logit pairs in a case, rows × vocabulary")
@@ -208,20 +213,21 @@ def benchmark(argv: list[str]) -> int:
         help="where benchmark.json and benchmark.png go (default: %(default)s)",
     )
     o = parser.read(argv)
-    options = {
-        "shapes": o.shapes,
-        "dtypes": tuple(o.dtypes),
-        "repeats": o.repeats,
-        "threads": o.threads,
-        "vocab": tuple(o.vocab) if o.vocab else None,
-        "pairs": o.pairs,
-        "divergences": o.divergences,
+    of_either = {"of_losses": ("shapes", "pairs", "divergences"), "of_training": ("sizes", "tokens")}
+    for name in of_either["of_losses" if o.training else "of_training"]:
+        if getattr(o, name) is not None:
+            parser.error(f"--{name} has no meaning {'with' if o.training else 'without'} --training")
+    names = ("vocab", "dtypes", "repeats", "threads", *of_either["of_training" if o.training else "of_losses"])
+    given = {name: getattr(o, name) for name in names}
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
-    benchmark_module.check(**options)
+    run = training.run if o.training else benchmark_module.run
+    check = training.check if o.training else benchmark_module.check
+    defaults = {name: p.default for name, p in inspect.signature(run).parameters.items()}
+    check(**{name: options.get(name, defaults[name]) for name in inspect.signature(check).parameters})
     _make_folder(o.out)
-    return benchmark_module.run(
-        **options, compile=not o.no_compile, out=o.out / "benchmark.json", plot=o.out / "benchmark.png"
-    )
+    return run(**options, compile=not o.no_compile, out=o.out / "benchmark.json", plot=o.out / "benchmark.png")
 
 
 def doctor(argv: list[str]) -> int:

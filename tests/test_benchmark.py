@@ -15,7 +15,7 @@ import torch
 
 from reptile_ext import benchmark, cli, eager, reference
 from reptile_ext.benchmark import data as benchmark_data
-from reptile_ext.benchmark import losses, measuring, report
+from reptile_ext.benchmark import losses, measuring, report, training
 from reptile_ext.options import DIVERGENCES
 from reptile_ext.timing import LARGE_PAIRS
 
@@ -367,3 +367,54 @@ def test_the_gpus_benchmark_runs(tmp_path: Path) -> None:
     of_liger = [result for result in found["results"] if result["contender"] == "Liger"]  # has no kernels for a CPU
     assert [result["divergence"] for result in of_liger] == ["forward_kl"] * 2
     assert all("ms" not in result and result["failed"] in table for result in of_liger)
+
+
+def test_whole_steps_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All contenders train the same student; the figures are in the table, the file and the chart."""
+    arguments = "benchmark --training --sizes small --vocab 300 --tokens 256 --repeats 2 --no-compile --out"
+    assert cli.main([*arguments.split(), str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((tmp_path / "benchmark.json").read_text())
+    assert document["environment"]["tokens"] == 256
+    rows = {r["contender"]: r for r in document["results"]}
+    assert set(rows) == set(training.CONTENDERS) - {"torch.compile"}
+    for name, r in rows.items():
+        assert (r["dtype"], r["size"], r["vocab"]) == ("float32", "small", 300)
+        assert r["tokens_per_second"] == pytest.approx(256e3 / r["ms"]["median"])
+        eager = rows["eager"]["ms"]["median"]
+        assert r["times_as_fast_as"] == {"eager": pytest.approx(eager / r["ms"]["median"])}
+        assert name in printed
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_contenders_of_training_have_one_loss_and_one_gradient() -> None:
+    """Each, made anew and so of the same student, moves it to the same place."""
+    case = training.Case("float32", "small", 300)
+    losses = []
+    for name in ("eager", "ours", "ours in place", "ours linear"):
+        (one,) = (c for c in training.contenders(case, 64, compile=False) if c.name == name)
+        losses.append([one.run().item() for _ in range(3)])
+    assert losses[0][2] < losses[0][0]
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--training --shapes large", "--shapes has no meaning with --training"),
+        ("--tokens 3", "--tokens has no meaning without --training"),
+        ("--training --sizes tiny", "sizes must be of 'small', 'medium', 'large'; got 'tiny'"),
+        ("--training --vocab 100", "vocab must be sizes from 256"),
+        ("--training --tokens 0", "tokens must be from 1"),
+        ("--training --dtypes float8", "dtypes must be of"),
+        ("--training --repeats 0", "repeats must be from 1"),
+    ],
+)
+def test_training_names_what_does_not_fit(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: Any = cli.main(["benchmark", *arguments.split()])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err

@@ -18,7 +18,8 @@ data, small ones several times in a row with warm caches. Every time is the medi
 quartiles. Losses and gradients are compared before anything is timed.
 
 Read top-down: `program` is the whole of it, `data` the cases and their logits, `losses` the contenders, `measuring`
-what is made of their times, `report` the table and the chart. Taking turns is `reptile_ext.timing`.
+what is made of their times, `report` the table and the chart; `training` is a benchmark of its own, of whole steps.
+Taking turns is `reptile_ext.timing`.
 """
 
 from ..eager import TEMPERATURE
