@@ -323,13 +323,22 @@ def test_a_module_as_head_is_what_its_forward_does(name: str) -> None:
         torch.testing.assert_close(a, b, **rounds)
 
 
-def test_a_head_of_peft() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["head"], "init_lora_weights": False},
+        {"target_modules": ["head"], "init_lora_weights": False, "use_dora": True},
+        {"target_modules": ["body"], "modules_to_save": ["head"]},
+    ],
+    ids=["LoRA", "DoRA", "modules_to_save"],
+)
+def test_a_head_of_peft(config: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["head"], init_lora_weights=False)
-    head = peft.get_peft_model(nn.ModuleDict({"head": nn.Linear(8, 40)}), config).base_model.model["head"]
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 40)})
+    head = peft.get_peft_model(model, peft.LoraConfig(**config)).base_model.model["head"]
     hidden, teacher = torch.randn(6, 8), torch.randn(6, 40)
     adapters = [p for p in head.parameters() if p.requires_grad]
-    assert len(adapters) == 2
+    assert len(adapters) >= 2
     found = linear_distillation_loss(hidden, teacher_hidden=teacher, student_head=head)
     right = distillation_loss(head(hidden), teacher)
     torch.testing.assert_close(found, right)
@@ -345,6 +354,13 @@ def test_a_compiled_module_as_head() -> None:
     )
     right = distillation_loss(head(hidden), teacher)
     torch.testing.assert_close(compiled(hidden), right)
+
+
+def test_a_head_on_the_meta_device_and_of_no_rows() -> None:
+    head, no_rows = Adapted(8, 40), torch.randn(0, 8)
+    assert linear_distillation_loss(no_rows, teacher_hidden=torch.randn(0, 40), student_head=head).item() == 0
+    hidden, teacher = torch.randn(6, 8, device="meta"), torch.randn(6, 40, device="meta")
+    assert linear_distillation_loss(hidden, teacher_hidden=teacher, student_head=head.to("meta")).shape == ()
 
 
 def test_heads_that_are_not_linear_are_refused() -> None:

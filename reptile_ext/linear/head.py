@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import compat
+from ..checks import is_plain_or_sharded
+
 _ROWS = 4  # on which the map found and the module are compared, in every call
 # Of the row's largest logit. Products round by less, in whatever order; dynamic quantisation and dropout err by more.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
@@ -52,8 +55,6 @@ def _is_plain(head: nn.Module) -> bool:
     """Whether a module is its weight and bias, which may be a parametrization's or a DTensor."""
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
         return False
-    from ..checks import is_plain_or_sharded
-
     hooks: tuple[Any, ...] = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
     return not any(hooks) and all(x is None or is_plain_or_sharded(x) for x in (head.weight, head.bias))
 
@@ -70,7 +71,7 @@ def _logits(name: str, head: nn.Module, hidden: Tensor) -> Tensor:
 def _compare(name: str, head: nn.Module, hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise if the module and the map found disagree on some of the rows that it is for."""
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    if rows.shape[0] == 0:
+    if rows.shape[0] == 0 or rows.is_meta:
         return
     rows = rows[torch.linspace(0, rows.shape[0] - 1, _ROWS, device=rows.device).long()]
     with torch.no_grad():
@@ -84,7 +85,7 @@ def _compare(name: str, head: nn.Module, hidden: Tensor, weight: Tensor, bias: T
         f"scale go in as {name.removesuffix('head')}softcap and {name.removesuffix('head')}scale, and dynamic "
         "quantisation does not fit): use distillation_loss on its logits"
     )
-    if torch.compiler.is_compiling():
+    if compat.is_traced(rows):
         torch._assert_async(~wrong, message)
     elif bool(wrong):
         raise ValueError(message)
