@@ -172,7 +172,7 @@ def is_plain_or_sharded(tensor: Tensor) -> bool:
     return kind is Tensor or kind is torch.nn.Parameter or not compat.has_its_own_values(kind)
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def _check_plain(name: str, tensor: Tensor) -> None:
     if not is_plain_or_sharded(tensor):
         kind = type(tensor)
         also = ""
@@ -182,6 +182,10 @@ def _check_dense(name: str, tensor: Tensor) -> None:
             f"{name} must be a plain tensor; got a {kind.__module__}.{kind.__qualname__}, whose numbers are only known "
             f"to its own operations: pass a plain tensor of them{also}"
         )
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    _check_plain(name, tensor)
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{name} must be a dense tensor; got layout {layout}")
@@ -282,6 +286,7 @@ def check_rows(
         if REDUCTIONS[options.reduction] == "none":
             raise ValueError("denominator divides the sum over rows, and reduction='none' has no sum; drop one of them")
         if isinstance(denominator, Tensor):
+            _check_plain("denominator", denominator)
             if denominator.dim() != 0:
                 raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {_shape(denominator.shape)}")
             if denominator.is_complex() or denominator.dtype == torch.bool:
@@ -297,6 +302,7 @@ def check_rows(
 
 def _check_row_shape(name: str, rows: Tensor, s_shape: torch.Size, dim: int, device: torch.device, of: str) -> None:
     check_is_tensor(name, rows)
+    _check_plain(name, rows)
     # Compared piecewise: building the wanted shape costs as much as the rest of the check.
     shape = rows.shape
     if len(shape) != len(s_shape) - 1 or shape[:dim] != s_shape[:dim] or shape[dim:] != s_shape[dim + 1 :]:
@@ -334,10 +340,7 @@ def check_linear(
             raise ValueError(f"{name} must be on the device of student_hidden, {device}; got {tensor.device}")
         if tensor.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of {side}_hidden, {hidden.dtype}; got {tensor.dtype}")
-    if hidden.dim() == 0:
-        raise ValueError(f"{side}_hidden must have a last dimension; got a 0-dimensional tensor")
-    if hidden.shape[-1] == 0:
-        raise ValueError(f"{side}_hidden needs at least one feature; got shape {_shape(hidden.shape)}")
+    check_features(side, hidden)
     if weight is None:
         if side == "student":
             raise TypeError("student_weight must be a torch.Tensor, the head [classes, hidden size]; got NoneType")
@@ -354,6 +357,13 @@ def check_linear(
     if (hidden if weight is None else weight).shape[-1 if weight is None else 0] == 0:
         raise ValueError(f"{side}_weight needs at least one class; got none")
     return check_softcap(side, softcap), check_scale(side, scale)
+
+
+def check_features(side: str, hidden: Tensor) -> None:
+    if hidden.dim() == 0:
+        raise ValueError(f"{side}_hidden must have a last dimension; got a 0-dimensional tensor")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{side}_hidden needs at least one feature; got shape {_shape(hidden.shape)}")
 
 
 def check_softcap(side: str, softcap: float | None) -> float | None:

@@ -62,11 +62,8 @@ def is_traced(x: Tensor) -> bool:
 
 def has_its_own_values(kind: Any) -> bool:
     """Whether tensors of a type compute with something else than their own memory: subclasses that wrap others."""
-    if hasattr(kind, "__tensor_flatten__"):
-        return not kind.__module__.startswith(("torch._subclasses", "torch.distributed"))
-    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    plain = (getattr(Tensor.__torch_function__, "__func__", None), torch._C._disabled_torch_function_impl)
-    return own not in plain
+    ours = ("torch._subclasses", "torch.distributed")
+    return hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith(ours)
 
 
 def values_of(x: Tensor) -> Tensor:

@@ -210,6 +210,8 @@ def distillation_loss(
     check_tensors(student_logits, teacher_logits, labels, weight, denominator, options, sharded=group is not None)
     if options.student_temperature > LARGE_TEMPERATURE or options.teacher_temperature > LARGE_TEMPERATURE:
         warn_of_temperature(options, student_logits, teacher_logits)
+    if options.inplace and not torch.compiler.is_compiling() and student_logits.is_neg():
+        options = options._replace(inplace=False)  # the memory holds the numbers with the other sign
     if group is not None:
         if inplace:
             check_inplace(student_logits, teacher_logits)
@@ -264,12 +266,20 @@ def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Opti
             function = autograd.FusedInPlace if options.inplace else autograd.Fused
             loss: Tensor = function.apply(LogitsLoss, options, *constants, student, teacher)  # type: ignore[no-untyped-call]
             return loss
+        if not torch.compiler.is_compiling():  # make_fx
+            student, teacher, *rest = (own_of(x) for x in (student, teacher, *constants))
+            constants = (rest[0], rest[1], rest[2])
         # A traced program gains nothing by working in place: the compiler plans the memory.
         now = needs_student and student.dtype != torch.float16
         return ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), now)[0]
     except RuntimeError as error:
         raise_better(error, student.device)
         raise
+
+
+def own_of(x: Any) -> Any:
+    """A tensor that autograd may save: a copy of one made in inference mode."""
+    return x.clone() if x is not None and x.is_inference() and torch.is_grad_enabled() else x
 
 
 def needs_reference(device: torch.device, function: str = "distillation_loss") -> bool:

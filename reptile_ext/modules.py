@@ -66,7 +66,8 @@ class _Loss(nn.Module):
         if name in keywords:
             self.keywords = self._checked({**keywords, name: value})
             return
-        if keywords and not name.startswith("_"):
+        # A class derived from these may have attributes of its own.
+        if keywords and not name.startswith("_") and type(self).__module__ == __name__:
             refuse_attribute(type(self).__name__, name, keywords, OF_THE_CALL)
         super().__setattr__(name, value)
 

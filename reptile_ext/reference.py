@@ -506,7 +506,7 @@ def with_options(
     if denominator is not None:
         divisor = torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
         if may_look and bool(compat.values_of(counted).any()):
-            check_divisor_value(compat.values_of(divisor))
+            check_divisor_value(compat.values_of(torch.where(counted.any(), divisor, 1.0)))
         total = total / torch.where(counted.any(), divisor, 1.0)
     elif reduction == "mean":
         total = total / torch.where(counted.any(), w.sum(), 1.0)

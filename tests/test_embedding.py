@@ -109,6 +109,8 @@ def test_make_fx(loss: str, mode: str, pre_dispatch: bool) -> None:
     def gradient(s: Tensor, t: Tensor) -> Tensor:
         return torch.autograd.grad(LOSSES[loss](s, t), s)[0]
 
+    with torch.inference_mode():
+        teacher = teacher.clone()
     traced = make_fx(gradient, tracing_mode=mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(
         student, teacher
     )
@@ -235,6 +237,13 @@ def test_keywords_of_a_module_are_attributes() -> None:
             setattr(criterion, name, 2.0)
     with pytest.raises(AttributeError, match="temprature"):
         criterion.temprature  # noqa: B018
+
+    class Mine(reptile_ext.DistillationLoss):
+        def __init__(self, alpha: float) -> None:
+            super().__init__(temperature=2.0)
+            self.alpha = alpha
+
+    assert Mine(0.5).alpha == 0.5
     criterion.run_name = "mine"
     assert criterion.run_name == "mine"
     linear = reptile_ext.LinearDistillationLoss()
@@ -356,6 +365,94 @@ def test_a_compiled_module_as_head() -> None:
     torch.testing.assert_close(compiled(hidden), right)
 
 
+@pytest.mark.parametrize("masked", [-1e9, -torch.inf])
+def test_a_head_that_masks_classes(masked: float) -> None:
+    """A padded vocabulary: constants beside logits, in the forward or in the bias, hide nothing and are no NaN."""
+
+    class Padded(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            logits = super().forward(input).clone()
+            logits[..., 30:] = masked
+            return logits
+
+    class Capped(Padded):
+        def forward(self, input: Tensor) -> Tensor:
+            logits = super().forward(input)
+            return torch.where(logits == masked, logits, torch.tanh(logits))
+
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    in_bias = nn.Linear(8, 32)
+    with torch.no_grad():
+        in_bias.bias[30:] = masked
+    for make in (lambda: Padded(8, 32), lambda: nn.Sequential(in_bias)):
+        heads = make(), make()
+        found = linear_distillation_loss(
+            hidden, teacher_hidden=teacher, student_head=heads[0], teacher_head=heads[1].requires_grad_(False)
+        )
+        right = distillation_loss(heads[0](hidden), heads[1](teacher).detach())
+        torch.testing.assert_close(found, right)
+        a, b = (torch.autograd.grad(x, hidden)[0] for x in (found, right))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="student_head must be a linear map"):
+        linear_distillation_loss(hidden, teacher_hidden=torch.randn(5, 32), student_head=Capped(8, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+def test_the_bias_of_a_module_gets_the_gradient_of_a_plain_head(dtype: torch.dtype) -> None:
+    """It is left over between two large sums, which must not be rounded to nothing."""
+    torch.manual_seed(0)
+    head = nn.Linear(1024, 64).to(dtype)
+    hidden, teacher = (torch.randn(64, 1024) + 1).to(dtype), torch.randn(64, 64)
+    found, right = (
+        torch.autograd.grad(linear_distillation_loss(hidden, teacher_hidden=teacher, student_head=x), head.bias)[0]
+        for x in (nn.Sequential(head), head)
+    )
+    assert (found - right).norm() <= {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-2}[
+        dtype
+    ] * right.norm()
+
+
+def test_a_head_that_returns_float32_of_16_bits() -> None:
+    class Up(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 32).to(dtype)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.inner(input).float()
+
+    torch.manual_seed(0)
+    teacher = torch.randn(20, 32)
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        head, hidden = Up(dtype), torch.randn(20, 16).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = linear_distillation_loss(hidden, teacher_hidden=teacher, student_head=head)
+            right = distillation_loss(head(hidden), teacher)
+        torch.testing.assert_close(found, right, rtol=1e-2, atol=1e-3)
+
+
+def test_a_head_that_wants_samples_and_positions() -> None:
+    class Three(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            samples, positions, size = input.shape
+            return super().forward(input.reshape(-1, size)).reshape(samples, positions, -1)
+
+    head, hidden, teacher = Three(8, 40), torch.randn(2, 3, 8), torch.randn(2, 3, 40)
+    found = linear_distillation_loss(hidden, teacher_hidden=teacher, student_head=head)
+    torch.testing.assert_close(found, distillation_loss(head(hidden), teacher))
+
+
+def test_a_module_as_head_under_vmap() -> None:
+    head, hidden, teacher = Adapted(8, 40), torch.randn(3, 6, 8), torch.randn(3, 6, 40)
+
+    def loss(h: Tensor, t: Tensor) -> Tensor:
+        return linear_distillation_loss(h, teacher_hidden=t, student_head=head)
+
+    right = torch.stack([loss(h, t) for h, t in zip(hidden, teacher, strict=True)])
+    torch.testing.assert_close(torch.vmap(loss)(hidden, teacher), right)
+
+
 def test_a_head_on_the_meta_device_and_of_no_rows() -> None:
     head, no_rows = Adapted(8, 40), torch.randn(0, 8)
     assert linear_distillation_loss(no_rows, teacher_hidden=torch.randn(0, 40), student_head=head).item() == 0
@@ -382,7 +479,13 @@ def test_heads_that_are_not_linear_are_refused() -> None:
         loss(nn.Linear(8, 40), student_bias=torch.zeros(40))
     with pytest.raises(TypeError, match=r"student_weight must be a torch.Tensor; got Linear: pass it as student_head"):
         linear_distillation_loss(hidden, nn.Linear(8, 40), teacher)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"student_head must make floating-point logits \[9, 'V'\]"):
+    hooked = nn.Linear(8, 40)
+    hooked.register_full_backward_pre_hook(lambda module, gradients: gradients)
+    with pytest.raises(ValueError, match="student_head has backward hooks"):
+        loss(hooked)
+    with pytest.raises(ValueError, match="student_hidden must have a last dimension"):
+        linear_distillation_loss(torch.tensor(1.0), teacher_hidden=teacher, student_head=nn.Linear(8, 40))
+    with pytest.raises(ValueError, match=r"student_head must make floating-point logits \[1, 'V'\] of"):
         loss(nn.Flatten(0))
 
 
@@ -394,13 +497,27 @@ def test_tensor_subclasses_that_wrap_others_are_refused() -> None:
     with pytest.raises(TypeError, match="teacher_logits must be a plain tensor"):
         distillation_loss(weight, two)
 
+    labels = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(TypeError, match="labels must be a plain tensor"):
+        linear_distillation_loss(hidden, weight, hidden, weight, TwoTensor(labels, labels))
+    with pytest.raises(TypeError, match="weight must be a plain tensor"):
+        distillation_loss(weight, weight, weight=TwoTensor(torch.ones(40), torch.ones(40)))
+
     class Named(torch.Tensor):
         """Its own memory, and nothing changed."""
 
-    torch.testing.assert_close(
-        distillation_loss(weight.as_subclass(Named), weight + hidden.mean()).as_subclass(Tensor),
-        distillation_loss(weight, weight + hidden.mean()),
-    )
+    class Tagged(torch.Tensor):
+        """Its own memory, and a look at every function, as libraries extend tensors."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    for kind in (Named, Tagged):
+        torch.testing.assert_close(
+            distillation_loss(weight.as_subclass(kind), weight + hidden.mean()).as_subclass(Tensor),
+            distillation_loss(weight, weight + hidden.mean()),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ and others

@@ -135,8 +135,8 @@ def check(
                 raise ValueError(f"{name} must be of {', '.join(map(repr, known))}; got {one!r}")
     if any(not 256 <= v < 2**24 for v in vocab):
         raise ValueError(f"vocab must be sizes from 256, one class a byte, to 16,777,215; got {tuple(vocab)}")
-    if not 1 <= tokens <= 1_000_000:
-        raise ValueError(f"tokens must be from 1 to 1,000,000; got {tokens}")
+    if not 1 <= tokens <= 1_000_000 or (tokens > _POSITIONS and tokens % _POSITIONS):
+        raise ValueError(f"tokens must be from 1 to {_POSITIONS}, or a multiple of it up to 1,000,000; got {tokens}")
     if not 1 <= repeats <= 1_000_000:
         raise ValueError(f"repeats must be from 1 to 1,000,000; got {repeats}")
     if threads is not None and not 1 <= threads <= 4096:
@@ -232,10 +232,10 @@ def contenders(case: Case, tokens: int, compile: bool) -> Iterator[Contender]:
 
 
 def source_bytes(count: int) -> Tensor:
-    """The first bytes of argparse's source, [samples, at most 128]; from the start again after its end."""
+    """`count` bytes of argparse's source, [samples, at most 128]; from the start again after its end."""
     text = torch.frombuffer(bytearray(inspect.getsource(argparse).encode()), dtype=torch.uint8)
     length = min(count, _POSITIONS)
-    rows = max(count // length, 1)
+    rows = count // length
     return text.repeat(-(-rows * length // len(text)))[: rows * length].view(rows, length).long()
 
 

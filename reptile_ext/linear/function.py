@@ -22,7 +22,7 @@ from ..checks import (
     refuse_dtensor,
     warn_of_temperature,
 )
-from ..functional import for_operators, needs_reference
+from ..functional import for_operators, needs_reference, own_of
 from ..options import REDUCTIONS, Options, make_options
 from ..reference import counted_rows
 from .dtensor import gathered, is_dtensor
@@ -223,6 +223,10 @@ def _apply(config: LinearConfig, tensors: tuple[Any, ...], constants: Constants)
         if not compat.is_traced(tensors[0]):
             fused: Tensor = autograd.Fused.apply(LinearLoss, config, *constants, *tensors)  # type: ignore[no-untyped-call]
             return fused
+        if not torch.compiler.is_compiling():  # make_fx
+            tensors = tuple(map(own_of, tensors))
+            labels, weight, divisor = map(own_of, constants)
+            constants = (labels, weight, divisor)
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
         now = LinearLoss.gradients_at_once(config, tensors[0], needed)
         traced: Tensor = operator(*operator_arguments(config, tensors, constants, None, now))[0]
