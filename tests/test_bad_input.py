@@ -458,8 +458,8 @@ def test_a_head_is_no_weight_and_an_output_no_hidden_states() -> None:
     }
     reptile_ext.linear_distillation_loss(**right)
     wrong: list[tuple[str, Any, str]] = [
-        ("student_weight", head, "student_weight must be a torch.Tensor; got Linear: pass its .weight"),
-        ("teacher_weight", head, "teacher_weight must be a torch.Tensor; got Linear: pass its .weight"),
+        ("student_weight", head, "student_weight must be a torch.Tensor; got Linear: pass it as student_head"),
+        ("teacher_weight", head, "teacher_weight must be a torch.Tensor; got Linear: pass it as teacher_head"),
         (
             "student_hidden",
             SimpleNamespace(last_hidden_state=hidden),

@@ -150,9 +150,13 @@ def test_nothing_in_and_nothing_to_divide_by(dtype: torch.dtype) -> None:
 
 
 def test_a_wrong_label_that_cannot_raise_spoils_its_row_alone() -> None:
-    """Under torch.func, values cannot be looked at: the row becomes NaN, and no other."""
+    """Where a compiler has torch.func before it, values cannot be looked at: the row becomes NaN, and no other."""
     s, t, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 77, 2])
-    gradient = torch.func.grad(lambda s: distillation_loss(s, t, labels, hard_weight=1.0, reduction="sum"))(s)
+    f = torch.func.grad(lambda s: distillation_loss(s, t, labels, hard_weight=1.0, reduction="sum"))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):
+        f(s)
+    torch.compiler.reset()
+    gradient = torch.compile(f, backend="eager", fullgraph=True)(s)
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
 
