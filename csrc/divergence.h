@@ -255,7 +255,7 @@ struct Jsd : MixtureDefaults<V> {
     const V over_m = Jsd::over(fma(beta, p, one_minus_beta * q));
     const V z = (p - q) * over_m;
     const V log_p = log_of_ratio(p * over_m, one_minus_beta * z);
-    const V log_q = log_of_ratio(q * over_m, V(0) - beta * z);
+    const V log_q = log_of_ratio(q * over_m, (V(0) - beta) * z);
     sums[0] = fma(p, log_p, sums[0]);
     sums[1] = fma(q, log_q, sums[1]);
     kept[1] = log_q;
@@ -294,7 +294,7 @@ struct SkewReverseKl : MixtureDefaults<V> {
   static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
     const V over_m = SkewReverseKl::over(fma(beta, q, one_minus_beta * p));
     const V z = (p - q) * over_m;
-    const V log_q = log_of_ratio(q * over_m, V(0) - one_minus_beta * z);
+    const V log_q = log_of_ratio(q * over_m, (V(0) - one_minus_beta) * z);
     kept[1] = fma(beta * one_minus_beta, z, log_q);
     sums[0] = fma(q, log_q, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);

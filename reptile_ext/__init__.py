@@ -16,7 +16,7 @@ try:
     from . import ops as ops  # first: it loads the compiled files, or says why it cannot
     from . import reference
     from .functional import distillation_loss
-    from .linear import linear_distillation_loss
+    from .linear import linear_distillation_loss, release_scratch
     from .modules import DistillationLoss, LinearDistillationLoss
 except ImportError as error:
     # The compiled operators do not load. Whoever wants one of the names above is told; `reptile doctor`, which wants
@@ -36,4 +36,5 @@ __all__ = [
     "distillation_loss",
     "linear_distillation_loss",
     "reference",
+    "release_scratch",
 ]

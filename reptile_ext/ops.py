@@ -140,6 +140,20 @@ def instruction_set(name: str | None = None) -> str:
     return str(result.decode())
 
 
+_library.reptile_ext_kept_memory.restype = ctypes.c_size_t
+_library.reptile_ext_release_memory.restype = None
+
+
+def kept_memory() -> int:
+    """Bytes of memory that were gradients on the CPU, nobody's now, and are kept for the next ones."""
+    return int(_library.reptile_ext_kept_memory())
+
+
+def release_memory() -> None:
+    """Give them back to the system."""
+    _library.reptile_ext_release_memory()
+
+
 distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.distillation_loss.default
 distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.distillation_loss_.default
 row_stats: Callable[..., Tensor] = torch.ops.reptile_ext.row_stats.default

@@ -59,6 +59,7 @@ def test_run_writes_tables_figures_and_chart(tmp_path: Path, capsys: pytest.Capt
             assert r["ns_per_pair"] == pytest.approx(median * 1e6 / (r["rows"] * vocab))
             assert r["times_as_fast_as"]["eager"] == pytest.approx(of_case["eager"]["ms"]["median"] / median)
             assert r["share_of_limit"] == pytest.approx(of_case["limit"]["ms"]["median"] / median)
+            assert r["share_of_in_place"] == pytest.approx(of_case["ours in place"]["ms"]["median"] / median)
             if name != "limit":
                 assert r["loss"] == pytest.approx(exact, rel=2e-2 if name == "eager" else 1e-5)
             assert r["divergence"] == "forward_kl"

@@ -120,13 +120,13 @@ def library() -> Path:
     return next(p for folder in reptile_ext.__path__ if (p := Path(folder) / "_ops.so").exists())
 
 
-def test_the_library_exports_its_one_c_function() -> None:
+def test_the_library_exports_its_c_functions() -> None:
     """Everything else of it is hidden, so two extensions in a process cannot take each other's functions."""
     output = subprocess.run(
         [tool("nm"), "-D", "--defined-only", "-C", str(library())], capture_output=True, text=True, check=True
     ).stdout
-    ours = [line for line in output.splitlines() if "reptile_ext" in line]
-    assert [line.split()[1:] for line in ours] == [["T", "reptile_ext_instruction_set"]]
+    ours = {tuple(line.split()[1:]) for line in output.splitlines() if "reptile_ext" in line}
+    assert ours == {("T", f"reptile_ext_{name}") for name in ("instruction_set", "kept_memory", "release_memory")}
 
 
 def test_bug_18_the_library_needs_nothing_of_torch_but_its_stable_c_functions() -> None:
@@ -135,21 +135,24 @@ def test_bug_18_the_library_needs_nothing_of_torch_but_its_stable_c_functions() 
         [tool("nm"), "-D", "--undefined-only", str(library())], capture_output=True, text=True
     ).stdout
     needed = [line.split()[-1].split("@")[0] for line in output.splitlines()]
+    weak = {line.split()[-1] for line in output.splitlines() if line.split()[0] == "w"}
     assert not [name for name in needed if re.search(r"3c10|2at|5torch", name)]
     of_torch = {name for name in needed if name.startswith(("aoti_torch_", "torch_"))}
-    declared = {name for name, _ in declarations((CSRC / "torch" / "stable_abi.h").read_text())}
+    of_2_10, of_2_11 = (dict(declarations(STABLE_ABI, number)) for number in (0, 1))
     assert of_torch
-    assert of_torch <= declared
+    assert of_torch <= {*of_2_10, *of_2_11}
+    assert of_torch & weak == {*of_2_11}, "null, and not an error, where torch is older"
 
 
 # --------------------------------------------------------------------------------------------------- the stable ABI
 
 
-def declarations(source: str) -> list[tuple[str, str]]:
-    """(name, declaration) of every function in the extern "C" block of our header."""
-    block = re.search(r'extern "C" \{(.*?)\n\}', source, re.S)
-    assert block is not None
-    code = re.sub(r"//[^\n]*", "", block[1])
+STABLE_ABI = (CSRC / "torch" / "stable_abi.h").read_text()
+
+
+def declarations(source: str, block: int = 0) -> list[tuple[str, str]]:
+    """(name, declaration) of every function in an extern "C" block of our header: torch 2.10's, and later ones."""
+    code = re.sub(r"//[^\n]*", "", re.findall(r'extern "C" \{(.*?)\n\}', source, re.S)[block])
     found = []
     for statement in code.split(";"):
         if match := re.match(r"\s*(?!typedef|using|struct)[\w\s*]+?\b(\w+)\(.*\)\s*$", statement, re.S):
@@ -157,34 +160,40 @@ def declarations(source: str) -> list[tuple[str, str]]:
     return found
 
 
-def compile_against_torch(tmp_path: Path, source: str) -> subprocess.CompletedProcess[str]:
+def compile_against_torch(tmp_path: Path, source: str, minor: int) -> subprocess.CompletedProcess[str]:
     file = tmp_path / "declarations.cpp"
     file.write_text(source)
-    flags = ["-std=c++20", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020A000000000000", "-DUSE_CUDA"]
+    flags = ["-std=c++20", "-fsyntax-only", f"-DTORCH_TARGET_VERSION=0x02{minor:02X}000000000000", "-DUSE_CUDA"]
     flags += ["-isystem", str(TORCH_INCLUDE), "-isystem", str(TORCH_INCLUDE / "torch/csrc/api/include")]
     return subprocess.run([compiler(), *flags, str(file)], capture_output=True, text=True, check=False)
 
 
-def test_our_declarations_are_pytorchs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("block", "minor", "type_of", "another"),
+    [(0, 10, "uint32_t* out_num_threads", "uint64_t* out_num_threads"), (1, 11, "int64_t ndim", "int32_t ndim")],
+)
+def test_our_declarations_are_pytorchs(tmp_path: Path, block: int, minor: int, type_of: str, another: str) -> None:
     """Our header's C functions once more after PyTorch's own: any difference in a type is a compiler error.
 
     extern "C" functions may be declared twice but not differently; the second declaration alone could also be of a
     function that does not exist, hence the pointers, which name PyTorch's before ours is seen.
     """
-    ours = declarations((CSRC / "torch" / "stable_abi.h").read_text())
-    assert len(ours) >= 20, "the block of declarations was not found"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, minor):
+        pytest.skip(f"torch {torch.__version__} does not have these")
+    ours = declarations(STABLE_ABI, block)
+    assert len(ours) >= (20, 1)[block], "the block of declarations was not found"
     head = "#include <cstdint>\n#include <torch/csrc/stable/c/shim.h>\n"
     known = "".join(f"constexpr auto known_{name} = &{name};\n" for name, _ in ours)
     again = 'extern "C" {\n' + "\n".join(declaration for _, declaration in ours) + "\n}\n"
-    result = compile_against_torch(tmp_path, head + known + again)
+    result = compile_against_torch(tmp_path, head + known + again, minor)
     assert result.returncode == 0, result.stderr
 
     # And the test can fail: one parameter of another type.
-    wrong = again.replace("uint32_t* out_num_threads", "uint64_t* out_num_threads")
+    wrong = again.replace(type_of, another)
     assert wrong != again
-    result = compile_against_torch(tmp_path, head + known + wrong)
+    result = compile_against_torch(tmp_path, head + known + wrong, minor)
     assert result.returncode != 0
-    assert "torch_get_num_threads" in result.stderr
+    assert ("torch_get_num_threads", "torch_from_blob")[block] in result.stderr
 
 
 def test_the_operators_compile_against_pytorchs_own_headers() -> None:

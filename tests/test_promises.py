@@ -453,6 +453,7 @@ def step(rows, divergence):
     if not {teacher_learns}:
         teacher = teacher.detach()
     labels = torch.zeros(rows, dtype=torch.long)
+    reptile_ext.release_scratch()
     open("/proc/self/clear_refs", "w").write("5")  # the peak so far is what is there now
     before = status("VmHWM")
     keywords = dict(divergence=divergence, temperature=2.0, hard_weight=1.0, inplace={inplace}, reduction="{reduction}")

@@ -182,7 +182,7 @@ size_t bytes_of(const View& view, const char* name) {
   return bytes;
 }
 
-Tensor new_gradient(const Tensor& student) {
+Tensor fresh_gradient(const Tensor& student) {
   try {
     return torch::stable::empty_like(student);
   } catch (const std::exception&) {

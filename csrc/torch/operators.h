@@ -20,7 +20,8 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
 Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
                  const OptionalTensor& sums);
 Device device_of(const Tensor& tensor);
-void prepare(const View& new_gradient);
+// A tensor for the gradient, as empty_like would make it.
+Tensor new_gradient(const Tensor& student);
 
 std::tuple<Tensor, Tensor> loss_and_gradient(const Arguments& a, bool needs_gradient, const Combined* combined) {
   const View view(a.student);
@@ -31,7 +32,6 @@ std::tuple<Tensor, Tensor> loss_and_gradient(const Arguments& a, bool needs_grad
   }
   Tensor gradient = new_gradient(a.student);
   const View gradient_view(gradient);
-  prepare(gradient_view);
   Tensor loss = run(a, view, &gradient_view, combined);
   return {std::move(loss), std::move(gradient)};
 }

@@ -15,11 +15,8 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../cpu/dispatch.h"
+#include "kept_memory.h"
 
 namespace reptile_ext {
 namespace {
@@ -45,15 +42,54 @@ void* thread_scratch(size_t bytes) {
   return memory.get();
 }
 
-// A fresh gradient costs more in page faults than in arithmetic; with huge pages there are 512 times fewer of them.
-void prepare(const View& gradient) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(gradient.data);
-  const uintptr_t begin = (data + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (data + bytes_of(gradient, "gradient")) & ~(kHugePage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: errors are fine
-#endif
+// The strides of empty_like: those of a tensor without holes, else without them and in the same order. False where that
+// order is a matter of opinion: dimensions that overlap.
+bool strides_like(const View& view, std::vector<int64_t>& strides) {
+  std::vector<int64_t> order;  // from the innermost dimension outwards
+  for (int64_t d = view.ndim - 1; d >= 0; --d) {
+    if (view.strides[d] <= 0) return false;
+    order.push_back(d);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return std::pair(view.strides[a], view.sizes[a]) < std::pair(view.strides[b], view.sizes[b]);
+  });
+  strides.resize(order.size());
+  bool has_holes = false;
+  int64_t dense = 1;
+  for (int64_t d : order) {
+    strides[size_t(d)] = dense;
+    if (view.sizes[d] == 1) continue;
+    if (view.strides[d] < dense) return false;
+    has_holes |= view.strides[d] > dense;
+    dense *= view.sizes[d];
+  }
+  if (!has_holes) std::copy_n(view.strides, view.ndim, strides.begin());
+  return true;
+}
+
+// From memory that is kept, if it is large enough to be worth it and torch lets it be got back.
+Tensor new_gradient(const Tensor& student) {
+  const View view(student);
+  const size_t bytes = bytes_of(view, "student");
+  std::vector<int64_t> strides;
+  if (!torch_from_blob || bytes < KeptMemory::kLeastBytes || bytes > KeptMemory::kMostBytes ||
+      !strides_like(view, strides)) {
+    Tensor gradient = fresh_gradient(student);
+    advise_huge_pages(View(gradient).data, bytes);
+    return gradient;
+  }
+  const Block block = KeptMemory::instance().take(bytes);
+  if (!block.data) return fresh_gradient(student);  // which says that there is no memory
+  const auto deleter = [](void* data, void* size) {
+    KeptMemory::instance().give_back({data, reinterpret_cast<size_t>(size)});
+  };
+  AtenTensorHandle handle;
+  if (torch_from_blob(block.data, view.ndim, view.sizes, strides.data(), 0, view.dtype, kCpu.type, -1, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, deleter, reinterpret_cast<void*>(block.bytes)) != 0) {
+    KeptMemory::instance().give_back(block);
+    fail("PyTorch call failed: torch_from_blob");
+  }
+  return Tensor(handle);
 }
 
 // Calls f(begin, end) over [0, n) in chunks that threads fetch as they get free: rows that are masked cost nothing, so
@@ -231,6 +267,14 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
 STABLE_TORCH_LIBRARY(reptile_ext, m) { REPTILE_EXT_DEFINE(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
+
+// Through ctypes: gives back the memory that is kept for gradients; and how many bytes that is.
+extern "C" __attribute__((visibility("default"))) void reptile_ext_release_memory() {
+  reptile_ext::KeptMemory::instance().release();
+}
+extern "C" __attribute__((visibility("default"))) size_t reptile_ext_kept_memory() {
+  return reptile_ext::KeptMemory::instance().kept();
+}
 
 // For the test-suite and `reptile doctor`, through ctypes: the set in use; with a name, use that one from now on. Null
 // if there is no such set on this machine; `error`, of `size` bytes, then says so.

@@ -165,7 +165,7 @@ Tensor run_stats(const Arguments& a, const View& student, Part part, int count, 
 }
 
 Device device_of(const Tensor& tensor) { return OnDevice(tensor).device; }
-void prepare(const View&) {}
+Tensor new_gradient(const Tensor& student) { return fresh_gradient(student); }
 
 void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
                      const std::optional<Tensor>& weight, int64_t ignore_index, int64_t vocab_size, int64_t dim) {

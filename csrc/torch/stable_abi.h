@@ -45,6 +45,7 @@ int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_int64();
+int32_t aoti_torch_layout_strided();
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle orig_handle, AtenTensorHandle* new_handle);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
@@ -212,3 +213,13 @@ inline Tensor empty_like(const Tensor& self) {
   static void fill_##ns##_##id(torch::stable::detail::StableLibrary& m)
 
 #endif
+
+// Of torch 2.11 and later: a tensor of memory that the caller brings, and what is to be called when its storage goes.
+// Null in torch 2.10.
+extern "C" {
+AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
+                               int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                               AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
+                               int64_t opaque_metadata_size, void (*deleter)(void* data, void* ctx), void* deleter_ctx);
+}
+#pragma weak torch_from_blob

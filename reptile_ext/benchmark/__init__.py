@@ -4,7 +4,8 @@ What is timed is forward and backward of a divergence as a user calls it, with g
 
     ours in place   distillation_loss(s, t, divergence=d, temperature=2.0, inplace=True), s the output of another node
                     of the graph
-    ours            distillation_loss(s, t, divergence=d, temperature=2.0)
+    ours            distillation_loss(s, t, divergence=d, temperature=2.0): the gradient is a new tensor, in memory that
+                    was an earlier one's from the second step on
     eager           d in plain PyTorch, as in eager.py
     eager fp32      the same of s.float() and t.float(); for float32 logits that is eager itself, and left out
     torch.compile   eager, compiled for exactly this shape

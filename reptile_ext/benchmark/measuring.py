@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..linear import release_scratch
 from ..timing import Measured, Turns
 from .data import Case, Data
 from .losses import BASELINES, check, contenders, exact
@@ -22,6 +23,7 @@ class Result:
     loss: float | None
     against: dict[str, float]  # times as fast as each baseline
     share_of_limit: float | None
+    share_of_in_place: float | None  # its speed over that of ours in place
     share_of_forward_kl: float | None  # its speed over that of the same contender with forward_kl
 
     @property
@@ -45,6 +47,7 @@ class Result:
             "ns_per_pair": self.ns_per_pair,
             "times_as_fast_as": self.against,
             "share_of_limit": self.share_of_limit,
+            "share_of_in_place": self.share_of_in_place,
             "share_of_forward_kl": self.share_of_forward_kl,
             "loss": self.loss,
         }
@@ -66,7 +69,7 @@ def measure(same_shape: Sequence[Case], data: Data, repeats: int, compile: bool)
         del wanted
     is_large = same_shape[0].is_large
     if is_large:
-        turns.measure_peaks()
+        turns.measure_peaks(release=release_scratch)
     turns.take_turns(repeats, warm_up=True, in_a_row=1 if is_large else IN_A_ROW, enough_ns=TURN_NS)
 
     medians = {key: one.ms[1] for key, one in measured.items() if one.ns}
@@ -86,6 +89,7 @@ def measure(same_shape: Sequence[Case], data: Data, repeats: int, compile: bool)
                 losses.get((case, name)),
                 {baseline: ratio for baseline, ratio in against.items() if ratio is not None},
                 speed(case, name, case, "limit"),
+                speed(case, name, case, "ours in place"),
                 speed(case, name, case._replace(divergence="forward_kl"), name),
             )
         )

@@ -93,7 +93,7 @@ def linear_distillation_loss(
             the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's (of both 256, if the
             models may be one and the same), below which products get slow; on a GPU a 128th of its memory, but never
             less than 2,048 rows of both. On the CPU more than 512 rows of the student's are of no use, and up to
-            256 MiB are kept for the next call (`reptile_ext.linear.release_scratch()` gives them back).
+            256 MiB are kept for the next call (`reptile_ext.release_scratch()` gives them back).
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import compat
+from .. import compat, ops
 
 KEPT_AT_MOST = 256 << 20  # bytes: enough for the smallest chunks of 170,000 classes in 16 bits
 
@@ -19,8 +19,10 @@ _kept: list[Tensor] = []
 
 
 def release_scratch() -> None:
-    """Give back the memory that the fused linear loss keeps between calls on the CPU, 256 MiB at most."""
+    """Give back the memory that is kept between calls on the CPU: for gradients of logits, 1 GiB at most, and for the
+    logits of the fused linear loss, 256 MiB at most. What a tensor still holds is not among it."""
     _kept.clear()
+    ops.release_memory()
 
 
 class Scratch:

@@ -520,13 +520,13 @@ Result run(const Case& c, const Kernels& kernels, char garbage) {
 
   // Without a soft part the teacher is not read at all.
   const bool is_hidden = !c.is_soft() && !c.teacher_is_student;
-  if (is_hidden) __asan_poison_memory_region(teacher.data(), teacher.size());
+  if (is_hidden) ASAN_POISON_MEMORY_REGION(teacher.data(), teacher.size());
   const int64_t first = c.outer_index * c.p.num_rows;
   for (size_t i = 0; i + 1 < c.cuts.size(); ++i) {
     Memory scratch(kernels.scratch_bytes(p), garbage);
     kernels.loss_rows(p, first + c.cuts[i], first + c.cuts[i + 1], scratch.data());
   }
-  if (is_hidden) __asan_unpoison_memory_region(teacher.data(), teacher.size());
+  if (is_hidden) ASAN_UNPOISON_MEMORY_REGION(teacher.data(), teacher.size());
 
   if (teacher != c.teacher.memory) fail(-1, "the teacher was written");
   if (!in_place && student != c.student.memory) fail(-1, "the student was written");

@@ -45,10 +45,10 @@ inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1), a.v); }
 // w = f · 2^k with f in [¾, 1½).
 inline void split(Float w, Float& f, Float& k) {
-  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(w.v), _mm256_set1_epi32(int(kOneF - kSplitF)));
-  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
-  f.v = _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_set1_epi32(int(kSplitF))));
-  k.v = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
+  const __m256i bits = _mm256_castps_si256(w.v);
+  const __m256i above = _mm256_sub_epi32(bits, _mm256_set1_epi32(int(kSplitF)));
+  f.v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_and_si256(above, _mm256_set1_epi32(int(0xff800000)))));
+  k.v = _mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23));
 }
 inline Float where_not_masked(Float x, Float a) {
   return _mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(kNegInf), _CMP_NEQ_UQ), a.v);
