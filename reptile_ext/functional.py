@@ -45,6 +45,12 @@ class LogitsLoss:
         return loss, LogitsLoss.keep(options, (gradient,), tensors, constants) if now else None
 
     @staticmethod
+    def in_place(
+        options: Options, tensors: tuple[Any, ...], constants: Constants, grad_output: Tensor | None
+    ) -> Tensor:
+        return ops.distillation_loss_(*tensors, *constants, grad_output, *ops.numbers(options))
+
+    @staticmethod
     def keep(options: Options, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants) -> Any:
         # Labels and weight, not asked of what is saved: hooks (save_on_cpu, checkpoint) make that dear to look at.
         dim = options.dim
@@ -229,6 +235,18 @@ def for_operators(
     device: torch.device,
 ) -> tuple[Constants, Options]:
     """The constants in the dtypes that the operators take; a denominator that is a number becomes the scale."""
+    divisor, options = divisor_for_operators(denominator, options, device)
+    if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
+        labels = labels.to(torch.int64).contiguous()
+    if weight is not None:
+        weight = weight.detach().to(torch.float64).contiguous()
+    return (labels, weight, divisor), options
+
+
+def divisor_for_operators(
+    denominator: float | Tensor | None, options: Options, device: torch.device
+) -> tuple[Tensor | None, Options]:
+    """A denominator that is a tensor in the operators' dtype; one that is a number becomes the scale."""
     divisor = None
     if denominator is not None:
         if isinstance(denominator, Tensor):
@@ -240,11 +258,7 @@ def for_operators(
             options = options._replace(reduction=_SUM)
         else:
             options = options._replace(reduction=_SUM, scale=1.0 / float(denominator))
-    if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
-        labels = labels.to(torch.int64).contiguous()
-    if weight is not None:
-        weight = weight.detach().to(torch.float64).contiguous()
-    return (labels, weight, divisor), options
+    return divisor, options
 
 
 def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Options) -> Tensor:

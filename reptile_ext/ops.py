@@ -147,8 +147,12 @@ row_gradient: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.row_g
 row_gradient_: Callable[..., Tensor] = torch.ops.reptile_ext.row_gradient_.default
 scale_gradient_: Callable[..., None] = torch.ops.reptile_ext.scale_gradient_.default
 
+binary_distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.binary_distillation_loss.default
+binary_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.binary_distillation_loss_.default
+scale_elements_: Callable[..., None] = torch.ops.reptile_ext.scale_elements_.default
+
 # THE ARGUMENTS of the operators are listed in csrc/torch/arguments.h and nowhere else. All operators but
-# scale_gradient_ have these: two models' logits, constants of the loss that are tensors, what the gradient is
+# scale_gradient_ and scale_elements_ have these: two models' logits, constants of the loss that are tensors, what the gradient is
 # multiplied by, and numbers.
 DECLARATIONS = compat.argument_declarations(distillation_loss_)  # "Tensor? labels", ...
 NAMES = tuple(declaration.split()[-1] for declaration in DECLARATIONS)
@@ -183,6 +187,19 @@ def _fake_loss(given: dict[str, Any]) -> Tensor:
     )
 
 
+def _fake_binary_loss(given: dict[str, Any]) -> Tensor:
+    student: Tensor = given["student"]
+    double = torch.float64 in (student.dtype, given["teacher"].dtype)
+    shape = student.shape if REDUCTIONS[given["reduction"]] == "none" else []
+    return student.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+
+
+def _fake_binary_loss_and_gradient(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    student: Tensor = given["student"]
+    gradient = torch.empty_like(student) if given["needs_gradient"] else student.new_empty([0])
+    return _fake_binary_loss(given), gradient
+
+
 def _fake_loss_and_gradient(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     student: Tensor = given["student"]
     gradient = torch.empty_like(student) if given["needs_gradient"] else student.new_empty([0])
@@ -210,3 +227,6 @@ _register_fake("row_stats", _fake_row_stats)
 _register_fake("row_gradient", _fake_loss_and_gradient)
 _register_fake("row_gradient_", _fake_loss)
 _register_fake("scale_gradient_", lambda given: None)
+_register_fake("binary_distillation_loss", _fake_binary_loss_and_gradient)
+_register_fake("binary_distillation_loss_", _fake_binary_loss)
+_register_fake("scale_elements_", lambda given: None)
