@@ -73,29 +73,44 @@ constexpr double kLog2E = 1.44269504088896340735992468100;
 constexpr double kInf = __builtin_inf();
 constexpr double kNaN = __builtin_nan("");
 
-// log Z, and Z − 1 where it is known better than from Z.
+// What a row's sums are asked for. Of rows of two classes Z − 1 is known, and better than from Z.
+REPTILE_EXT_FN double over(double z) { return 1 / z; }
 REPTILE_EXT_FN double log_of_sum(double z, double /*z_minus_1*/) { return log(z); }
+REPTILE_EXT_FN double log_of_quotient(double z, double w, double, double) { return log(z) - log(w); }
+template <class T>
+REPTILE_EXT_FN T over(T z) {
+  return reciprocal(z);
+}
 template <class T>
 REPTILE_EXT_FN T log_of_sum(T z, T z_minus_1) {
   return log_of_ratio(z, z_minus_1);
+}
+template <class T>
+REPTILE_EXT_FN T log_of_quotient(T z, T w, T z_minus_1, T w_minus_1) {
+  const T over_w = reciprocal(w);
+  return log_of_ratio(z * over_w, (z_minus_1 - w_minus_1) * over_w);
 }
 
 // What `finish` knows of a row.
 template <class T>
 struct Row {
-  const T* sums;                 // of the first pass
-  const T* mixture;              // of the mixture pass
-  T beta, one_minus_beta;        // β and 1 − β
-  T a_label, b_label;            // a and b of the label's class, if kExcludesLabel
-  T z_s_minus_1, z_t_minus_1;    // of rows of two classes alone
+  const T* sums;               // of the first pass
+  const T* mixture;            // of the mixture pass
+  T beta, one_minus_beta;      // β and 1 − β
+  T a_label, b_label;          // a and b of the label's class, if kExcludesLabel
+  T z_s_minus_1, z_t_minus_1;  // of rows of two classes alone
   // Set by `finish` to +inf where D is, because the teacher has no mass where the student has some. The gradient would
   // be infinite too; it is taken as 0, and to that end the driver sets kept[kUnbounded] of the row to 0.
   T unbounded;
 
   REPTILE_EXT_FN T z_s() const { return sums[0]; }
   REPTILE_EXT_FN T z_t() const { return sums[1]; }
+  REPTILE_EXT_FN T over_z_s() const { return over(sums[0]); }
+  REPTILE_EXT_FN T over_z_t() const { return over(sums[1]); }
   REPTILE_EXT_FN T log_z_s() const { return log_of_sum(sums[0], z_s_minus_1); }
   REPTILE_EXT_FN T log_z_t() const { return log_of_sum(sums[1], z_t_minus_1); }
+  // log (Z_s / Z_t)
+  REPTILE_EXT_FN T log_z_s_to_z_t() const { return log_of_quotient(sums[0], sums[1], z_s_minus_1, z_t_minus_1); }
   // `centre`, the mean of the kept values under q, or 0 where the row is unbounded.
   REPTILE_EXT_FN T if_bounded(T centre) const { return where_not_masked(T(0) - unbounded, centre); }
 };
@@ -149,9 +164,9 @@ struct ForwardKl : Defaults {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale / row.z_s();
-    k[1] = scale / row.z_t();
-    return T(kLn2) * row.sums[2] / row.z_t() + (row.log_z_s() - row.log_z_t());
+    k[0] = scale * row.over_z_s();
+    k[1] = scale * row.over_z_t();
+    return T(kLn2) * row.sums[2] * row.over_z_t() + row.log_z_s_to_z_t();
   }
 };
 
@@ -171,11 +186,11 @@ struct ReverseKl : Defaults {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    const T centre = row.sums[2] / row.z_s();
+    const T centre = row.sums[2] * row.over_z_s();
     row.unbounded = centre;
-    k[0] = scale * T(kLn2) / row.z_s();
+    k[0] = scale * T(kLn2) * row.over_z_s();
     k[1] = row.if_bounded(centre);
-    return T(kLn2) * centre + (row.log_z_t() - row.log_z_s());
+    return T(kLn2) * centre - row.log_z_s_to_z_t();
   }
 };
 
@@ -194,14 +209,14 @@ struct SymmetricKl : Defaults {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
-    const T centre = row.sums[3] / row.z_s();
-    const T difference = row.log_z_s() - row.log_z_t();
+    const T centre = row.sums[3] * row.over_z_s();
+    const T difference = row.log_z_s_to_z_t();
     row.unbounded = centre;
-    k[0] = scale * row.one_minus_beta / row.z_s();
-    k[1] = scale * row.one_minus_beta / row.z_t();
-    k[2] = scale * row.beta * T(kLn2) / row.z_s();
+    k[0] = scale * row.one_minus_beta * row.over_z_s();
+    k[1] = scale * row.one_minus_beta * row.over_z_t();
+    k[2] = scale * row.beta * T(kLn2) * row.over_z_s();
     k[3] = row.if_bounded(centre);
-    return row.one_minus_beta * (T(kLn2) * row.sums[2] / row.z_t() + difference) +
+    return row.one_minus_beta * (T(kLn2) * row.sums[2] * row.over_z_t() + difference) +
            row.beta * (T(kLn2) * centre - difference);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
@@ -225,9 +240,9 @@ struct SoftCrossEntropy : Defaults {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale / row.z_s();
-    k[1] = scale / row.z_t();
-    return row.log_z_s() - T(kLn2) * row.sums[2] / row.z_t();
+    k[0] = scale * row.over_z_s();
+    k[1] = scale * row.over_z_t();
+    return row.log_z_s() - T(kLn2) * row.sums[2] * row.over_z_t();
   }
 };
 
@@ -246,9 +261,9 @@ struct MirroredSoftCrossEntropy : Defaults {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    const T centre = row.sums[2] / row.z_s();
+    const T centre = row.sums[2] * row.over_z_s();
     row.unbounded = T(0) - centre;
-    k[0] = (T(0) - scale) * T(kLn2) / row.z_s();
+    k[0] = (T(0) - scale) * T(kLn2) * row.over_z_s();
     k[1] = row.if_bounded(centre);
     return row.log_z_t() - T(kLn2) * centre;
   }
@@ -300,7 +315,7 @@ struct Jsd : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale * row.one_minus_beta / row.z_s();
+    k[0] = scale * row.one_minus_beta * row.over_z_s();
     k[1] = row.mixture[1];
     return row.beta * row.mixture[0] + row.one_minus_beta * row.mixture[1];
   }
@@ -320,7 +335,7 @@ struct SkewKl : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta / row.z_s();
+    k[0] = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta * row.over_z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
   }
@@ -341,7 +356,7 @@ struct SkewReverseKl : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale / row.z_s();
+    k[0] = scale * row.over_z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
   }
@@ -366,7 +381,7 @@ struct Tvd : MixtureDefaults<V> {
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
     k[0] = row.z_s() / row.z_t();  // as in the mixture pass: the sign must come out the same
-    k[1] = scale * T(0.5) / row.z_s();
+    k[1] = scale * T(0.5) * row.over_z_s();
     k[2] = row.mixture[1];
     return T(0) - max(T(-1), T(-0.5) * row.mixture[0]);  // at most 1
   }

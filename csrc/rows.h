@@ -105,8 +105,8 @@ struct BinaryProblem {
   double beta = 0, one_minus_beta = 1;
   double student_temperature = 1, teacher_temperature = 1;
   double soft_scale = 1, hard_weight = 0;
-  double scale = 1;           // of losses and gradient
-  double* sums = nullptr;     // of weight · loss, one a block of kElementsPerBlock
+  double scale = 1;        // of losses and gradient
+  double* sums = nullptr;  // of weight · loss, one a block of kElementsPerBlock
 };
 constexpr int64_t kElementsPerBlock = 1024;
 

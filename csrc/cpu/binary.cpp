@@ -53,7 +53,7 @@ void widen(const T* from, int64_t n, Scalar* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = Scalar(to_float(from[i]));
 }
 void widen(const float* from, int64_t n, float* to) { std::memcpy(to, from, size_t(n) * sizeof(float)); }
-void widen(const Float16* from, int64_t n, float* to) {
+__attribute__((noinline)) void widen(const Float16* from, int64_t n, float* to) {
   constexpr int kPair = 2 * Float::kLanes;
   Float a, b;
   int64_t i = 0;
@@ -61,7 +61,10 @@ void widen(const Float16* from, int64_t n, float* to) {
     load2(from + i, a, b);
     store2(to + i, a, b);
   }
-  for (; i < n; ++i) to[i] = to_float(from[i]);
+  if (i < n) {
+    load2_tail(from + i, int(n - i), a, b);
+    store2_tail(to + i, int(n - i), a, b);
+  }
 }
 
 template <class Scalar, class T>
@@ -78,7 +81,7 @@ template <class Scalar, class T>
 void narrow(const Scalar* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) narrow_one(from[i], to + i);
 }
-void narrow(const float* from, int64_t n, Float16* to) {
+__attribute__((noinline)) void narrow(const float* from, int64_t n, Float16* to) {
   constexpr int kPair = 2 * Float::kLanes;
   Float a, b;
   int64_t i = 0;
@@ -86,12 +89,16 @@ void narrow(const float* from, int64_t n, Float16* to) {
     load2(from + i, a, b);
     store2(to + i, a, b);
   }
-  for (; i < n; ++i) from_float(from[i], to + i);
+  if (i < n) {
+    load2_tail(from + i, int(n - i), a, b);
+    store2_tail(to + i, int(n - i), a, b);
+  }
 }
 
 // Elements of an operand in the arithmetic type, in order.
 template <class Scalar>
-void gather(const BinaryProblem& p, const Elements& of, int64_t begin, int64_t n, Scalar* to) {
+__attribute__((noinline)) void gather(const BinaryProblem& p, const Elements& of, int64_t begin, int64_t n,
+                                      Scalar* to) {
   each_run(p, of, begin, n, [&](auto* from, int64_t stride, int64_t done, int64_t run) {
     if (stride == 1) {
       widen(from, run, to + done);
@@ -117,9 +124,8 @@ void copy_past_caches(const void* from, size_t bytes, void* to) {
 #elif defined(__AVX2__)
   if ((reinterpret_cast<uintptr_t>(to) & 31) == 0 && bytes % 32 == 0) {
     for (size_t i = 0; i < bytes; i += 32) {
-      _mm256_stream_si256(
-          reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i)));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i)));
     }
     return;
   }
@@ -139,7 +145,8 @@ void copy_past_caches(const Scalar* from, int64_t n, Scalar* to) {
 }
 
 template <class Scalar>
-void scatter(const BinaryProblem& p, const Elements& of, int64_t begin, int64_t n, const Scalar* from, bool stream) {
+__attribute__((noinline)) void scatter(const BinaryProblem& p, const Elements& of, int64_t begin, int64_t n,
+                                       const Scalar* from, bool stream) {
   each_run(p, of, begin, n, [&](auto* to, int64_t stride, int64_t done, int64_t run) {
     if (stride == 1 && stream && run == kBlock) {
       copy_past_caches(from, run, to);
@@ -152,11 +159,11 @@ void scatter(const BinaryProblem& p, const Elements& of, int64_t begin, int64_t 
 }
 
 template <class Scalar>
-const Scalar* if_same(const Scalar* p) {
+Scalar* if_same(Scalar* p) {
   return p;
 }
 template <class Scalar>
-const Scalar* if_same(const void*) {
+Scalar* if_same(void*) {
   return nullptr;
 }
 
@@ -166,6 +173,8 @@ struct Block {
   using Scalar = typename V::Scalar;
   int64_t begin, n, padded;  // padded to whole vectors
   const Scalar *s, *t;
+  Scalar* g;   // where the gradient goes first
+  double sum;  // of the losses, if nothing comes after the divergence
   bool is_weighted;
   alignas(64) Scalar student[kBlock], teacher[kBlock], labels[kBlock], pos_weight[kBlock], weight[kBlock],
       grad_output[kBlock], loss[kBlock], gradient[kBlock];
@@ -183,15 +192,18 @@ struct Block {
     gather(p, of, begin, n, to);
     clear_padding(to);
   }
-  // Where they lie, if they do so as vectors.
+  // Where they lie, if they do so as vectors; else null.
+  Scalar* place_of(const BinaryProblem& p, const Elements& of) const {
+    Scalar* found = nullptr;
+    if (!of.data) return found;
+    each_run(p, of, begin, n, [&](auto* from, int64_t stride, int64_t, int64_t run) {
+      if (stride == 1 && run == n) found = if_same<Scalar>(from);
+    });
+    return found;
+  }
   const Scalar* read_logits(const BinaryProblem& p, const Elements& of, Scalar* to) const {
-    if (!is_weighted && n == padded) {
-      const Scalar* found = nullptr;
-      each_run(p, of, begin, n, [&](auto* from, int64_t stride, int64_t, int64_t run) {
-        if (stride == 1 && run == n) found = if_same<Scalar>(from);
-      });
-      if (found) return found;
-    }
+    const Scalar* found = !is_weighted && n == padded ? place_of(p, of) : nullptr;
+    if (found) return found;
     read(p, of, to);
     return to;
   }
@@ -228,12 +240,15 @@ void soft_pass(const Call<typename V::Scalar>& call, Block<V>& block) {
   const V to_loss = V(call.soft_loss), to_gradient = V(call.soft_gradient);
   const Scalar *const students = block.s, *const teachers = block.t;
   const int64_t n = block.padded;
-  const V zero = V(0), one = V(1);
+  const V zero = V(0), one = V(1), half = V(0.5f);
+  Scalar* const gradients = block.g;
+  V total = zero;
   for (int64_t i = 0; i < n; i += V::kLanes) {
     __builtin_prefetch(reinterpret_cast<const char*>(students + i) + kPrefetchBytes);
     __builtin_prefetch(reinterpret_cast<const char*>(teachers + i) + kPrefetchBytes);
     const V s = V::load(students + i), t = V::load(teachers + i);
-    const V broken = where_not_masked(s, s - s) + where_not_masked(t, t - t);  // NaN for +inf and NaN, else 0
+    const V both = fma(half, s, half * t),
+            broken = where_not_masked(both, both - both);  // NaN for +inf and NaN, else 0
     V sums[D::kSums], minor[D::kKept], major[D::kKept];
     for (V& sum : sums) sum = zero;
     V e_s = zero, e_t = zero;
@@ -264,12 +279,15 @@ void soft_pass(const Call<typename V::Scalar>& call, Block<V>& block) {
     Row<V> row{sums, mixture, beta, one_minus_beta, zero, zero, e_s, e_t, zero};
     V k[G::kCoefficients];
     const V value = max(zero, D::finish(row, to_gradient, k)) + broken;
-    (to_loss * value).store(block.loss + i);
+    const V loss = to_loss * value;
+    loss.store(block.loss + i);
+    total = total + loss;
     if constexpr (D::kUnbounded >= 0) minor[D::kUnbounded] = row.if_bounded(minor[D::kUnbounded]);
     V g = G::gradient(minor, k);
     if constexpr (!D::kRawLogits) g = zero - times_sign_of(g, s);
-    (g + broken).store(block.gradient + i);
+    (g + broken).store(gradients + i);
   }
+  block.sum = reduce_add(total);
 }
 
 // Adds the binary cross entropy of the labels, w y softplus(−s) + (1 − y) softplus(s), and its gradient,
@@ -319,6 +337,9 @@ void loss_of_blocks(const BinaryProblem& p, int64_t begin, int64_t end) {
     Block<V> block(p, number);
     if (block.is_weighted) block.read_weights(p);
     block.s = block.read_logits(p, p.student, block.student);
+    const bool soft_alone = soft && !hard && !block.is_weighted && !p.grad_output.data && block.n == block.padded;
+    Scalar* const place = soft_alone && !streams ? block.place_of(p, p.gradient) : nullptr;
+    block.g = place ? place : block.gradient;
     if (block.is_weighted) block.clear_ignored(block.student);
     if (soft) {
       block.t = block.read_logits(p, p.teacher, block.teacher);
@@ -348,13 +369,13 @@ void loss_of_blocks(const BinaryProblem& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < block.padded; ++i) block.gradient[i] *= block.grad_output[i];
     }
     block.clear_padding(block.loss);
-    if (p.sums) p.sums[number] = sum_of<V>(block.loss, block.padded);
+    p.sums[number] = soft_alone ? block.sum : sum_of<V>(block.loss, block.padded);
     if (p.losses.data) {
       const Scalar scale = Scalar(p.scale);
       for (int64_t i = 0; i < block.n; ++i) block.loss[i] *= scale;
       scatter(p, p.losses, block.begin, block.n, block.loss, false);
     }
-    if (p.gradient.data) scatter(p, p.gradient, block.begin, block.n, block.gradient, streams);
+    if (p.gradient.data && !place) scatter(p, p.gradient, block.begin, block.n, block.gradient, streams);
   }
   if (streams) stream_fence();
 }

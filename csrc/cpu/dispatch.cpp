@@ -35,8 +35,7 @@ constexpr const Kernels& (*kKernels[])() = {
 constexpr const BinaryKernels& (*kBinaryKernels[])() = {
     binary_kernels_portable,
 #if defined(REPTILE_EXT_X86)
-    binary_kernels_avx2,
-    binary_kernels_avx512,
+    binary_kernels_avx2, binary_kernels_avx512,
     binary_kernels_avx512,  // they round to bfloat16 without the instruction
 #endif
 };

@@ -104,12 +104,11 @@ struct Arguments {
         ", Tensor maxima, Tensor sums, Tensor mixture_sums) -> Tensor");                                              \
   m.def(                                                                                                              \
       "scale_gradient_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, int "    \
-      "vocab_size, int dim) -> ()");                                                                                 \
+      "vocab_size, int dim) -> ()");                                                                                  \
   m.def("binary_distillation_loss(Tensor student" REPTILE_EXT_SCHEMA                                                  \
         ", Tensor? pos_weight, bool needs_gradient) -> (Tensor loss, Tensor gradient)");                              \
   m.def("binary_distillation_loss_(Tensor(a!) student" REPTILE_EXT_SCHEMA ", Tensor? pos_weight) -> Tensor");         \
-  m.def(                                                                                                              \
-      "scale_elements_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index) -> ()")
+  m.def("scale_elements_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index) -> ()")
 #define REPTILE_EXT_IMPLEMENT(m)                                             \
   m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));   \
   m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_)); \

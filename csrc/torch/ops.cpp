@@ -226,7 +226,8 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
                 [&](int64_t begin, int64_t end) { kernels.scale_rows(p, factors.data(), is_uniform, begin, end); });
 }
 
-// ------------------------------------------------------------- elements that are distributions of their own: binary.cpp
+// ------------------------------------------------------------- elements that are distributions of their own:
+// binary.cpp
 
 // Tensors of the first one's shape, null for none, in the order in which that one lies in memory.
 struct ElementTensor {
@@ -254,8 +255,8 @@ void set_elements(BinaryProblem& p, const View& shape, const std::vector<Element
   for (int64_t d : order) {
     const int64_t size = shape.sizes[d];
     const bool merges = p.num_dims > 0 && std::all_of(tensors.begin(), tensors.end(), [&](const ElementTensor& t) {
-      return t.elements->strides[p.num_dims - 1] == t.view->strides[d] * size;
-    });
+                          return t.elements->strides[p.num_dims - 1] == t.view->strides[d] * size;
+                        });
     if (!merges && p.num_dims == kMaxElementDims) fail("student has too many dimensions");
     if (!merges) p.sizes[p.num_dims++] = 1;
     p.sizes[p.num_dims - 1] *= size;
@@ -386,7 +387,7 @@ void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::op
                      const std::optional<Tensor>& weight, int64_t ignore_index) {
   const View view(gradient), factor_view(factor);
   if (factor_view.ndim == 0) {
-    const double f = factor_view.dtype == aoti_torch_dtype_float64() ? *static_cast<const double*>(factor_view.data)
+    const double f = factor_view.dtype == aoti_torch_dtype_float64()   ? *static_cast<const double*>(factor_view.data)
                      : factor_view.dtype == aoti_torch_dtype_float32() ? *static_cast<const float*>(factor_view.data)
                                                                        : 0;
     if (f == 1) return;
