@@ -22,6 +22,7 @@ __all__ = ["distillation_loss"]
 _SUM = REDUCTIONS.index("sum")
 
 _warned_devices: set[torch.device] = set()
+_warned_of_one_class = False
 
 
 class LogitsLoss:
@@ -213,6 +214,8 @@ def distillation_loss(
             (student_logits, teacher_logits), (labels, weight, denominator), dim, group
         )
     check_tensors(student_logits, teacher_logits, labels, weight, denominator, options, sharded=group is not None)
+    if group is None and student_logits.shape[dim] == 1 and not torch.compiler.is_compiling():
+        _warn_of_one_class()
     if group is not None:
         if inplace:
             check_inplace(student_logits, teacher_logits)
@@ -277,6 +280,18 @@ def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Opti
     except RuntimeError as error:
         raise_better(error, student.device)
         raise
+
+
+def _warn_of_one_class() -> None:
+    global _warned_of_one_class
+    if _warned_of_one_class:
+        return
+    _warned_of_one_class = True
+    warnings.warn(
+        "student_logits has one class, whose softmax is always 1: the loss is 0 and trains nothing; of one logit a "
+        "sample, or a label, binary_distillation_loss is meant",
+        stacklevel=3,
+    )
 
 
 def needs_reference(device: torch.device, function: str = "distillation_loss") -> bool:
