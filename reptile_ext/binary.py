@@ -171,7 +171,7 @@ def binary_distillation_loss(
         inplace=inplace,
     )
     check_binary_tensors(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
-    if not student_logits.device.type in ("cpu", "meta") or needs_reference(
+    if student_logits.device.type not in ("cpu", "meta") or needs_reference(
         student_logits.device, "binary_distillation_loss"
     ):
         return reference.binary_with_options(
@@ -197,9 +197,9 @@ def _apply(tensors: tuple[Tensor, Tensor, Tensor | None], constants: Constants, 
             loss: Tensor = function.apply(BinaryLoss, options, *constants, *tensors)  # type: ignore[no-untyped-call]
             return loss
         now = needs_student and student.dtype != torch.float16
-        return ops.binary_distillation_loss(
-            student, teacher, *constants, None, *ops.numbers(options), pos_weight, now
-        )[0]
+        return ops.binary_distillation_loss(student, teacher, *constants, None, *ops.numbers(options), pos_weight, now)[
+            0
+        ]
     except RuntimeError as error:
         raise_better(error, student.device)
         raise

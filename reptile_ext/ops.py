@@ -152,8 +152,8 @@ binary_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.binary_
 scale_elements_: Callable[..., None] = torch.ops.reptile_ext.scale_elements_.default
 
 # THE ARGUMENTS of the operators are listed in csrc/torch/arguments.h and nowhere else. All operators but
-# scale_gradient_ and scale_elements_ have these: two models' logits, constants of the loss that are tensors, what the gradient is
-# multiplied by, and numbers.
+# scale_gradient_ and scale_elements_ have these: two models' logits, constants of the loss that are tensors, what the
+# gradient is multiplied by, and numbers.
 DECLARATIONS = compat.argument_declarations(distillation_loss_)  # "Tensor? labels", ...
 NAMES = tuple(declaration.split()[-1] for declaration in DECLARATIONS)
 MODELS, CONSTANTS = ("student", "teacher"), ("labels", "weight", "denominator")

@@ -564,7 +564,7 @@ def binary_with_options(
     options: Options,
     check_values: bool = True,
 ) -> Tensor:
-    """`binary_distillation_loss` of arguments that are checked already; the values of the constants if `check_values`."""
+    """`binary_distillation_loss` of arguments that are checked already; constants' values are if `check_values`."""
     shape = student_logits.shape
     double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
     arithmetic = torch.float64 if double else torch.float32

@@ -76,7 +76,7 @@ def assert_right(s: Tensor, t: Tensor, *args: Any, of: Any = loss_of, scale: flo
         size = size + 10 * (-s.double().abs()).sigmoid() + 10
     if keywords.get("divergence") == "tvd":  # its subgradient jumps where p = q to all digits that there are
         size = size + torch.where((a - b).abs() <= 10 * epsilon * (1 + a.abs() + b.abs()), 1 / epsilon, 0.0)
-    # Twice rounded, by kernel and grad_output; and the reference has 1 − q, not q, of the class that is all but certain.
+    # Twice rounded, by kernel and grad_output; and the reference has 1 − q, not q, of a class that is all but certain.
     rounding = 1.1 * torch.finfo(s.dtype).eps * exact.abs() + (2.0**-24 if s.dtype == torch.float16 else 1e-14 * scale)
     wrong = (gradient.double() - exact).abs() > epsilon * 2 * size + rounding
     assert not wrong.any(), (s[wrong][:4], t[wrong][:4], gradient[wrong][:4], exact[wrong][:4])
@@ -138,7 +138,9 @@ def test_the_gradient_has_its_digits_where_both_are_certain(each_set: str) -> No
     """q − p of 1 − 2e−9 and 1 − 1e−11, in float32."""
     s, t = torch.tensor([20.0, -20.0, 60.0]), torch.tensor([25.0, -25.0, 70.0])
     gradient = value_and_gradient(loss_of, s, t, reduction="sum")[1]
-    exact = value_and_gradient(reference.binary_distillation_loss, -s.double().abs(), -t.double().abs(), reduction="sum")
+    exact = value_and_gradient(
+        reference.binary_distillation_loss, -s.double().abs(), -t.double().abs(), reduction="sum"
+    )
     torch.testing.assert_close(gradient.double(), -exact[1] * s.sign(), rtol=2e-5, atol=0)
 
 

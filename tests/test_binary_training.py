@@ -69,7 +69,9 @@ def test_breast_cancer() -> None:
     assert found["f1"] == pytest.approx(metrics_of_sklearn.f1_score(right, z > 0), abs=1e-6)
     precision = metrics_of_sklearn.average_precision_score(right, z.sigmoid())
     assert found["average_precision"] == pytest.approx(precision, abs=1e-5)
-    assert found["cross_entropy"] == pytest.approx(F.binary_cross_entropy_with_logits(z, right.float()).item(), abs=1e-6)
+    assert found["cross_entropy"] == pytest.approx(
+        F.binary_cross_entropy_with_logits(z, right.float()).item(), abs=1e-6
+    )
     assert found["accuracy"] > 0.95
 
 
@@ -98,7 +100,9 @@ def test_the_objective_is_the_function() -> None:
     torch.testing.assert_close(sum(objective(student, part, count) for part in parts), whole)
     del keywords["pos_weight"]
     soft = Objective(student, teacher, binary=True, temperature=2.0)(student, x)
-    torch.testing.assert_close(soft, reptile_ext.binary_distillation_loss(student(x), teacher(x).detach(), temperature=2.0))
+    torch.testing.assert_close(
+        soft, reptile_ext.binary_distillation_loss(student(x), teacher(x).detach(), temperature=2.0)
+    )
 
 
 def test_many_labels_train_and_are_measured() -> None:

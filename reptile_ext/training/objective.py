@@ -142,7 +142,8 @@ class Objective:
 
     Raises:
         ValueError: keywords that a step sets itself or that have no meaning; with `fused_linear`, a student without a
-            head, `dim` other than -1, inplace=True or binary=True. When called: a batch without labels where they are needed,
+            head, `dim` other than -1, inplace=True or binary=True. When called: a batch without labels where they are
+            needed,
             micro-batches that cannot be counted together, a model that `fused_linear` is not for, and what the losses
             raise.
         TypeError: when called, a batch or a model's output of another kind.
@@ -690,7 +691,12 @@ class Objective:
 
 def check_keywords(owner: type, loss: Mapping[str, Any]) -> None:
     """Raise a TypeError for a keyword that neither `owner` nor the loss knows, with the nearest that they do."""
-    known = {"memory_budget", "pos_weight", *inspect.signature(DistillationLoss).parameters, *inspect.signature(owner).parameters}
+    known = {
+        "memory_budget",
+        "pos_weight",
+        *inspect.signature(DistillationLoss).parameters,
+        *inspect.signature(owner).parameters,
+    }
     known -= {"loss", "self"}
     for name in loss.keys() - known:
         nearest = difflib.get_close_matches(name, sorted(known), n=1)
