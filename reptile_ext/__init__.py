@@ -6,7 +6,8 @@
 `distillation_loss` and `DistillationLoss` are the fused losses of logits, `linear_distillation_loss` and
 `LinearDistillationLoss` those of hidden states and heads, `binary_distillation_loss` and `BinaryDistillationLoss` those
 of logits that each are a distribution of their own (one logit, many labels); `reptile_ext.reference` is the same in
-plain PyTorch. The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy alone.
+plain PyTorch. The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy
+alone.
 """
 
 from typing import NoReturn
