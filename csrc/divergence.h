@@ -15,11 +15,14 @@
 // What a functor has, all static; `Defaults` holds what most of them share:
 //
 //     kSums, kKept, kCoefficients      how many sums the first pass takes, values it keeps of a class, coefficients
-//     first(a, b, sums, kept)          adds to sums, sets kept. sums[0] and sums[1] are Z_s and Z_t (but for mse)
+//     exponential(a)                   e_s of a, e_t of b
+//     first(a, b, e_s, e_t, sums, kept)    adds to sums, sets kept; sums[0] and sums[1] are Z_s and Z_t (but for mse)
 //     kMixtureSums                     0: no mixture pass
 //     kMixtureKeeps                    whether mix changes kept[1]
-//     mix(q, p, β, 1 − β, sums, kept)  q and p may come times a common number, which the driver takes out of the sums
-//     finish(row, scale, k)            D before it is cut off at 0; k for a gradient of scale · T_s · ∂D/∂s
+//     mix(q, p, p − q, β, 1 − β, sums, kept)    all three may come times a common number, which the driver takes out
+//                                      of the sums; the difference is as exact as the driver has it
+//     finish(row, scale, k)            D before it is cut off at 0; k for a gradient of scale · T_s · ∂D/∂s. T is
+//                                      double, of one row, or a vector of rows of two classes (cpu/binary.cpp)
 //     Gradient                         the type whose gradient(kept, k) is used: functors of one form share it
 //
 // Almost every gradient has one of two forms. With g = ∂f/∂x, T_s ∂D/∂s = g − q Σ g, and so
@@ -59,24 +62,57 @@ inline double log(double x) { return __builtin_log(x); }
 inline double log1p(double x) { return __builtin_log1p(x); }
 inline double sqrt(double x) { return __builtin_sqrt(x); }
 #endif
+#if !defined(REPTILE_EXT_DEVICE)  // where float and double are V, they have these (cuda/device.h)
+inline double max(double a, double b) { return a > b ? a : b; }
+inline double where_positive(double e, double d) { return e <= 0 ? 0 : d; }
+inline double where_not_masked(double z, double d) { return z == -__builtin_inf() ? 0 : d; }
+#endif
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr double kLog2E = 1.44269504088896340735992468100;
 constexpr double kInf = __builtin_inf();
 constexpr double kNaN = __builtin_nan("");
 
-// What `finish` knows of a row.
-struct Row {
-  const double* sums;           // of the first pass
-  const double* mixture;        // of the mixture pass
-  double beta, one_minus_beta;  // β and 1 − β
-  double a_label, b_label;      // a and b of the label's class, if kExcludesLabel
-  // Set by `finish` where D is +inf because the teacher has no mass where the student has some. The gradient would be
-  // infinite too; it is taken as 0, and to that end the driver sets kept[kUnbounded] of the row to 0.
-  bool is_unbounded = false;
+// What a row's sums are asked for. Of rows of two classes Z − 1 is known, and better than from Z.
+REPTILE_EXT_FN double over(double z) { return 1 / z; }
+REPTILE_EXT_FN double log_of_sum(double z, double /*z_minus_1*/) { return log(z); }
+REPTILE_EXT_FN double log_of_quotient(double z, double w, double, double) { return log(z) - log(w); }
+template <class T>
+REPTILE_EXT_FN T over(T z) {
+  return reciprocal(z);
+}
+template <class T>
+REPTILE_EXT_FN T log_of_sum(T z, T z_minus_1) {
+  return log_of_ratio(z, z_minus_1);
+}
+template <class T>
+REPTILE_EXT_FN T log_of_quotient(T z, T w, T z_minus_1, T w_minus_1) {
+  const T over_w = reciprocal(w);
+  return log_of_ratio(z * over_w, (z_minus_1 - w_minus_1) * over_w);
+}
 
-  REPTILE_EXT_FN double z_s() const { return sums[0]; }
-  REPTILE_EXT_FN double z_t() const { return sums[1]; }
+// What `finish` knows of a row.
+template <class T>
+struct Row {
+  const T* sums;               // of the first pass
+  const T* mixture;            // of the mixture pass
+  T beta, one_minus_beta;      // β and 1 − β
+  T a_label, b_label;          // a and b of the label's class, if kExcludesLabel
+  T z_s_minus_1, z_t_minus_1;  // of rows of two classes alone
+  // Set by `finish` to +inf where D is, because the teacher has no mass where the student has some. The gradient would
+  // be infinite too; it is taken as 0, and to that end the driver sets kept[kUnbounded] of the row to 0.
+  T unbounded;
+
+  REPTILE_EXT_FN T z_s() const { return sums[0]; }
+  REPTILE_EXT_FN T z_t() const { return sums[1]; }
+  REPTILE_EXT_FN T over_z_s() const { return over(sums[0]); }
+  REPTILE_EXT_FN T over_z_t() const { return over(sums[1]); }
+  REPTILE_EXT_FN T log_z_s() const { return log_of_sum(sums[0], z_s_minus_1); }
+  REPTILE_EXT_FN T log_z_t() const { return log_of_sum(sums[1], z_t_minus_1); }
+  // log (Z_s / Z_t)
+  REPTILE_EXT_FN T log_z_s_to_z_t() const { return log_of_quotient(sums[0], sums[1], z_s_minus_1, z_t_minus_1); }
+  // `centre`, the mean of the kept values under q, or 0 where the row is unbounded.
+  REPTILE_EXT_FN T if_bounded(T centre) const { return where_not_masked(T(0) - unbounded, centre); }
 };
 
 struct Defaults {
@@ -86,12 +122,14 @@ struct Defaults {
   static constexpr bool kRawLogits = false;      // a = s / T_s, b = t / T_t
   static constexpr bool kExcludesLabel = false;  // the label's class is hidden from `first`
   static constexpr bool kKeepsExp = true;        // kept[0] is e_s, of all classes
+  template <class V>
+  static REPTILE_EXT_FN V exponential(V a) {
+    return exp2(a);
+  }
 };
 
 template <class V>
-REPTILE_EXT_FN void add_exponentials(V a, V b, V* sums, V& e_s, V& e_t) {
-  e_s = exp2(a);
-  e_t = exp2(b);
+REPTILE_EXT_FN void add_exponentials(V e_s, V e_t, V* sums) {
   sums[0] = sums[0] + e_s;
   sums[1] = sums[1] + e_t;
 }
@@ -118,14 +156,17 @@ template <class V>
 struct ForwardKl : Defaults {
   using Gradient = Difference<V>;
   static constexpr int kSums = 3, kKept = 2;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    add_exponentials(a, b, sums, kept[0], kept[1]);
+  static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(e_s, e_t, sums);
+    kept[0] = e_s;
+    kept[1] = e_t;
     sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = scale / row.z_s();
-    k[1] = scale / row.z_t();
-    return kLn2 * row.sums[2] / row.z_t() + (log(row.z_s()) - log(row.z_t()));
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    k[0] = scale * row.over_z_s();
+    k[1] = scale * row.over_z_t();
+    return T(kLn2) * row.sums[2] * row.over_z_t() + row.log_z_s_to_z_t();
   }
 };
 
@@ -137,18 +178,19 @@ template <class V>
 struct ReverseKl : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    V e_t;
-    add_exponentials(a, b, sums, kept[0], e_t);
+  static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(e_s, e_t, sums);
+    kept[0] = e_s;
     kept[1] = where_positive(kept[0], a - b);
     sums[2] = fma(kept[0], kept[1], sums[2]);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    const double centre = row.sums[2] / row.z_s();
-    row.is_unbounded = centre == kInf;
-    k[0] = scale * kLn2 / row.z_s();
-    k[1] = row.is_unbounded ? 0 : centre;
-    return kLn2 * centre + (log(row.z_t()) - log(row.z_s()));
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    const T centre = row.sums[2] * row.over_z_s();
+    row.unbounded = centre;
+    k[0] = scale * T(kLn2) * row.over_z_s();
+    k[1] = row.if_bounded(centre);
+    return T(kLn2) * centre - row.log_z_s_to_z_t();
   }
 };
 
@@ -157,21 +199,25 @@ template <class V>
 struct SymmetricKl : Defaults {
   using Gradient = SymmetricKl;
   static constexpr int kSums = 4, kKept = 3, kCoefficients = 4, kUnbounded = 2;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    add_exponentials(a, b, sums, kept[0], kept[1]);
+  static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(e_s, e_t, sums);
+    kept[0] = e_s;
+    kept[1] = e_t;
     sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
     kept[2] = where_positive(kept[0], a - b);
     sums[3] = fma(kept[0], kept[2], sums[3]);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
-    const double centre = row.sums[3] / row.z_s();
-    const double difference = log(row.z_s()) - log(row.z_t());
-    row.is_unbounded = centre == kInf;
-    k[0] = scale * row.one_minus_beta / row.z_s();
-    k[1] = scale * row.one_minus_beta / row.z_t();
-    k[2] = scale * row.beta * kLn2 / row.z_s();
-    k[3] = row.is_unbounded ? 0 : centre;
-    return row.one_minus_beta * (kLn2 * row.sums[2] / row.z_t() + difference) + row.beta * (kLn2 * centre - difference);
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
+    const T centre = row.sums[3] * row.over_z_s();
+    const T difference = row.log_z_s_to_z_t();
+    row.unbounded = centre;
+    k[0] = scale * row.one_minus_beta * row.over_z_s();
+    k[1] = scale * row.one_minus_beta * row.over_z_t();
+    k[2] = scale * row.beta * T(kLn2) * row.over_z_s();
+    k[3] = row.if_bounded(centre);
+    return row.one_minus_beta * (T(kLn2) * row.sums[2] * row.over_z_t() + difference) +
+           row.beta * (T(kLn2) * centre - difference);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
     return (kept[0] * k[0] - kept[1] * k[1]) + kept[0] * k[2] * (kept[2] - k[3]);
@@ -186,14 +232,17 @@ template <class V>
 struct SoftCrossEntropy : Defaults {
   using Gradient = Difference<V>;
   static constexpr int kSums = 3, kKept = 2;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    add_exponentials(a, b, sums, kept[0], kept[1]);
+  static REPTILE_EXT_FN void first(V a, V /*b*/, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(e_s, e_t, sums);
+    kept[0] = e_s;
+    kept[1] = e_t;
     sums[2] = add_product_where_positive(sums[2], kept[1], a);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = scale / row.z_s();
-    k[1] = scale / row.z_t();
-    return log(row.z_s()) - kLn2 * row.sums[2] / row.z_t();
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    k[0] = scale * row.over_z_s();
+    k[1] = scale * row.over_z_t();
+    return row.log_z_s() - T(kLn2) * row.sums[2] * row.over_z_t();
   }
 };
 
@@ -204,18 +253,19 @@ template <class V>
 struct MirroredSoftCrossEntropy : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    V e_t;
-    add_exponentials(a, b, sums, kept[0], e_t);
+  static REPTILE_EXT_FN void first(V /*a*/, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(e_s, e_t, sums);
+    kept[0] = e_s;
     kept[1] = where_positive(kept[0], b);
     sums[2] = fma(kept[0], kept[1], sums[2]);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    const double centre = row.sums[2] / row.z_s();
-    row.is_unbounded = centre == -kInf;
-    k[0] = -scale * kLn2 / row.z_s();
-    k[1] = row.is_unbounded ? 0 : centre;
-    return log(row.z_t()) - kLn2 * centre;
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    const T centre = row.sums[2] * row.over_z_s();
+    row.unbounded = T(0) - centre;
+    k[0] = (T(0) - scale) * T(kLn2) * row.over_z_s();
+    k[1] = row.if_bounded(centre);
+    return row.log_z_t() - T(kLn2) * centre;
   }
 };
 
@@ -234,14 +284,17 @@ struct MixtureDefaults : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 2, kKept = 2, kMixtureSums = 2;
   static constexpr bool kMixtureKeeps = true;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    add_exponentials(a, b, sums, kept[0], kept[1]);
+  static REPTILE_EXT_FN void first(V /*a*/, V /*b*/, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    add_exponentials(e_s, e_t, sums);
+    kept[0] = e_s;
+    kept[1] = e_t;
   }
   // 1 / m; where m is too small to divide by, p and q have next to no mass.
   static REPTILE_EXT_FN V over(V m) { return reciprocal(max(smallest_normal(m), m)); }
   // The first sum; log_of_ratio may have swallowed a NaN that the second has, through z.
-  static REPTILE_EXT_FN double unless_broken(const Row& row) {
-    return row.mixture[1] == row.mixture[1] ? row.mixture[0] : kNaN;
+  template <class T>
+  static REPTILE_EXT_FN T unless_broken(const Row<T>& row) {
+    return row.mixture[0] + (row.mixture[1] - row.mixture[1]);
   }
 };
 
@@ -251,17 +304,18 @@ struct MixtureDefaults : Defaults {
 //     gradient  (1−β) q (log(q/m) − K_q)
 template <class V>
 struct Jsd : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
     const V over_m = Jsd::over(fma(beta, p, one_minus_beta * q));
-    const V z = (p - q) * over_m;
+    const V z = p_minus_q * over_m;
     const V log_p = log_of_ratio(p * over_m, one_minus_beta * z);
     const V log_q = log_of_ratio(q * over_m, (V(0) - beta) * z);
     sums[0] = fma(p, log_p, sums[0]);
     sums[1] = fma(q, log_q, sums[1]);
     kept[1] = log_q;
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = scale * row.one_minus_beta / row.z_s();
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    k[0] = scale * row.one_minus_beta * row.over_z_s();
     k[1] = row.mixture[1];
     return row.beta * row.mixture[0] + row.one_minus_beta * row.mixture[1];
   }
@@ -272,15 +326,16 @@ struct Jsd : MixtureDefaults<V> {
 //     gradient  −(1−β) (p q / m − q Σ p q / m) = −(1−β)² q (z − Σ q z)
 template <class V>
 struct SkewKl : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
     const V over_m = SkewKl::over(fma(beta, p, one_minus_beta * q));
-    const V z = (p - q) * over_m;
+    const V z = p_minus_q * over_m;
     sums[0] = fma(p, log_of_ratio(p * over_m, one_minus_beta * z), sums[0]);
     sums[1] = fma(q, z, sums[1]);
     kept[1] = z;
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = -scale * row.one_minus_beta * row.one_minus_beta / row.z_s();
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    k[0] = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta * row.over_z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
   }
@@ -291,16 +346,17 @@ struct SkewKl : MixtureDefaults<V> {
 //     gradient  q (u − Σ q u):   ∂f/∂x = q (log(q/m) + 1 − β q/m), and q/m = 1 − (1−β) z
 template <class V>
 struct SkewReverseKl : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
+  static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
     const V over_m = SkewReverseKl::over(fma(beta, q, one_minus_beta * p));
-    const V z = (p - q) * over_m;
+    const V z = p_minus_q * over_m;
     const V log_q = log_of_ratio(q * over_m, (V(0) - one_minus_beta) * z);
     kept[1] = fma(beta * one_minus_beta, z, log_q);
     sums[0] = fma(q, log_q, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
-    k[0] = scale / row.z_s();
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
+    k[0] = scale * row.over_z_s();
     k[1] = row.mixture[1];
     return MixtureDefaults<V>::unless_broken(row);
   }
@@ -316,17 +372,18 @@ struct Tvd : MixtureDefaults<V> {
   using Gradient = Tvd;
   static constexpr bool kMixtureKeeps = false;
   static constexpr int kCoefficients = 3;
-  static REPTILE_EXT_FN void mix(V q, V p, V /*beta*/, V /*one_minus_beta*/, V (&sums)[2], V (& /*kept*/)[2]) {
-    const V d = q - p;
+  static REPTILE_EXT_FN void mix(V q, V /*p*/, V p_minus_q, V /*beta*/, V /*one_minus_beta*/, V (&sums)[2],
+                                 V (& /*kept*/)[2]) {
+    const V d = V(0) - p_minus_q;
     sums[0] = sums[0] + max(d, V(0) - d);
     sums[1] = sums[1] + with_sign_of(d, q);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
     k[0] = row.z_s() / row.z_t();  // as in the mixture pass: the sign must come out the same
-    k[1] = scale / 2 / row.z_s();
+    k[1] = scale * T(0.5) * row.over_z_s();
     k[2] = row.mixture[1];
-    const double value = row.mixture[0] / 2;
-    return value > 1 ? 1 : value;
+    return T(0) - max(T(-1), T(-0.5) * row.mixture[0]);  // at most 1
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[kCoefficients]) {
     return (with_sign_of(kept[0] - kept[1] * k[0], kept[0]) - kept[0] * k[2]) * k[1];
@@ -341,19 +398,21 @@ struct Hellinger : Defaults {
   using Gradient = Hellinger;
   static constexpr int kSums = 3, kKept = 2, kCoefficients = 2;
   static constexpr bool kKeepsExp = false;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
-    kept[0] = exp2(a * V(0.5f));
-    kept[1] = exp2(b * V(0.5f));
+  static REPTILE_EXT_FN V exponential(V a) { return exp2(a * V(0.5f)); }
+  static REPTILE_EXT_FN void first(V /*a*/, V /*b*/, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
+    kept[0] = e_s;
+    kept[1] = e_t;
     sums[0] = fma(kept[0], kept[0], sums[0]);
     sums[1] = fma(kept[1], kept[1], sums[1]);
     sums[2] = fma(kept[0], kept[1], sums[2]);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
-    const double root = sqrt(row.z_s() * row.z_t());  // exactly Z where both are Z
-    const double overlap = row.sums[2] / root;
-    k[0] = scale / 2 * overlap / row.z_s();
-    k[1] = scale / 2 / root;
-    return 1 - overlap;
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
+    const T root = sqrt(row.z_s() * row.z_t());  // exactly Z where both are Z
+    const T overlap = row.sums[2] / root;
+    k[0] = scale * T(0.5) * overlap / row.z_s();
+    k[1] = scale * T(0.5) / root;
+    return T(1) - overlap;
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
     return kept[0] * (kept[0] * k[0] - kept[1] * k[1]);
@@ -369,7 +428,7 @@ struct Mse : Defaults {
   using Gradient = Mse;
   static constexpr int kSums = 5, kKept = 1, kCoefficients = 1;
   static constexpr bool kRawLogits = true, kKeepsExp = false;
-  static REPTILE_EXT_FN void first(V a, V b, V (&sums)[kSums], V (&kept)[kKept]) {
+  static REPTILE_EXT_FN void first(V a, V b, V /*e_s*/, V /*e_t*/, V (&sums)[kSums], V (&kept)[kKept]) {
     kept[0] = where_not_masked(a, where_not_masked(b, a - b));
     sums[0] = fma(kept[0], kept[0], sums[0]);
     sums[1] = sums[1] + where_not_masked(a, V(1));
@@ -377,11 +436,14 @@ struct Mse : Defaults {
     sums[3] = sums[3] + where_not_masked(a, where_not_masked(b, V(1)));
     sums[4] = sums[4] + (where_not_masked(a, a - a) + where_not_masked(b, b - b));
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[kCoefficients]) {
-    const double n_s = row.sums[1], n_t = row.sums[2], n = row.sums[3];
-    k[0] = n > 0 ? 2 * scale / n : 0;
-    if (n_s == 0 || n_t == 0 || row.sums[4] != 0) return kNaN;
-    return n == n_s && n == n_t ? row.sums[0] / n : kInf;
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
+    const T n_s = row.sums[1], n_t = row.sums[2], n = row.sums[3];
+    const T divisor = max(T(1), n);
+    k[0] = T(2) * scale / divisor;
+    const T apart = where_positive((n_s - n) + (n_t - n), T(kInf));
+    const T empty = where_positive(T(1) - n_s, T(kNaN)) + where_positive(T(1) - n_t, T(kNaN));
+    return row.sums[0] / divisor + apart + (empty + row.sums[4]);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) { return kept[0] * k[0]; }
 };
@@ -412,7 +474,7 @@ struct Dkd : ForwardKl<V> {
     static constexpr int kKept = 2, kCoefficients = 3;
     static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[3]) { return kept[0] * k[0] - kept[1] * k[1]; }
   };
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[3]) {
+  static REPTILE_EXT_FN double finish(Row<double>& row, double scale, double (&k)[3]) {
     const double n_s = row.z_s(), n_t = row.z_t();
     const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
     const bool likely = odds_s > 0 && odds_t > 0;  // then the difference of what is left is the more exact
@@ -444,16 +506,16 @@ struct MirroredDkd : ReverseKl<V> {
       return kept[0] * (k[0] * (kept[1] - k[1]) - k[2]);
     }
   };
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[4]) {
+  static REPTILE_EXT_FN double finish(Row<double>& row, double scale, double (&k)[4]) {
     const double n_s = row.z_s(), n_t = row.z_t();
     const double odds_s = log_odds(row.a_label, n_s), odds_t = log_odds(row.b_label, n_t);
     const double hit = sigmoid(odds_s), miss = sigmoid(-odds_s);
     const double centre = n_s == 0 ? 0 : row.sums[2] / n_s;
-    row.is_unbounded = centre == kInf;
+    row.unbounded = centre;
     double gamma = hit == 0 || miss == 0 ? 0 : hit * miss * (odds_s - odds_t);
     if (gamma == kInf || gamma == -kInf) gamma = 0;
     k[0] = n_s == 0 ? 0 : scale * row.beta * kLn2 / n_s;
-    k[1] = row.is_unbounded ? 0 : centre;
+    k[1] = row.if_bounded(centre);
     k[2] = n_s == 0 ? 0 : scale * gamma / n_s;
     k[3] = scale * gamma;
     double others = 0;

@@ -81,7 +81,51 @@ struct LossProblem {
   double *maxima = nullptr, *sums = nullptr, *mixture_sums = nullptr;
 };
 
-// What an instruction set brings. Each function does rows [begin, end).
+// Tensors of one shape, each element of them a distribution of its own (`binary_distillation_loss`). Dimensions are in
+// the order in which the student's lie in memory, neighbours merged where every operand allows it.
+constexpr int kMaxElementDims = 64;
+struct Elements {
+  void* data = nullptr;  // null: there is none
+  DType dtype = DType::kFloat32;
+  int64_t strides[kMaxElementDims] = {};
+};
+
+struct BinaryProblem {
+  int64_t num_elements = 0;
+  int num_dims = 0;
+  int64_t sizes[kMaxElementDims] = {};
+  Elements student, teacher;
+  Elements gradient;                    // may be the student's own memory
+  Elements labels, weight, pos_weight;  // an element is ignored if its weight is 0 or its label is ignore_index
+  Elements grad_output;                 // multiplies the gradient
+  Elements losses;                      // of every element, times `scale`
+  double ignore_index = 0;
+
+  Divergence divergence = {};
+  double beta = 0, one_minus_beta = 1;
+  double student_temperature = 1, teacher_temperature = 1;
+  double soft_scale = 1, hard_weight = 0;
+  double scale = 1;        // of losses and gradient
+  double* sums = nullptr;  // of weight · loss, one a block of kElementsPerBlock
+};
+constexpr int64_t kElementsPerBlock = 1024;
+
+// What is wrong with a constant's value, if anything is.
+struct WrongValue {
+  const char* name = nullptr;
+  double value = 0;
+};
+
+// What an instruction set brings for them. Each function does blocks [begin, end).
+struct BinaryKernels {
+  void (*loss)(const BinaryProblem& problem, int64_t begin, int64_t end);
+  // Sums of the weights of what is not ignored, to `sums`; looks at the values of the constants.
+  WrongValue (*weights)(const BinaryProblem& problem, int64_t begin, int64_t end);
+  // gradient · grad_output, where the gradient lies; ignored elements are 0 and stay 0.
+  void (*scale)(const BinaryProblem& problem, int64_t begin, int64_t end);
+};
+
+// What an instruction set brings for rows. Each function does rows [begin, end).
 struct Kernels {
   // Bytes of scratch a thread needs for this problem.
   size_t (*scratch_bytes)(const LossProblem& problem);

@@ -4,8 +4,10 @@
     loss.backward()
 
 `distillation_loss` and `DistillationLoss` are the fused losses of logits, `linear_distillation_loss` and
-`LinearDistillationLoss` those of hidden states and heads; `reptile_ext.reference` is the same in plain PyTorch.
-The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy alone.
+`LinearDistillationLoss` those of hidden states and heads, `binary_distillation_loss` and `BinaryDistillationLoss` those
+of logits that each are a distribution of their own (one logit, many labels); `reptile_ext.reference` is the same in
+plain PyTorch. The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy
+alone.
 """
 
 from typing import NoReturn
@@ -15,9 +17,10 @@ from ._version import __version__
 try:
     from . import ops as ops  # first: it loads the compiled files, or says why it cannot
     from . import reference
+    from .binary import binary_distillation_loss
     from .functional import distillation_loss
     from .linear import linear_distillation_loss, release_scratch
-    from .modules import DistillationLoss, LinearDistillationLoss
+    from .modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss
 except ImportError as error:
     # The compiled operators do not load. Whoever wants one of the names above is told; `reptile doctor`, which wants
     # none, gets in and can say what to do.
@@ -30,9 +33,11 @@ except ImportError as error:
 
 
 __all__ = [
+    "BinaryDistillationLoss",
     "DistillationLoss",
     "LinearDistillationLoss",
     "__version__",
+    "binary_distillation_loss",
     "distillation_loss",
     "linear_distillation_loss",
     "reference",

@@ -62,6 +62,15 @@ class Loss(Protocol):
         """The loss in plain PyTorch. The values of labels and weights have been checked."""
 
 
+class InPlaceLoss(Loss, Protocol):
+    """One that has `inplace=True`."""
+
+    def in_place(
+        self, config: Any, tensors: tuple[Any, ...], constants: Constants, grad_output: Tensor | None, /
+    ) -> Tensor:
+        """The loss; the gradient, times a grad_output in float64, is written over the first of the tensors."""
+
+
 def by_reference(
     loss: Loss,
     config: Any,
@@ -187,39 +196,38 @@ def register(operator: Any, loss: Loss, tensors: tuple[str, ...]) -> None:
 
 class FusedInPlace(torch.autograd.Function):
     """`distillation_loss(inplace=True)`: the gradient is written over the student's logits, so there is nothing to
-    compute another one from. FusedInPlace.apply(loss, options, *constants, student, teacher)."""
+    compute another one from. FusedInPlace.apply(loss, options, *constants, *tensors), the student's first."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        loss: Loss,
+        loss: InPlaceLoss,
         options: Options,
         labels: Any,
         weight: Any,
         denominator: Any,
-        student: Tensor,
-        teacher: Tensor,
+        *tensors: Any,
     ) -> Tensor:
         constants = (labels, weight, denominator)
+        student = tensors[0]
         ctx.loss, ctx.config = loss, options
         ctx.kept, ctx.is_done = None, False
         ctx.set_materialize_grads(False)
         if student.dtype == torch.float16:  # in the backward pass, as always
-            with compat.below_autograd():
-                result, _ = ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), False)
-            ctx.save_for_backward(*_without_inference(loss, (student, teacher), constants, is_all_kept=False)[0])
+            result, _ = loss.forward(options, tensors, constants, (False,) * len(tensors))
+            ctx.save_for_backward(*_without_inference(loss, tensors, constants, is_all_kept=False)[0])
             return result
-        result = ops.distillation_loss_(student, teacher, *constants, None, *ops.numbers(options))
+        result = loss.in_place(options, tensors, constants, None)
         torch.autograd.graph.increment_version(student)
         gradient = student.detach()  # shares the version counter
-        ctx.kept = loss.keep(options, (gradient,), (student, teacher), constants)
+        ctx.kept = loss.keep(options, (gradient,), tensors, constants)
         ctx.version = compat.version_of(student)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * len(ctx.needs_input_grad)
         kept, ctx.kept = ctx.kept, None
         if ctx.is_done or torch.is_grad_enabled():
             refuse_second_backward()
@@ -227,10 +235,10 @@ class FusedInPlace(torch.autograd.Function):
             refuse_batched_backward()
         ctx.is_done = True
         if kept is None:
-            student, *others = ctx.saved_tensors
-            grad_output = grad_output.to(torch.float64).contiguous()
-            ops.distillation_loss_(student, *others, grad_output, *ops.numbers(ctx.config))
-            torch.autograd.graph.increment_version(student)
-            return (None, None, None, None, None, student.detach(), None)
+            saved = ctx.saved_tensors
+            tensors, constants = saved[: -len(ops.CONSTANTS)], saved[-len(ops.CONSTANTS) :]
+            ctx.loss.in_place(ctx.config, tensors, constants, grad_output.to(torch.float64).contiguous())
+            torch.autograd.graph.increment_version(tensors[0])
+            return (None, None, None, None, None, tensors[0].detach(), *(None,) * (len(tensors) - 1))
         check_version(kept[0], ctx.version)
         return (None, None, None, None, None, *ctx.loss.scaled(ctx.config, kept, grad_output, True))

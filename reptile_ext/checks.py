@@ -282,22 +282,27 @@ def check_rows(
             _refuse_dtype("weight", weight.dtype)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("weight is a constant of the loss and gets no gradient; pass weight.detach()")
-    if denominator is not None:
-        if REDUCTIONS[options.reduction] == "none":
-            raise ValueError("denominator divides the sum over rows, and reduction='none' has no sum; drop one of them")
-        if isinstance(denominator, Tensor):
-            _check_plain("denominator", denominator)
-            if denominator.dim() != 0:
-                raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {_shape(denominator.shape)}")
-            if denominator.is_complex() or denominator.dtype == torch.bool:
-                raise TypeError(f"denominator must be a real number; got {denominator.dtype}")
-            if denominator.requires_grad and torch.is_grad_enabled():
-                raise ValueError("denominator is a constant of the loss and gets no gradient; pass its .detach()")
-            if denominator.device != device and denominator.device.type != "cpu":
-                places = "the CPU" if device.type == "cpu" else f"{device} or on the CPU"
-                raise ValueError(f"denominator must be on {places}; got {denominator.device}")
-        else:
-            number_of("denominator", denominator, "a positive, finite number or a 0-d tensor", is_positive)
+    check_denominator(denominator, options, device)
+
+
+def check_denominator(denominator: float | Tensor | None, options: Options, device: torch.device) -> None:
+    if denominator is None:
+        return
+    if REDUCTIONS[options.reduction] == "none":
+        raise ValueError("denominator divides the sum over rows, and reduction='none' has no sum; drop one of them")
+    if isinstance(denominator, Tensor):
+        _check_plain("denominator", denominator)
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator must be a number or a 0-d tensor; got shape {_shape(denominator.shape)}")
+        if denominator.is_complex() or denominator.dtype == torch.bool:
+            raise TypeError(f"denominator must be a real number; got {denominator.dtype}")
+        if denominator.requires_grad and torch.is_grad_enabled():
+            raise ValueError("denominator is a constant of the loss and gets no gradient; pass its .detach()")
+        if denominator.device != device and denominator.device.type != "cpu":
+            places = "the CPU" if device.type == "cpu" else f"{device} or on the CPU"
+            raise ValueError(f"denominator must be on {places}; got {denominator.device}")
+    else:
+        number_of("denominator", denominator, "a positive, finite number or a 0-d tensor", is_positive)
 
 
 def _check_row_shape(name: str, rows: Tensor, s_shape: torch.Size, dim: int, device: torch.device, of: str) -> None:
@@ -411,6 +416,71 @@ def check_linear_shapes(
         )
 
 
+def check_binary_tensors(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+) -> None:
+    """`check_tensors` of logits that are distributions of their own: one shape, and what is as large or broadcast.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes or devices that do not fit.
+    """
+    shape = getattr(student_logits, "shape", None)
+    device = getattr(student_logits, "device", None)
+    given = {
+        "student_logits": student_logits,
+        "teacher_logits": teacher_logits,
+        "labels": labels,
+        "weight": weight,
+        "pos_weight": pos_weight,
+    }
+    for name, tensor in given.items():
+        if tensor is None and not name.endswith("_logits"):
+            continue
+        check_is_tensor(name, tensor)
+        assert tensor is not None
+        assert shape is not None
+        if name == "labels" and tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"labels must be targets from 0 to 1, float32, bfloat16, float16 or float64; got {tensor.dtype}: pass "
+                "labels.float()"
+            )
+        if tensor.dtype not in FLOATING:
+            _refuse_dtype(name, tensor.dtype)
+        _check_dense(name, tensor)
+        if name in ("weight", "pos_weight"):
+            own = tensor.shape
+            broadcasts = len(own) <= len(shape) and all(
+                n in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False)
+            )
+            if not broadcasts:
+                raise ValueError(
+                    f"{name} must have a shape that broadcasts to that of student_logits, {_shape(shape)}; "
+                    f"got {_shape(own)}"
+                )
+        elif tensor.shape != shape:
+            also = ""
+            if tensor.numel() == student_logits.numel():
+                also = f": pass {name}.view_as(student_logits)"
+            raise ValueError(
+                f"{name} must have the shape of student_logits, {_shape(shape)}; got {_shape(tensor.shape)}{also}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of student_logits, {device}; got {tensor.device}")
+        if not name.endswith("_logits") and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} is a constant of the loss and gets no gradient; pass {name}.detach()")
+    if labels is None and options.hard_weight > 0:
+        raise ValueError(f"labels are needed for hard_weight={options.hard_weight}; got None")
+    assert device is not None
+    check_denominator(denominator, options, device)
+
+
 def refuse_dtensor(name: str) -> NoReturn:
     raise TypeError(f"{name} must be this process's own rows; got a DTensor: pass {name}.to_local()")
 
@@ -493,6 +563,19 @@ def check_weight_values(weight: Tensor) -> None:
         raise ValueError(f"weight must be finite and not negative; got {weight[wrong][0].item()}")
 
 
+def check_pos_weight_values(pos_weight: Tensor) -> None:
+    wrong = ~((pos_weight >= 0) & pos_weight.isfinite())
+    if bool(wrong.any()):
+        raise ValueError(f"pos_weight must be finite and not negative; got {pos_weight[wrong][0].item()}")
+
+
+def check_target_values(labels: Tensor, wrong: Tensor, ignore_index: int) -> None:
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels must lie between 0 and 1 or equal ignore_index={ignore_index}; got {labels[wrong][0].item()}"
+        )
+
+
 def check_label_values(labels: Tensor, wrong: Tensor, vocab_size: int, ignore_index: int) -> None:
     if bool(wrong.any()):
         raise ValueError(
@@ -510,7 +593,7 @@ def raise_better(error: RuntimeError, device: torch.device) -> None:
     """The operators can raise RuntimeErrors only. To the caller, values that only they look at are ValueErrors, and
     memory that a smaller batch would not have needed is what training loops know it as."""
     message = str(error)
-    if message.startswith(("labels ", "weight ", "denominator ", "inplace=")):
+    if message.startswith(("labels ", "weight ", "pos_weight ", "denominator ", "inplace=")):
         raise ValueError(message) from None
     if message.startswith("not enough memory for the gradient") and device.type == "cuda":
         raise torch.OutOfMemoryError(f"CUDA out of memory: {message}") from None

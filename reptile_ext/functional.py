@@ -22,6 +22,7 @@ __all__ = ["distillation_loss"]
 _SUM = REDUCTIONS.index("sum")
 
 _warned_devices: set[torch.device] = set()
+_warned_of_one_class = False
 
 
 class LogitsLoss:
@@ -44,6 +45,12 @@ class LogitsLoss:
         with compat.below_autograd():
             loss, gradient = ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), now)
         return loss, LogitsLoss.keep(options, (gradient,), tensors, constants) if now else None
+
+    @staticmethod
+    def in_place(
+        options: Options, tensors: tuple[Any, ...], constants: Constants, grad_output: Tensor | None
+    ) -> Tensor:
+        return ops.distillation_loss_(*tensors, *constants, grad_output, *ops.numbers(options))
 
     @staticmethod
     def keep(options: Options, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants) -> Any:
@@ -212,6 +219,8 @@ def distillation_loss(
         warn_of_temperature(options, student_logits, teacher_logits)
     if options.inplace and not torch.compiler.is_compiling() and student_logits.is_neg():
         options = options._replace(inplace=False)  # the memory holds the numbers with the other sign
+    if group is None and student_logits.shape[dim] == 1 and not torch.compiler.is_compiling():
+        _warn_of_one_class()
     if group is not None:
         if inplace:
             check_inplace(student_logits, teacher_logits)
@@ -238,6 +247,18 @@ def for_operators(
     device: torch.device,
 ) -> tuple[Constants, Options]:
     """The constants in the dtypes that the operators take; a denominator that is a number becomes the scale."""
+    divisor, options = divisor_for_operators(denominator, options, device)
+    if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
+        labels = labels.to(torch.int64).contiguous()
+    if weight is not None:
+        weight = weight.detach().to(torch.float64).contiguous()
+    return (labels, weight, divisor), options
+
+
+def divisor_for_operators(
+    denominator: float | Tensor | None, options: Options, device: torch.device
+) -> tuple[Tensor | None, Options]:
+    """A denominator that is a tensor in the operators' dtype; one that is a number becomes the scale."""
     divisor = None
     if denominator is not None:
         if isinstance(denominator, Tensor):
@@ -249,11 +270,7 @@ def for_operators(
             options = options._replace(reduction=_SUM)
         else:
             options = options._replace(reduction=_SUM, scale=1.0 / float(denominator))
-    if labels is not None and (labels.dtype != torch.int64 or not labels.is_contiguous()):
-        labels = labels.to(torch.int64).contiguous()
-    if weight is not None:
-        weight = weight.detach().to(torch.float64).contiguous()
-    return (labels, weight, divisor), options
+    return divisor, options
 
 
 def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Options) -> Tensor:
@@ -280,6 +297,18 @@ def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Opti
 def own_of(x: Any) -> Any:
     """A tensor that autograd may save: a copy of one made in inference mode."""
     return x.clone() if x is not None and x.is_inference() and torch.is_grad_enabled() else x
+
+
+def _warn_of_one_class() -> None:
+    global _warned_of_one_class
+    if _warned_of_one_class:
+        return
+    _warned_of_one_class = True
+    warnings.warn(
+        "student_logits has one class, whose softmax is always 1: the loss is 0 and trains nothing; of one logit a "
+        "sample, or a label, binary_distillation_loss is meant",
+        stacklevel=3,
+    )
 
 
 def needs_reference(device: torch.device, function: str = "distillation_loss") -> bool:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from .binary import binary_distillation_loss
 from .checks import check_memory_budget, check_scale, check_softcap, refuse_attribute, refuse_keyword
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
-from .options import Keywords, make_options
+from .options import BinaryKeywords, Keywords, Options, make_binary_options, make_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 
 
 # What the call takes, not the module.
-OF_THE_CALL = ("weight", "denominator", "student_bias", "teacher_bias", "student_head", "teacher_head")
+OF_THE_CALL = ("weight", "pos_weight", "denominator", "student_bias", "teacher_bias", "student_head", "teacher_head")
 
 
 class _Loss(nn.Module):
     """Holds the keywords of a function, with the function's own defaults."""
 
     loss: ClassVar[Callable[..., Tensor]]
+    make_options: ClassVar[Callable[..., Options]] = staticmethod(make_options)
     keywords: dict[str, Any]
 
     def __init_subclass__(cls) -> None:
@@ -73,7 +75,7 @@ class _Loss(nn.Module):
 
     def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """The keywords, if the function would take them: complain now, not in the first step."""
-        make_options(**{name: value for name, value in keywords.items() if name in Keywords.__annotations__})
+        type(self).make_options(**{name: value for name, value in keywords.items() if name in Keywords.__annotations__})
         return keywords
 
     def extra_repr(self) -> str:
@@ -117,6 +119,55 @@ class DistillationLoss(_Loss):
     ) -> Tensor:
         return distillation_loss(
             student_logits, teacher_logits, labels, weight=weight, denominator=denominator, **self.keywords
+        )
+
+
+class BinaryDistillationLoss(_Loss):
+    """`binary_distillation_loss` with its keywords fixed: logits that each are a distribution of their own.
+
+    Equivalent PyTorch (temperature T, every element counts)::
+
+        s, t = student_logits.float() / T, teacher_logits.float() / T
+        p = t.sigmoid()
+        soft = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+        loss = T * T * soft.mean()
+
+    The keywords are those of `binary_distillation_loss` without `weight`, `pos_weight` and `denominator`, which go to
+    the call, and are checked when the module is made.
+
+    Shapes: student and teacher logits [...]; labels, if any, floating point [...]; result a scalar, or [...] with
+    `reduction="none"`. Dtypes, errors and the paper: see `binary_distillation_loss`.
+
+    Example::
+
+        criterion = BinaryDistillationLoss(temperature=2.0, hard_weight=0.5)
+        criterion(student(x), teacher(x), labels.float()).backward()
+    """
+
+    loss = staticmethod(binary_distillation_loss)
+    make_options = staticmethod(make_binary_options)
+
+    def __init__(self, **keywords: Unpack[BinaryKeywords]) -> None:
+        super().__init__(**keywords)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        return binary_distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            weight=weight,
+            pos_weight=pos_weight,
+            denominator=denominator,
+            **self.keywords,
         )
 
 

@@ -161,9 +161,13 @@ row_gradient: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.row_g
 row_gradient_: Callable[..., Tensor] = torch.ops.reptile_ext.row_gradient_.default
 scale_gradient_: Callable[..., None] = torch.ops.reptile_ext.scale_gradient_.default
 
+binary_distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.binary_distillation_loss.default
+binary_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.binary_distillation_loss_.default
+scale_elements_: Callable[..., None] = torch.ops.reptile_ext.scale_elements_.default
+
 # THE ARGUMENTS of the operators are listed in csrc/torch/arguments.h and nowhere else. All operators but
-# scale_gradient_ have these: two models' logits, constants of the loss that are tensors, what the gradient is
-# multiplied by, and numbers.
+# scale_gradient_ and scale_elements_ have these: two models' logits, constants of the loss that are tensors, what the
+# gradient is multiplied by, and numbers.
 DECLARATIONS = compat.argument_declarations(distillation_loss_)  # "Tensor? labels", ...
 NAMES = tuple(declaration.split()[-1] for declaration in DECLARATIONS)
 MODELS, CONSTANTS = ("student", "teacher"), ("labels", "weight", "denominator")
@@ -197,6 +201,19 @@ def _fake_loss(given: dict[str, Any]) -> Tensor:
     )
 
 
+def _fake_binary_loss(given: dict[str, Any]) -> Tensor:
+    student: Tensor = given["student"]
+    double = torch.float64 in (student.dtype, given["teacher"].dtype)
+    shape = student.shape if REDUCTIONS[given["reduction"]] == "none" else []
+    return student.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+
+
+def _fake_binary_loss_and_gradient(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    student: Tensor = given["student"]
+    gradient = torch.empty_like(student) if given["needs_gradient"] else student.new_empty([0])
+    return _fake_binary_loss(given), gradient
+
+
 def _fake_loss_and_gradient(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     student: Tensor = given["student"]
     gradient = torch.empty_like(student) if given["needs_gradient"] else student.new_empty([0])
@@ -224,25 +241,28 @@ _register_fake("row_stats", _fake_row_stats)
 _register_fake("row_gradient", _fake_loss_and_gradient)
 _register_fake("row_gradient_", _fake_loss)
 _register_fake("scale_gradient_", lambda given: None)
+_register_fake("binary_distillation_loss", _fake_binary_loss_and_gradient)
+_register_fake("binary_distillation_loss_", _fake_binary_loss)
+_register_fake("scale_elements_", lambda given: None)
 
 
-# Of programs that are traced for sizes that may change: inductor cannot replace an operator that writes over its
-# argument there, and fails with an assertion that says nothing (torch 2.13).
-@torch.library.custom_op(
-    "reptile_ext::scaled_gradient",
-    mutates_args=(),
-    schema=(
-        "(Tensor gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, SymInt vocab_size, int dim)"
-        " -> Tensor"
-    ),
-)
-def scaled_gradient(gradient: Tensor, *arguments: Any) -> Tensor:
-    """What `scale_gradient_` makes of a copy."""
-    copy = gradient.clone()
-    scale_gradient_(copy, *arguments)
-    return copy
+def _of_a_copy(name: str, arguments: str, in_place: Callable[..., None]) -> Any:
+    """An operator that returns what `in_place` makes of a copy of its first argument.
+
+    For programs that are traced for sizes that may change: inductor cannot replace an operator that writes over its
+    argument there, and fails with an assertion that says nothing (torch 2.13).
+    """
+
+    def run(gradient: Tensor, *rest: Any) -> Tensor:
+        copy = gradient.clone()
+        in_place(copy, *rest)
+        return copy
+
+    schema = f"(Tensor gradient, Tensor factor, Tensor? labels, Tensor? weight, {arguments}) -> Tensor"
+    operator = torch.library.custom_op(f"reptile_ext::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(lambda gradient, *_: torch.empty_like(gradient))
+    return operator
 
 
-@scaled_gradient.register_fake
-def _(gradient: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(gradient)
+scaled_gradient = _of_a_copy("scaled_gradient", "int ignore_index, SymInt vocab_size, int dim", scale_gradient_)
+scaled_elements = _of_a_copy("scaled_elements", "int ignore_index", scale_elements_)

@@ -16,7 +16,18 @@ import torch
 from .checks import integer_of, is_non_negative, is_temperature, number_of, one_of, pair_of
 from .ops import KERNELS, NUMBERS, REDUCTIONS
 
-__all__ = ["DIVERGENCES", "DIVERGENCE_TABLE", "KERNELS", "REDUCTIONS", "Keywords", "Options", "make_options"]
+__all__ = [
+    "BINARY_DIVERGENCES",
+    "DIVERGENCES",
+    "DIVERGENCE_TABLE",
+    "KERNELS",
+    "REDUCTIONS",
+    "BinaryKeywords",
+    "Keywords",
+    "Options",
+    "make_binary_options",
+    "make_options",
+]
 
 TEMPERATURE_SCALINGS = ("t2", "none")
 VOCABS = ("error", "truncate")
@@ -82,6 +93,8 @@ DIVERGENCE_TABLE: dict[str, Divergence] = {
     ),
 }
 DIVERGENCES = tuple(DIVERGENCE_TABLE)
+# Those of two classes without a label among them: what an element of `binary_distillation_loss` is.
+BINARY_DIVERGENCES = tuple(name for name in DIVERGENCES if not DIVERGENCE_TABLE[name].needs_labels)
 
 # kernel: (its mirror, whether β and 1 − β change places), in both directions.
 MIRRORS: dict[str, tuple[str, bool]] = {}
@@ -136,6 +149,20 @@ class Keywords(TypedDict, total=False):
     reduction: str
     vocab: str
     dim: int
+    inplace: bool
+
+
+class BinaryKeywords(TypedDict, total=False):
+    """The keywords of `binary_distillation_loss`, for editors and type checkers."""
+
+    divergence: str
+    beta: float | None
+    temperature: float | tuple[float, float]
+    temperature_scaling: str
+    soft_weight: float
+    hard_weight: float
+    ignore_index: int
+    reduction: str
     inplace: bool
 
 
@@ -247,3 +274,12 @@ def make_options(**keywords: Any) -> Options:
         if "unhashable" not in str(error):
             raise
         return _make_options(**keywords)  # an unhashable value is a wrong value: let the checks name it
+
+
+def make_binary_options(**keywords: Any) -> Options:
+    """The same of `binary_distillation_loss`. A logit z is a row [z, 0] of two classes."""
+    one_of("divergence", keywords.get("divergence", "forward_kl"), BINARY_DIVERGENCES)
+    options = make_options(**keywords)
+    if options.kernel() == "mse":  # of the logit, not the mean of it and of a class that is 0 for both
+        options = options._replace(soft_scale=2.0 * options.soft_scale)
+    return options

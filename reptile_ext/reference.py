@@ -18,13 +18,30 @@ import torch
 from torch import Tensor
 
 from . import compat
-from .checks import check_divisor_value, check_label_values, check_tensors, check_weight_values
-from .options import KERNELS, REDUCTIONS, Keywords, Options, make_options, mirror
+from .checks import (
+    check_binary_tensors,
+    check_divisor_value,
+    check_label_values,
+    check_pos_weight_values,
+    check_target_values,
+    check_tensors,
+    check_weight_values,
+)
+from .options import (
+    KERNELS,
+    REDUCTIONS,
+    BinaryKeywords,
+    Keywords,
+    Options,
+    make_binary_options,
+    make_options,
+    mirror,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["distillation_loss", "linear_distillation_loss"]
+__all__ = ["binary_distillation_loss", "distillation_loss", "linear_distillation_loss"]
 
 
 class Rows(NamedTuple):
@@ -498,19 +515,110 @@ def with_options(
     losses = torch.where(counted, w * row_losses(s, t, labels, options), 0.0)
     # A wrong label where it could not be an error: that row alone.
     losses = losses * torch.where(wrong, torch.nan, 1.0)
+    return _reduced(losses.reshape(leading), w, counted, denominator, options, may_look)
 
+
+def _reduced(
+    losses: Tensor,
+    w: Tensor,
+    counted: Tensor,
+    denominator: float | Tensor | None,
+    options: Options,
+    may_look: bool,
+) -> Tensor:
+    """What becomes of weighted losses; w and counted of each."""
     reduction = REDUCTIONS[options.reduction]
     if reduction == "none":
-        return _scaled(losses.reshape(leading), options.scale)
+        return _scaled(losses, options.scale)
     total = losses.sum()
     if denominator is not None:
-        divisor = torch.as_tensor(denominator, device=total.device).detach().to(arithmetic)
+        divisor = torch.as_tensor(denominator, device=total.device).detach().to(losses.dtype)
         if may_look and bool(compat.values_of(counted).any()):
             check_divisor_value(compat.values_of(torch.where(counted.any(), divisor, 1.0)))
         total = total / torch.where(counted.any(), divisor, 1.0)
     elif reduction == "mean":
         total = total / torch.where(counted.any(), w.sum(), 1.0)
     return _scaled(total, options.scale)
+
+
+# ------------------------------------------------------------------------- one logit: two classes, [z, 0] its logits
+
+
+def _binary_cross_entropy(s: Tensor, labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """−(pos_weight · y log σ(s) + (1−y) log σ(−s)). A side without weight adds nothing, even if it is infinite."""
+    hit = labels if pos_weight is None else pos_weight * labels
+    miss = 1 - labels
+    log_sigmoid = torch.nn.functional.logsigmoid
+    loss = torch.where(hit == 0, 0.0, -hit * log_sigmoid(s)) + torch.where(miss == 0, 0.0, -miss * log_sigmoid(-s))
+    return loss * torch.where(s.isnan() | (s == torch.inf), torch.nan, 1.0)
+
+
+def _as_rows(z: Tensor) -> Tensor:
+    return torch.stack([z, torch.zeros_like(z)], -1)
+
+
+def binary_with_options(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    check_values: bool = True,
+) -> Tensor:
+    """`binary_distillation_loss` of arguments that are checked already; constants' values are if `check_values`."""
+    shape = student_logits.shape
+    double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
+    arithmetic = torch.float64 if double else torch.float32
+    s, t = student_logits.to(arithmetic), teacher_logits.to(arithmetic)
+    may_look = check_values and s.device.type == "cpu" and not (torch.compiler.is_compiling() or compat.in_torch_func())
+    with torch.no_grad():
+        w = s.new_ones(shape) if weight is None else weight.to(arithmetic).expand(shape)
+        counted = w != 0
+        wrong = torch.zeros_like(counted)
+        if weight is not None and may_look:
+            check_weight_values(weight)
+        if pos_weight is not None:
+            if may_look:
+                check_pos_weight_values(pos_weight)
+            pos_weight = pos_weight.to(arithmetic)
+        if labels is not None:
+            labels = labels.to(arithmetic)
+            counted = counted & (labels != options.ignore_index)
+            wrong = counted & ~((labels >= 0) & (labels <= 1))
+            if may_look:
+                check_target_values(labels, wrong, options.ignore_index)
+            labels = torch.where(counted & ~wrong, labels, 0.0)
+        w = torch.where(counted, w, 0.0)
+
+    # An ignored element is never read: see `with_options`.
+    s, t = torch.where(counted, s, 0.0), torch.where(counted, t, 0.0)
+    soft = options._replace(hard_weight=0.0)
+    losses = row_losses(_as_rows(s).reshape(-1, 2), _as_rows(t).reshape(-1, 2), None, soft).reshape(shape)
+    if options.hard_weight > 0:
+        assert labels is not None
+        losses = losses + options.hard_weight * _binary_cross_entropy(s, labels, pos_weight)
+    losses = torch.where(counted, w * losses, 0.0)
+    losses = losses * torch.where(wrong, torch.nan, 1.0)
+    return _reduced(losses, w, counted, denominator, options, may_look)
+
+
+def binary_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    **keywords: Unpack[BinaryKeywords],
+) -> Tensor:
+    """`reptile_ext.binary_distillation_loss` in plain PyTorch: same arguments and result, any device, any order of
+    derivative. `inplace` is accepted and has no effect."""
+    options = make_binary_options(**keywords)
+    check_binary_tensors(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
+    return binary_with_options(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
 
 
 def _scaled(loss: Tensor, scale: float) -> Tensor:

@@ -47,6 +47,9 @@ rm -f "$build"/*.o
   while read -r name options; do
     echo "$name csrc/cpu/loss_rows.cpp ${options//'${avx512}'/$avx512} -fno-exceptions $sanitize" \
       "-DREPTILE_EXT_KERNELS=kernels_$name"
+    # Linked, as dispatch.cpp names them, but not called.
+    [ "$name" = avx512_bf16 ] || echo "binary_$name csrc/cpu/binary.cpp ${options//'${avx512}'/$avx512}" \
+      "-fno-exceptions $sanitize -DREPTILE_EXT_BINARY_KERNELS=binary_kernels_$name"
   done <<<"$sets"
   echo "dispatch csrc/cpu/dispatch.cpp"
   echo "fuzz_rows tests/fuzz/fuzz_rows.cpp -O2"

@@ -31,16 +31,17 @@ EDITS = {
 //     gradient  q (u − Σ q u)
 template <class V>
 struct ChiSquared : MixtureDefaults<V> {
-  static REPTILE_EXT_FN void mix(V q, V p, V /*beta*/, V /*one_minus_beta*/, V (&sums)[2], V (&kept)[2]) {
-    const V w = (p - q) * ChiSquared::over(p + q);
+  static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V /*beta*/, V /*one_minus_beta*/, V (&sums)[2], V (&kept)[2]) {
+    const V w = p_minus_q * ChiSquared::over(p + q);
     kept[1] = V(0) - fma(V(0.5f) * w, w, w);
-    sums[0] = fma(p - q, w, sums[0]);
+    sums[0] = fma(p_minus_q, w, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);
   }
-  static REPTILE_EXT_FN double finish(Row& row, double scale, double (&k)[2]) {
+  template <class T>
+  static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     k[0] = scale / row.z_s();
     k[1] = row.mixture[1];
-    return MixtureDefaults<V>::unless_broken(row) / 2;
+    return MixtureDefaults<V>::unless_broken(row) * T(0.5);
   }
 };
 

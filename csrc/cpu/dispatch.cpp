@@ -15,6 +15,11 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
 #endif
+const BinaryKernels& binary_kernels_portable();
+#if defined(REPTILE_EXT_X86)
+const BinaryKernels& binary_kernels_avx2();
+const BinaryKernels& binary_kernels_avx512();
+#endif
 
 namespace {
 
@@ -27,14 +32,24 @@ constexpr const Kernels& (*kKernels[])() = {
     kernels_avx512_bf16,
 #endif
 };
+constexpr const BinaryKernels& (*kBinaryKernels[])() = {
+    binary_kernels_portable,
+#if defined(REPTILE_EXT_X86)
+    binary_kernels_avx2, binary_kernels_avx512,
+    binary_kernels_avx512,  // they round to bfloat16 without the instruction
+#endif
+};
 constexpr int kNumSets = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
 static_assert(kNumSets == sizeof(kKernels) / sizeof(kKernels[0]));
+static_assert(kNumSets == sizeof(kBinaryKernels) / sizeof(kBinaryKernels[0]));
 
 std::atomic<int> in_use{-1};
 
+Selection selection(int set) { return {kInstructionSets[set].name, &kKernels[set](), &kBinaryKernels[set]()}; }
+
 Selection use(int set) {
   in_use.store(set, std::memory_order_relaxed);
-  return {kInstructionSets[set].name, &kKernels[set]()};
+  return selection(set);
 }
 
 }  // namespace
@@ -52,7 +67,7 @@ Selection select_instruction_set(const char* name) {
 
 Selection current_instruction_set() {
   const int set = in_use.load(std::memory_order_relaxed);
-  if (set >= 0) return {kInstructionSets[set].name, &kKernels[set]()};
+  if (set >= 0) return selection(set);
   const char* wanted = std::getenv("REPTILE_EXT_CPU");
   if (wanted && wanted[0]) return select_instruction_set(wanted);
   int newest = 0;

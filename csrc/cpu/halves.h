@@ -206,7 +206,7 @@ void finish_rows(const LossProblem& p, const TileRows& rows, const RowStats<V>& 
     if (p.grad_output) scale *= p.grad_output[p.grad_output_is_uniform ? 0 : n];
 
     const double* sums = stats.sums[r];
-    Row row{sums, stats.mixture[r], p.beta, p.one_minus_beta, 0, 0};
+    Row<double> row{sums, stats.mixture[r], p.beta, p.one_minus_beta, 0, 0, 0, 0, 0};
     if (D::kExcludesLabel) {
       row.a_label = (sums[kStudentLabel] - reference[0][r]) * (kLog2E / p.student_temperature);
       row.b_label = (sums[kTeacherLabel] - reference[1][r]) * (kLog2E / p.teacher_temperature);
@@ -217,7 +217,7 @@ void finish_rows(const LossProblem& p, const TileRows& rows, const RowStats<V>& 
     double loss = p.soft_scale * value;
     // All of a broken row's gradient is NaN, wherever in the row it broke.
     for (int i = 0; i < kCount; ++i) out.k[i][r] = value == value ? k[i] : value;
-    out.is_unbounded[r] = row.is_unbounded;
+    out.is_unbounded[r] = row.unbounded == kInf;
 
     if (p.hard_weight > 0) {
       const double a_label = (sums[kStudentLabel] - reference[2][r]) * kLog2E;

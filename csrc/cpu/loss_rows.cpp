@@ -52,21 +52,6 @@ struct RowIndex {
   }
 };
 
-// Calls visit(T*) with an operand's data as its storage type.
-template <class Visitor>
-void with_type(const Operand& operand, Visitor&& visit) {
-  switch (operand.dtype) {
-    case DType::kFloat32:
-      return visit(static_cast<float*>(operand.data));
-    case DType::kBFloat16:
-      return visit(static_cast<BFloat16*>(operand.data));
-    case DType::kFloat16:
-      return visit(static_cast<Float16*>(operand.data));
-    case DType::kFloat64:
-      return visit(static_cast<double*>(operand.data));
-  }
-}
-
 template <class Scalar>
 void gather_row(const Operand& operand, int64_t offset, int64_t n, Scalar* out) {
   with_type(operand, [&](auto* data) {

@@ -211,7 +211,8 @@ Sums<V, D::kSums> first_pass(const Call<typename V::Scalar>& call, const Tile<In
     const auto one = [&](int64_t j, const V(&s)[2], const V(&t)[2]) {
       for (int h = 0; h < 2; ++h) {
         V kept[D::kKept];
-        D::first((s[h] - top_s[h]) * k_s, (t[h] - top_t[h]) * k_t, block.half[h], kept);
+        const V a = (s[h] - top_s[h]) * k_s, b = (t[h] - top_t[h]) * k_t;
+        D::first(a, b, D::exponential(a), D::exponential(b), block.half[h], kept);
         for (int i = 0; i < D::kKept; ++i) kept[i].store(kept_rows[i] + j * kPair + h * kLanes);
       }
     };
@@ -263,7 +264,8 @@ Sums<V, D::kMixtureSums> mixture_pass(const Call<Scalar>& call, int64_t num_pair
       for (int h = 0; h < 2; ++h) {
         const int64_t i = j * kPair + h * kLanes;
         V kept[2] = {V::load(kept_0 + i), V::load(kept_1 + i)};
-        D::mix(kept[0], kept[1] * c[h], beta, one_minus_beta, block.half[h], kept);
+        const V q = kept[0], p = kept[1] * c[h];
+        D::mix(q, p, p - q, beta, one_minus_beta, block.half[h], kept);
         if (D::kMixtureKeeps) kept[1].store(kept_1 + i);
       }
     }

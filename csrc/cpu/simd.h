@@ -9,6 +9,8 @@
 // into even and odd elements, which needs no shuffle); it is the same in load2 and store2, and nothing else may care.
 #pragma once
 
+#include "../rows.h"
+
 #if defined(__AVX512F__)
 #include "simd/avx512.h"
 #elif defined(__AVX2__)
@@ -74,6 +76,21 @@ inline void set_negative_infinity(float* p) { *p = kNegInf; }
 inline void set_negative_infinity(double* p) { *p = kNegInf; }
 inline void set_negative_infinity(BFloat16* p) { p->bits = 0xff80; }
 inline void set_negative_infinity(Float16* p) { p->bits = 0xfc00; }
+
+// Calls visit(T*) with data as its storage type.
+template <class Operand, class Visitor>
+inline void with_type(const Operand& operand, Visitor&& visit) {
+  switch (operand.dtype) {
+    case reptile_ext::DType::kFloat32:
+      return visit(static_cast<float*>(operand.data));
+    case reptile_ext::DType::kBFloat16:
+      return visit(static_cast<BFloat16*>(operand.data));
+    case reptile_ext::DType::kFloat16:
+      return visit(static_cast<Float16*>(operand.data));
+    case reptile_ext::DType::kFloat64:
+      return visit(static_cast<double*>(operand.data));
+  }
+}
 
 // The last n < 2 · kLanes elements of a row. Dead lanes hold −inf, which is what a masked class holds, so the code
 // that follows needs no second version of itself.

@@ -181,7 +181,7 @@ REPTILE_EXT_DEVICE void row_gradient(const DeviceLoss& device, const Call<V>& ca
       for (int i = 0; i < kNumSums; ++i) sums[i] = load(p.sums + row.n * kNumSums + i);
       for (int i = 0; i < kNumMixtureSums; ++i) mixture[i] = load(p.mixture_sums + row.n * kNumMixtureSums + i);
     }
-    Row of_row{sums, mixture, p.beta, p.one_minus_beta, 0, 0};
+    Row<double> of_row{sums, mixture, p.beta, p.one_minus_beta, 0, 0, 0, 0, 0};
     if (D::kExcludesLabel) {
       of_row.a_label = (sums[kStudentLabel] - double(stats.m_s)) * (kLog2E / p.student_temperature);
       of_row.b_label = (sums[kTeacherLabel] - double(stats.m_t)) * (kLog2E / p.teacher_temperature);
@@ -192,7 +192,7 @@ REPTILE_EXT_DEVICE void row_gradient(const DeviceLoss& device, const Call<V>& ca
     // All of a broken row's gradient is NaN, wherever in the row it broke.
     if (row.is_broken) value = kNaN;
     for (int i = 0; i < G::kCoefficients; ++i) numbers[i] = V(value == value ? k[i] : kNaN);
-    numbers[At::kIsBounded] = V(of_row.is_unbounded ? 0 : 1);
+    numbers[At::kIsBounded] = V(of_row.unbounded == kInf ? 0 : 1);
     double loss = p.soft_scale * value;
     if (call.hard) {
       const double a_label = (sums[kStudentLabel] - double(stats.m_1)) * kLog2E;

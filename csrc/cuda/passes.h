@@ -79,7 +79,8 @@ template <class D, class V>
 REPTILE_EXT_DEVICE void first(const Call<V>& call, const TeamRow& row, const RowStats<D, V>& stats, int64_t v, V s, V t,
                               V (&sums)[D::kSums], V (&kept)[D::kKept]) {
   if (D::kExcludesLabel && v == row.label) s = t = negative_infinity<V>();
-  D::first((s - stats.m_s) * call.k_s, (t - stats.m_t) * call.k_t, sums, kept);
+  const V a = (s - stats.m_s) * call.k_s, b = (t - stats.m_t) * call.k_t;
+  D::first(a, b, D::exponential(a), D::exponential(b), sums, kept);
 }
 
 // The cross entropy's exponent of a class, at temperature 1.
@@ -158,7 +159,8 @@ REPTILE_EXT_DEVICE void mixture_pass(const Call<V>& call, Team<V>& team, const S
           for (int i = 0; i < kChunk; ++i) {
             V unused[D::kSums] = {}, kept[D::kKept];
             first(call, row, stats, place.first_class(chunk) + i, s[i], t[i], unused, kept);
-            D::mix(kept[0], kept[1] * stats.ratio, call.beta, call.one_minus_beta, block, kept);
+            const V q = kept[0], p = kept[1] * stats.ratio;
+            D::mix(q, p, p - q, call.beta, call.one_minus_beta, block, kept);
           }
         },
         [&] {
@@ -188,7 +190,8 @@ REPTILE_EXT_DEVICE void last_pass(const Operand& gradient, const Call<V>& call, 
       first(call, row, stats, v, s[i], t[i], unused, kept);
       if constexpr (D::kMixtureKeeps) {
         V unused_too[D::kMixtureSums] = {};
-        D::mix(kept[0], kept[1] * stats.ratio, call.beta, call.one_minus_beta, unused_too, kept);
+        const V q = kept[0], p = kept[1] * stats.ratio;
+        D::mix(q, p, p - q, call.beta, call.one_minus_beta, unused_too, kept);
       }
       if constexpr (D::kUnbounded >= 0) {
         if (numbers[At::kIsBounded] == V(0)) kept[D::kUnbounded] = V(0);

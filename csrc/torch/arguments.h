@@ -104,7 +104,11 @@ struct Arguments {
         ", Tensor maxima, Tensor sums, Tensor mixture_sums) -> Tensor");                                              \
   m.def(                                                                                                              \
       "scale_gradient_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index, int "    \
-      "vocab_size, int dim) -> ()")
+      "vocab_size, int dim) -> ()");                                                                                  \
+  m.def("binary_distillation_loss(Tensor student" REPTILE_EXT_SCHEMA                                                  \
+        ", Tensor? pos_weight, bool needs_gradient) -> (Tensor loss, Tensor gradient)");                              \
+  m.def("binary_distillation_loss_(Tensor(a!) student" REPTILE_EXT_SCHEMA ", Tensor? pos_weight) -> Tensor");         \
+  m.def("scale_elements_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index) -> ()")
 #define REPTILE_EXT_IMPLEMENT(m)                                             \
   m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));   \
   m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_)); \
@@ -338,7 +342,7 @@ std::pair<const char*, const char*> byte_range(const View& view, const char* nam
   return {begin, begin + (last + 1) * int64_t(size_of(dtype_of(view, name)))};
 }
 
-void check_inplace(const View& view, const View& other) {
+void check_inplace(const View& view, const View& other, const std::string& name = "teacher_logits") {
   if (view.is_empty()) return;
   if (may_overlap_itself(view)) {
     fail("inplace=True needs student_logits whose elements do not share memory; got an expanded or overlapping view");
@@ -348,9 +352,9 @@ void check_inplace(const View& view, const View& other) {
   const bool same = view.data == other.data && view.dtype == other.dtype && view.ndim == other.ndim &&
                     std::equal(view.strides, view.strides + view.ndim, other.strides);
   const auto [s_begin, s_end] = byte_range(view, "student");
-  const auto [t_begin, t_end] = byte_range(other, "teacher");
+  const auto [t_begin, t_end] = byte_range(other, name.c_str());
   if (!same && s_begin < t_end && t_begin < s_end) {
-    fail("inplace=True needs teacher_logits in memory of its own; got a view of the memory of student_logits");
+    fail("inplace=True needs " + name + " in memory of its own; got a view of the memory of student_logits");
   }
 }
 

@@ -6,6 +6,11 @@
 //     row_gradient          the second half: loss and gradient, from the row stats of all classes
 //     row_gradient_         the same, the gradient over the student's logits
 //     scale_gradient_       the backward pass of a gradient that is there: times grad_output, where it lies
+//
+// and, on the CPU alone (ops.cpp), of logits that each are a distribution of their own; `dim` and `label_smoothing`
+// have no meaning there, and labels, weight and pos_weight have the shape of the logits:
+//
+//     binary_distillation_loss, binary_distillation_loss_, scale_elements_
 #pragma once
 
 #include "arguments.h"

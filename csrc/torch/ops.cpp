@@ -168,6 +168,19 @@ void run_rows(const LossProblem& p) {
                 [&](int64_t begin, int64_t end) { kernels.loss_rows(p, begin, end, thread_scratch(scratch)); });
 }
 
+// The loss is scale / divisor · Σ w ℓ; `total` is Σ w.
+double divisor_of(const Arguments& a, double total) {
+  if (a.denominator) {
+    const double divisor = *denominator_data(*a.denominator);
+    if (total == 0) return 1;  // nothing counts: the loss is 0, whatever it is to be divided by
+    if (!(divisor > 0 && divisor < std::numeric_limits<double>::infinity())) {
+      fail("denominator must be positive and finite; got " + std::to_string(divisor));
+    }
+    return divisor;
+  }
+  return a.reduction == int64_t(Reduction::kMean) && total != 0 ? total : 1;  // of nothing 0, not NaN
+}
+
 Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
   std::vector<int64_t> leading;
   LossProblem p = problem_of(a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
@@ -176,19 +189,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   double total = 0;
   const std::vector<double> weights = row_weights(a, p, &total);
   if (!weights.empty()) p.weights = weights.data();
-  // The loss is scale / divisor · Σ w ℓ.
-  double divisor = 1;
-  if (a.denominator) {
-    divisor = *denominator_data(*a.denominator);
-    if (total == 0) {
-      divisor = 1;  // no row counts: the loss is 0, whatever it is to be divided by
-    } else if (!(divisor > 0 && divisor < std::numeric_limits<double>::infinity())) {
-      fail("denominator must be positive and finite; got " + std::to_string(divisor));
-    }
-  } else if (a.reduction == int64_t(Reduction::kMean)) {
-    divisor = total == 0 ? 1 : total;  // no row counts: the loss is 0, not NaN
-  }
-  p.gradient_scale = a.scale / divisor;
+  p.gradient_scale = a.scale / divisor_of(a, total);
 
   const int32_t loss_dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const bool none = a.reduction == int64_t(Reduction::kNone);
@@ -261,12 +262,206 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
                 [&](int64_t begin, int64_t end) { kernels.scale_rows(p, factors.data(), is_uniform, begin, end); });
 }
 
+// ------------------------------------------------------------- elements that are distributions of their own:
+// binary.cpp
+
+// Tensors of the first one's shape, null for none, in the order in which that one lies in memory.
+struct ElementTensor {
+  Elements* elements;
+  const View* view;
+  const char* name;
+};
+void set_elements(BinaryProblem& p, const View& shape, const std::vector<ElementTensor>& tensors) {
+  p.num_elements = 1;
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < shape.ndim; ++d) {
+    p.num_elements *= shape.sizes[d];
+    if (shape.sizes[d] != 1) order.push_back(d);
+  }
+  for (const auto& [elements, view, name] : tensors) {
+    if (view->ndim != shape.ndim || !std::equal(view->sizes, view->sizes + view->ndim, shape.sizes)) {
+      fail(std::string(name) + " must have the shape of " + tensors[0].name);
+    }
+    elements->data = view->data;
+    elements->dtype = dtype_of(*view, name);
+  }
+  if (p.num_elements == 0) return;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return shape.strides[a] > shape.strides[b]; });
+  for (int64_t d : order) {
+    const int64_t size = shape.sizes[d];
+    const bool merges = p.num_dims > 0 && std::all_of(tensors.begin(), tensors.end(), [&](const ElementTensor& t) {
+                          return t.elements->strides[p.num_dims - 1] == t.view->strides[d] * size;
+                        });
+    if (!merges && p.num_dims == kMaxElementDims) fail("student has too many dimensions");
+    if (!merges) p.sizes[p.num_dims++] = 1;
+    p.sizes[p.num_dims - 1] *= size;
+    for (const ElementTensor& t : tensors) t.elements->strides[p.num_dims - 1] = t.view->strides[d];
+  }
+  if (p.num_dims == 0) p.sizes[p.num_dims++] = 1;
+}
+
+int64_t num_blocks(const BinaryProblem& p) { return (p.num_elements + kElementsPerBlock - 1) / kElementsPerBlock; }
+
+// Calls f(begin, end) over the blocks, on the threads there are.
+template <class F>
+void parallel_blocks(const BinaryProblem& p, const F& f) {
+  parallel_rows(num_blocks(p), rows_per_task(kElementsPerBlock), f);
+}
+
+Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient) {
+  BinaryProblem p;
+  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
+  p.divergence = Divergence(a.divergence);
+  if (needs_labels(p.divergence)) fail("divergence must be one of two classes");
+  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
+  p.beta = a.beta;
+  p.one_minus_beta = a.one_minus_beta;
+  p.student_temperature = a.student_temperature;
+  p.teacher_temperature = a.teacher_temperature;
+  p.soft_scale = a.soft_scale;
+  p.hard_weight = a.hard_weight;
+  p.ignore_index = double(a.ignore_index);
+  if (!a.labels && a.hard_weight > 0) fail("labels are needed for hard_weight > 0");
+
+  const bool none = a.reduction == int64_t(Reduction::kNone);
+  const View teacher(a.teacher);
+  const bool in_double =
+      dtype_of(student, "student") == DType::kFloat64 || dtype_of(teacher, "teacher") == DType::kFloat64;
+  Tensor loss = new_tensor(kCpu, none ? student.ndim : 0, student.sizes,
+                           in_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const View loss_view(loss);
+  std::vector<View> views;
+  views.reserve(4);
+  std::vector<ElementTensor> tensors = {{&p.student, &student, "student"}, {&p.teacher, &teacher, "teacher"}};
+  if (gradient) tensors.push_back({&p.gradient, gradient, "gradient"});
+  if (none) tensors.push_back({&p.losses, &loss_view, "loss"});
+  const auto add = [&](Elements& elements, const Tensor& tensor, const char* name) {
+    views.emplace_back(tensor);
+    tensors.push_back({&elements, &views.back(), name});
+  };
+  if (a.labels) add(p.labels, *a.labels, "labels");
+  if (a.weight) add(p.weight, *a.weight, "weight");
+  if (pos_weight && a.hard_weight > 0) add(p.pos_weight, *pos_weight, "pos_weight");
+  double factor = 1;
+  if (a.grad_output) {
+    const View view(*a.grad_output);
+    if (view.dtype != aoti_torch_dtype_float64()) fail("grad_output must be float64");
+    if (view.ndim == 0 && student.ndim > 0) {
+      factor = *static_cast<const double*>(view.data);
+    } else {
+      add(p.grad_output, *a.grad_output, "grad_output");
+    }
+  }
+  set_elements(p, student, tensors);
+  if (gradient && gradient->data == student.data) {
+    for (const ElementTensor& t : tensors) {
+      if (t.view != gradient) check_inplace(student, *t.view, t.name);
+    }
+  }
+
+  const BinaryKernels& kernels = *current_instruction_set().binary_kernels;
+  std::vector<double> sums(size_t(num_blocks(p)), 0.0);
+  p.sums = sums.data();
+  const auto total = [&sums] {  // in order, whoever computed them
+    double sum = 0;
+    for (double x : sums) sum += x;
+    return sum;
+  };
+  double total_weight = double(p.num_elements);
+  if (p.labels.data || p.weight.data || p.pos_weight.data) {
+    parallel_blocks(p, [&](int64_t begin, int64_t end) {
+      const WrongValue wrong = kernels.weights(p, begin, end);
+      if (!wrong.name) return;
+      const bool is_label = std::strcmp(wrong.name, "labels") == 0;
+      fail(wrong.name +
+           (is_label ? " must lie between 0 and 1 or equal ignore_index=" + std::to_string(a.ignore_index)
+                     : std::string(" must be finite and not negative")) +
+           "; got " + std::to_string(wrong.value));
+    });
+    total_weight = total();
+  }
+  p.scale = a.scale / divisor_of(a, total_weight);
+  // The factor of the backward pass belongs to the gradient alone; the loss is then of no interest.
+  const double loss_scale = p.scale;
+  p.scale *= factor;
+  parallel_blocks(p, [&](int64_t begin, int64_t end) { kernels.loss(p, begin, end); });
+  if (!none) {
+    const double value = total() * loss_scale;
+    if (in_double) {
+      *static_cast<double*>(loss_view.data) = value;
+    } else {
+      *static_cast<float*>(loss_view.data) = static_cast<float>(value);
+    }
+  }
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> binary_distillation_loss(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight,
+                                                    const bool& needs_gradient) {
+  const Arguments a = REPTILE_EXT_ARGUMENTS;
+  const View view(student);
+  dtype_of(view, "student");  // before there is a gradient like it
+  if (!needs_gradient) {
+    const int64_t nothing[1] = {0};
+    return {run_binary(a, pos_weight, view, nullptr), new_tensor(kCpu, 1, nothing, view.dtype)};
+  }
+  Tensor gradient = new_gradient(student);
+  const View gradient_view(gradient);
+  Tensor loss = run_binary(a, pos_weight, view, &gradient_view);
+  return {std::move(loss), std::move(gradient)};
+}
+
+Tensor binary_distillation_loss_(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight) {
+  const View view(student);
+  return run_binary(REPTILE_EXT_ARGUMENTS, pos_weight, view, &view);
+}
+
+// gradient · factor, where the gradient lies: one factor for all, or one an element. As scale_gradient_.
+void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
+                     const std::optional<Tensor>& weight, int64_t ignore_index) {
+  const View view(gradient), factor_view(factor);
+  if (factor_view.ndim == 0) {
+    const double f = factor_view.dtype == aoti_torch_dtype_float64()   ? *static_cast<const double*>(factor_view.data)
+                     : factor_view.dtype == aoti_torch_dtype_float32() ? *static_cast<const float*>(factor_view.data)
+                                                                       : 0;
+    if (f == 1) return;
+  }
+  // One factor for all is an operand that stays where it is.
+  std::vector<int64_t> no_strides(size_t(view.ndim), 0);
+  View broadcast = factor_view;
+  if (factor_view.ndim == 0) {
+    broadcast.ndim = view.ndim;
+    broadcast.sizes = view.sizes;
+    broadcast.strides = no_strides.data();
+  }
+  BinaryProblem p;
+  std::vector<View> views;
+  views.reserve(2);
+  std::vector<ElementTensor> tensors = {{&p.gradient, &view, "gradient"}, {&p.grad_output, &broadcast, "factor"}};
+  const auto add = [&](Elements& elements, const Tensor& tensor, const char* name) {
+    views.emplace_back(tensor);
+    tensors.push_back({&elements, &views.back(), name});
+  };
+  if (labels) add(p.labels, *labels, "labels");
+  if (weight) add(p.weight, *weight, "weight");
+  p.ignore_index = double(ignore_index);
+  set_elements(p, view, tensors);
+  const BinaryKernels& kernels = *current_instruction_set().binary_kernels;
+  parallel_blocks(p, [&](int64_t begin, int64_t end) { kernels.scale(p, begin, end); });
+}
+
 }  // namespace
 }  // namespace reptile_ext
 
 STABLE_TORCH_LIBRARY(reptile_ext, m) { REPTILE_EXT_DEFINE(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
+  REPTILE_EXT_IMPLEMENT(m);
+  m.impl("binary_distillation_loss", TORCH_BOX(&reptile_ext::binary_distillation_loss));
+  m.impl("binary_distillation_loss_", TORCH_BOX(&reptile_ext::binary_distillation_loss_));
+  m.impl("scale_elements_", TORCH_BOX(&reptile_ext::scale_elements_));
+}
 
 // Through ctypes: gives back the memory that is kept for gradients; and how many bytes that is.
 extern "C" __attribute__((visibility("default"))) void reptile_ext_release_memory() {

@@ -8,8 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAveragePrecision,
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+)
 
+from ..binary import binary_distillation_loss
 from ..functional import distillation_loss
 
 # Name → whether more is better. "loss" is the objective that is trained; the others do not depend on its settings.
@@ -20,15 +29,18 @@ METRICS = {
     "accuracy": True,  # share of the rows whose largest logit is the label's
     "f1": True,  # macro: mean over classes
     "agreement": True,  # share of the rows where student and teacher put the same class first
+    "average_precision": True,  # of binary=True: area under precision and recall; mean over labels
 }
-_NEED_LABELS = ("cross_entropy", "perplexity", "accuracy", "f1")
+_NEED_LABELS = ("cross_entropy", "perplexity", "accuracy", "f1", "average_precision")
 
 
-def check_metrics(metrics: Sequence[str], has_teacher: bool) -> None:
+def check_metrics(metrics: Sequence[str], has_teacher: bool, binary: bool = False) -> None:
     """Raise a ValueError for a name that is not known or cannot be measured."""
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"metrics must be among {', '.join(map(repr, METRICS))}; got {name!r}")
+        if name == "average_precision" and not binary:
+            raise ValueError("metrics: 'average_precision' is measured with binary=True; got binary=False")
         if name == "agreement" and not has_teacher:
             raise ValueError("metrics: 'agreement' is agreement with the teacher, and teacher is None")
 
@@ -43,8 +55,9 @@ def better(name: str, new: float, old: float | None) -> bool:
 class Evaluation:
     """Accumulates the named metrics batch by batch; with several processes, torchmetrics adds them up."""
 
-    def __init__(self, metrics: Sequence[str], ignore_index: int, device: torch.device) -> None:
+    def __init__(self, metrics: Sequence[str], ignore_index: int, device: torch.device, binary: bool = False) -> None:
         self._names = metrics
+        self._binary = binary
         self._ignore_index = ignore_index
         self._device = device
         self._metrics: dict[str, Metric] = {}
@@ -69,6 +82,9 @@ class Evaluation:
         if rows == 0:
             return
         self._metric("loss", MeanMetric).update(loss, rows)
+        if self._binary:
+            self._update_binary(rows, logits.squeeze(-1), teacher_logits, labels, weight)
+            return
         num_classes = logits.shape[-1]
         logits = logits.reshape(-1, num_classes)
         prediction = logits.argmax(-1)
@@ -105,6 +121,44 @@ class Evaluation:
             first = teacher_logits.reshape(-1, teacher_logits.shape[-1])[:, :shared].argmax(-1)
             prediction = prediction if shared == num_classes else logits[:, :shared].argmax(-1)
             self._metric("agreement", MeanMetric).update((prediction == first)[kept].float())
+
+    def _update_binary(
+        self, rows: float, z: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, weight: Tensor | None
+    ) -> None:
+        """Of logits [...] that each are a distribution of their own. A target counts as yes from ½ on. f1 and
+        average_precision are means over the labels of [B, L] and [B, T, L]; of [B] and others, over all elements."""
+        kept = torch.ones_like(z, dtype=torch.bool) if weight is None else weight != 0
+        if labels is None:
+            missing = [name for name in self._names if name in _NEED_LABELS]
+            if missing:
+                raise ValueError(f"metrics {missing} need labels in the eval batches; got a batch without")
+        else:
+            kept = kept & (labels != self._ignore_index)
+            if "cross_entropy" in self._names or "perplexity" in self._names:
+                nats = binary_distillation_loss(
+                    z, z, labels, weight=weight, soft_weight=0.0, hard_weight=1.0, ignore_index=self._ignore_index
+                )
+                self._metric("cross_entropy", MeanMetric).update(nats, rows)
+            target = (labels >= 0.5).long()
+            probability = z.float().sigmoid()
+            if "accuracy" in self._names:
+                self._metric("accuracy", BinaryAccuracy, validate_args=False).update(probability[kept], target[kept])
+            many = z.ndim in (2, 3)
+            if many:
+                probability, target, of = (x.reshape(-1, z.shape[-1]) for x in (probability, target, kept))
+                target = target.masked_fill(~of, -1)  # ignored
+                common = {"num_labels": z.shape[-1], "average": "macro", "ignore_index": -1, "validate_args": False}
+            else:
+                probability, target, common = probability[kept], target[kept], {"validate_args": False}
+            if "f1" in self._names:
+                f1 = self._metric("f1", MultilabelF1Score if many else BinaryF1Score, **common)
+                f1.update(probability, target)
+            if "average_precision" in self._names:
+                kind = MultilabelAveragePrecision if many else BinaryAveragePrecision
+                self._metric("average_precision", kind, **common).update(probability, target)
+        if "agreement" in self._names and teacher_logits is not None:
+            same = (z > 0) == (teacher_logits.squeeze(-1) > 0)
+            self._metric("agreement", MeanMetric).update(same[kept].float())
 
     def compute(self) -> dict[str, float]:
         """The metrics by name, "loss" always among them."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..linear import linear_distillation_loss
-from ..modules import DistillationLoss, LinearDistillationLoss
+from ..modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss
 from .batches import Batch, logits_in, num_samples, output_of, scalars_in, split
 from .heads import Head, output_layer
 from .modes import in_mode
@@ -71,6 +71,10 @@ class Objective:
             not named is left out, with a warning.
         fused_linear: never have the logits in full: the loss is that of hidden states and heads, by
             `linear_distillation_loss`. See `Reptile`.
+        binary: every logit is a distribution of its own, σ(z) against 1 − σ(z): one logit a sample, [B] or [B, 1], or
+            many labels, [B, L]. The loss is `binary_distillation_loss`, its keywords are `loss`, `pos_weight` among
+            them, and what is said of rows here holds for elements. Labels are numbers from 0 to 1 of the logits' shape
+            ([B] and [B, 1] are the same).
         autocast: dtype of the forward passes and of the heads' products, float32 for none. The default, None, leaves
             both to the autocast that the caller has set.
         inplace: True: write the gradient over the logits, as `distillation_loss` does. None, the default: do so where
@@ -138,7 +142,8 @@ class Objective:
 
     Raises:
         ValueError: keywords that a step sets itself or that have no meaning; with `fused_linear`, a student without a
-            head, `dim` other than -1 or inplace=True. When called: a batch without labels where they are needed,
+            head, `dim` other than -1, inplace=True or binary=True. When called: a batch without labels where they are
+            needed,
             micro-batches that cannot be counted together, a model that `fused_linear` is not for, and what the losses
             raise.
         TypeError: when called, a batch or a model's output of another kind.
@@ -156,6 +161,7 @@ class Objective:
         shift_labels: bool | None = None,
         auxiliary: Mapping[str, float] | None = None,
         fused_linear: bool = False,
+        binary: bool = False,
         autocast: torch.dtype | None = None,
         inplace: bool | None = None,
         **loss: Any,
@@ -168,9 +174,16 @@ class Objective:
         if linear_only and not fused_linear:
             raise ValueError("memory_budget is for the chunks of fused_linear=True; got it with fused_linear=False")
         if teacher is None:
-            if meaningless := sorted({*loss, *(["inplace"] if inplace else [])} - {"ignore_index"}):
+            if meaningless := sorted({*loss, *(["inplace"] if inplace else [])} - {"ignore_index", "pos_weight"}):
                 raise ValueError(f"teacher=None leaves no meaning to {meaningless}")
             loss |= {"soft_weight": 0.0, "hard_weight": 1.0}  # the cross entropy, by the same kernel
+        if binary and (fused_linear or dim != -1):
+            raise ValueError(
+                "binary=True has no class dimension: "
+                + ("fused_linear=True has no meaning with it" if fused_linear else f"dim must be -1; got {dim!r}")
+            )
+        self.binary = binary
+        self._pos_weight: Tensor | None = loss.pop("pos_weight", None) if binary else None
         self.student, self.teacher = student, teacher
         self.teachers = teachers_of(teacher)
         self._set_teacher_weights(teacher_weights)
@@ -180,7 +193,8 @@ class Objective:
         self.auxiliary = dict(auxiliary or {})
         self.autocast = autocast
         self.inplace = inplace
-        self.criterion = DistillationLoss(inplace=bool(inplace), **loss)
+        kind: Any = BinaryDistillationLoss if binary else DistillationLoss
+        self.criterion: BinaryDistillationLoss | DistillationLoss = kind(inplace=bool(inplace), **loss)
         self.ignore_index: int = self.criterion.keywords["ignore_index"]
         self._inputs_of = {"student": student_inputs, "teacher": teacher_inputs}
         self._linear_only = linear_only
@@ -232,7 +246,7 @@ class Objective:
 
     def set_keywords(self, **keywords: float) -> None:
         """Other values of temperature and hard_weight from now on."""
-        self.criterion = DistillationLoss(**(self.criterion.keywords | keywords))
+        self.criterion = type(self.criterion)(**(self.criterion.keywords | keywords))
         if self.student_head is not None:
             self._linear_keywords |= keywords
 
@@ -256,7 +270,8 @@ class Objective:
             raise ValueError("inplace=True leaves no logits to return: their gradient is written over them")
         loss, outputs = self._loss_and_outputs(model, batch, num_items)
         with torch.no_grad():
-            return loss, self._logits(self.student_head, outputs.detach()).movedim(-1, self.dim)
+            logits = self._logits(self.student_head, outputs.detach())
+            return loss, logits.squeeze(-1) if self.binary else logits.movedim(-1, self.dim)
 
     def _loss_and_outputs(
         self, model: nn.Module, batch: Any, num_items: Any, overwrite: bool = False
@@ -277,9 +292,20 @@ class Objective:
         has_labels = not isinstance(batch, Mapping) or batch.get("labels") is not None
         shifts = self.shift_labels and (has_labels or bool(self._wants_shift))
         found = split(batch, shifts, self.ignore_index)
+        if self.binary:
+            return found._replace(labels=self._targets(found.labels))
         if not self._labels_compared and found.labels is not None:
             self._labels_compared = self._compare_labels(found.inputs, found.labels)
         return found
+
+    @staticmethod
+    def _targets(labels: Tensor | None) -> Tensor | None:
+        """Labels of one logit each: floating point, [B] for [B, 1]."""
+        if labels is None:
+            return None
+        if not labels.is_floating_point():
+            labels = labels.float()
+        return labels.squeeze(-1) if labels.ndim == 2 and labels.shape[-1] == 1 else labels
 
     def count(self, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Labels that count or, without labels, samples, in all micro-batches of a step: `num_items` of the calls.
@@ -370,7 +396,7 @@ class Objective:
         if self.student_head is not None:
             return self._outputs("student", model, self.student_head, batch.inputs, batch.labels)
         outputs = self._outputs("student", model, None, batch.inputs, batch.labels)
-        if self.inplace is None and not self.auxiliary and compat.is_only_owner(outputs):
+        if self.inplace is None and not self.auxiliary and not self.binary and compat.is_only_owner(outputs):
             self._nobody_elses = weakref.ref(outputs)
         return outputs
 
@@ -487,19 +513,20 @@ class Objective:
             # `criterion` gives the divergence no weight: any logits of this shape do
             teacher_logits = [logits.detach()]
         weight, denominator = self._row_weight(logits, batch), _not_zero(num_rows)
+        call: dict[str, Any] = {"labels": batch.labels, "weight": weight, "denominator": denominator}
+        if self.binary:
+            logits, teacher_logits = logits.squeeze(-1), [x.squeeze(-1) for x in teacher_logits]
+            if self._pos_weight is not None:
+                call["pos_weight"] = self._pos_weight.to(logits.device)
         if len(self.teachers) < 2:
             keywords = self.criterion.keywords
             if overwrite and self._nobody_elses() is logits:
                 keywords = keywords | {"inplace": True}
-            loss: Tensor = self.criterion.loss(
-                logits, teacher_logits[0], batch.labels, weight=weight, denominator=denominator, **keywords
-            )
+            loss: Tensor = self.criterion.loss(logits, teacher_logits[0], **call, **keywords)
             return loss
         return torch.stack(
             [
-                self.criterion.loss(
-                    logits, of_teacher, batch.labels, weight=weight, denominator=denominator, **keywords
-                )
+                self.criterion.loss(logits, of_teacher, **call, **keywords)
                 for of_teacher, keywords in zip(
                     teacher_logits, self._shares(self.criterion.keywords | {"inplace": False}), strict=True
                 )
@@ -580,6 +607,11 @@ class Objective:
 
     def _classes_last(self, name: str, logits: Tensor) -> Tensor:
         shape = list(logits.shape)
+        if self.binary:  # a row of its own each
+            if logits.ndim == 0:
+                raise ValueError(f"the {name}'s logits must be [samples, …]; got a 0-dimensional tensor")
+            one = logits.ndim == 2 and shape[-1] == 1
+            return logits if one else logits.unsqueeze(-1)
         if logits.ndim < 2:
             raise _one_class(name, f"shape {shape}")
         if not -logits.ndim <= self.dim < logits.ndim:
@@ -659,7 +691,12 @@ class Objective:
 
 def check_keywords(owner: type, loss: Mapping[str, Any]) -> None:
     """Raise a TypeError for a keyword that neither `owner` nor the loss knows, with the nearest that they do."""
-    known = {"memory_budget", *inspect.signature(DistillationLoss).parameters, *inspect.signature(owner).parameters}
+    known = {
+        "memory_budget",
+        "pos_weight",
+        *inspect.signature(DistillationLoss).parameters,
+        *inspect.signature(owner).parameters,
+    }
     known -= {"loss", "self"}
     for name in loss.keys() - known:
         nearest = difflib.get_close_matches(name, sorted(known), n=1)
@@ -718,7 +755,7 @@ def _device_of(model: Any) -> torch.device | None:
 def _one_class(name: str, found: str) -> ValueError:
     return ValueError(
         f"the {name}'s logits must be [samples, …] with two classes or more; got {found}, whose softmax is always 1. "
-        "Of one logit z a sample (sigmoid), make two: torch.stack([torch.zeros_like(z), z], -1)"
+        "One logit a sample (sigmoid), or many labels, are Reptile(binary=True), whose loss is binary_distillation_loss"
     )
 
 

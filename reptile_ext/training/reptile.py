@@ -89,6 +89,9 @@ class Reptile:
             Face's language models do, that returns the `torch.nn.Linear` its logits come from; a teacher that has
             none gives its logits. Softcap and scale are read from the models' configs. A model that does anything
             else to its logits is an error when it is first run. `evaluate` makes the logits of 512 rows at a time.
+        binary: one logit a sample, [B] or [B, 1], or many labels, [B, L], each a distribution of its own: the loss is
+            `reptile_ext.binary_distillation_loss`, whose keywords are `loss` then, and labels are numbers from 0 to 1.
+            accuracy counts elements, f1 and average_precision are means over labels. See `Objective`.
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
         teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
@@ -121,6 +124,7 @@ class Reptile:
         dim: int = -1,
         seed: int | None = 0,
         fused_linear: bool = False,
+        binary: bool = False,
         find_unused_parameters: bool = False,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
@@ -131,7 +135,7 @@ class Reptile:
     ) -> None:
         check_keywords(Reptile, loss)
         metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-        check_metrics(metrics, teacher is not None)
+        check_metrics(metrics, teacher is not None, binary)
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be a function or one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}"
@@ -162,6 +166,7 @@ class Reptile:
             shift_labels=shift_labels,
             auxiliary=auxiliary,
             fused_linear=fused_linear,
+            binary=binary,
             autocast=PRECISIONS[precision],
             inplace=inplace,
             **loss,
@@ -442,7 +447,7 @@ class Reptile:
         """
         check_data("eval", data)
         objective = self.objective
-        evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device)
+        evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device, objective.binary)
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
             for found in data:
@@ -464,6 +469,9 @@ class Reptile:
         if len(teacher_logits) < 2:
             return teacher_logits[0] if teacher_logits else None
         weights = self.objective.teacher_weights
+        if self.objective.binary:
+            probability = sum(w * x.float().sigmoid() for w, x in zip(weights, teacher_logits, strict=True))
+            return probability - 0.5  # type: ignore[return-value]  # as a logit: positive where the answer is yes
         classes = min(x.shape[-1] for x in teacher_logits)
         return sum(w * x[..., :classes].float().softmax(-1) for w, x in zip(weights, teacher_logits, strict=True))  # type: ignore[return-value]
 

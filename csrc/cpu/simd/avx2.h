@@ -23,6 +23,10 @@ struct Float {
 inline Float operator+(Float a, Float b) { return _mm256_add_ps(a.v, b.v); }
 inline Float operator-(Float a, Float b) { return _mm256_sub_ps(a.v, b.v); }
 inline Float operator*(Float a, Float b) { return _mm256_mul_ps(a.v, b.v); }
+inline Float operator/(Float a, Float b) { return _mm256_div_ps(a.v, b.v); }
+inline Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
+// x, or −x where s is negative (its sign bit set).
+inline Float times_sign_of(Float x, Float s) { return _mm256_xor_ps(x.v, _mm256_and_ps(s.v, _mm256_set1_ps(-0.0f))); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Float max(Float a, Float b) { return _mm256_max_ps(a.v, b.v); }
 inline Float add_product_where_positive(Float acc, Float e, Float d) {
@@ -91,6 +95,9 @@ struct Double {
 inline Double operator+(Double a, Double b) { return _mm256_add_pd(a.v, b.v); }
 inline Double operator-(Double a, Double b) { return _mm256_sub_pd(a.v, b.v); }
 inline Double operator*(Double a, Double b) { return _mm256_mul_pd(a.v, b.v); }
+inline Double operator/(Double a, Double b) { return _mm256_div_pd(a.v, b.v); }
+inline Double sqrt(Double a) { return _mm256_sqrt_pd(a.v); }
+inline Double times_sign_of(Double x, Double s) { return _mm256_xor_pd(x.v, _mm256_and_pd(s.v, _mm256_set1_pd(-0.0))); }
 inline Double fma(Double a, Double b, Double c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 inline Double max(Double a, Double b) { return _mm256_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {

@@ -23,6 +23,10 @@ struct Float {
 inline Float operator+(Float a, Float b) { return _mm512_add_ps(a.v, b.v); }
 inline Float operator-(Float a, Float b) { return _mm512_sub_ps(a.v, b.v); }
 inline Float operator*(Float a, Float b) { return _mm512_mul_ps(a.v, b.v); }
+inline Float operator/(Float a, Float b) { return _mm512_div_ps(a.v, b.v); }
+inline Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
+// x, or −x where s is negative (its sign bit set).
+inline Float times_sign_of(Float x, Float s) { return _mm512_xor_ps(x.v, _mm512_and_ps(s.v, _mm512_set1_ps(-0.0f))); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 // acc + e·d in the lanes where e > 0 or is NaN; d may be anything elsewhere. A denormal e counts as 0, as it is in the
@@ -85,6 +89,9 @@ struct Double {
 inline Double operator+(Double a, Double b) { return _mm512_add_pd(a.v, b.v); }
 inline Double operator-(Double a, Double b) { return _mm512_sub_pd(a.v, b.v); }
 inline Double operator*(Double a, Double b) { return _mm512_mul_pd(a.v, b.v); }
+inline Double operator/(Double a, Double b) { return _mm512_div_pd(a.v, b.v); }
+inline Double sqrt(Double a) { return _mm512_sqrt_pd(a.v); }
+inline Double times_sign_of(Double x, Double s) { return _mm512_xor_pd(x.v, _mm512_and_pd(s.v, _mm512_set1_pd(-0.0))); }
 inline Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 inline Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {

@@ -40,6 +40,21 @@ struct Vector {
   friend Vector operator+(Vector a, Vector b) { return a.v + b.v; }
   friend Vector operator-(Vector a, Vector b) { return a.v - b.v; }
   friend Vector operator*(Vector a, Vector b) { return a.v * b.v; }
+  friend Vector operator/(Vector a, Vector b) { return a.v / b.v; }
+  friend Vector sqrt(Vector a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = sizeof(T) == 8 ? __builtin_sqrt(a.v[i]) : __builtin_sqrtf(float(a.v[i]));
+    return a;
+  }
+  // x, or −x where s is negative (its sign bit set).
+  friend Vector times_sign_of(Vector x, Vector s) {
+    constexpr Int kSign = Int(uint64_t(1) << (8 * sizeof(T) - 1));
+    Bits x_bits, s_bits;
+    std::memcpy(&x_bits, &x.v, 16);
+    std::memcpy(&s_bits, &s.v, 16);
+    x_bits ^= s_bits & kSign;
+    std::memcpy(&x.v, &x_bits, 16);
+    return x;
+  }
   friend Vector fma(Vector a, Vector b, Vector c) { return a.v * b.v + c.v; }
   friend Vector max(Vector a, Vector b) { return a.v > b.v ? a.v : b.v; }
   friend Vector add_product_where_positive(Vector acc, Vector e, Vector d) {
