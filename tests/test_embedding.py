@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import reptile_ext
-from reptile_ext import distillation_loss, linear_distillation_loss
+from reptile_ext import binary_distillation_loss, distillation_loss, linear_distillation_loss
 
 # ------------------------------------------------------------------------------------------------ compilers
 
@@ -58,6 +58,24 @@ def test_compiled_where_rows_and_classes_change() -> None:
             for f, s in ((f, student.clone().requires_grad_()) for f in (compiled, distillation_loss))
         )
         torch.testing.assert_close(found, right)
+
+
+def test_the_binary_loss_compiled_for_any_size_and_of_a_teacher_in_inference_mode() -> None:
+    torch.compiler.reset()
+    student, teacher = make_logits("random", 6, 40, torch.float32)
+
+    def gradient(f: Callable[..., Tensor], t: Tensor) -> Tensor:
+        leaf = student.clone().requires_grad_()
+        return torch.autograd.grad(3 * f(leaf, t, temperature=2.0), leaf)[0]
+
+    right = gradient(binary_distillation_loss, teacher)
+    compiled = torch.compile(binary_distillation_loss, dynamic=True, fullgraph=True)
+    torch.testing.assert_close(gradient(compiled, teacher), right)
+    (lent,) = made_in_inference_mode(teacher)
+    torch.testing.assert_close(gradient(binary_distillation_loss, lent), right, rtol=0, atol=0)
+    criterion = reptile_ext.BinaryDistillationLoss()
+    criterion.temperature = 2.0
+    torch.testing.assert_close(gradient(lambda s, t, temperature: criterion(s, t), teacher), right)
 
 
 def test_the_linear_loss_compiled_for_any_size() -> None:
