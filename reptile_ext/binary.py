@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import autograd, compat, ops, reference
 from .autograd import Constants, Gradients
-from .checks import check_binary_tensors, check_inplace, raise_better
+from .checks import LARGE_TEMPERATURE, check_binary_tensors, check_inplace, raise_better, warn_of_temperature
 from .functional import divisor_for_operators, needs_reference, own_of
 from .options import Options, make_binary_options
 
@@ -172,6 +172,8 @@ def binary_distillation_loss(
         inplace=inplace,
     )
     check_binary_tensors(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
+    if options.student_temperature > LARGE_TEMPERATURE or options.teacher_temperature > LARGE_TEMPERATURE:
+        warn_of_temperature(options, student_logits, teacher_logits)
     if student_logits.device.type not in ("cpu", "meta") or needs_reference(
         student_logits.device, "binary_distillation_loss"
     ):

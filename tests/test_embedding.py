@@ -555,7 +555,11 @@ def test_in_place_on_logits_with_the_negative_bit() -> None:
 
 def test_a_temperature_too_large_for_float32_is_warned_of() -> None:
     student, teacher = make_logits("random", 6, 100, torch.float32)
-    for function in (distillation_loss, lambda *x, **k: linear_distillation_loss(x[0], torch.eye(100), x[1], **k)):
+    for function in (
+        distillation_loss,
+        binary_distillation_loss,
+        lambda *x, **k: linear_distillation_loss(x[0], torch.eye(100), x[1], **k),
+    ):
         with pytest.warns(UserWarning, match=r"temperature=10000 leaves a divergence of about 1/T²"):
             function(student, teacher, temperature=1e4)
         function(student, teacher, temperature=1e4, divergence="mse")
