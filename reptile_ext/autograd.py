@@ -12,13 +12,13 @@ it is, and multiplies it where it lies, instead of copying N·V elements.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import compat, ops
-from .checks import check_version, refuse_batched_backward, refuse_lent, refuse_second_backward
+from .checks import check_version, refuse_batched_backward, refuse_second_backward, refuse_unsaved
 from .options import Options
 
 # labels, weight, denominator: they get no gradient.
@@ -106,8 +106,8 @@ def _gradients(ctx: Any, kept: Any, grad_output: Tensor, needed: Sequence[bool],
         if True not in needed:
             return found
     saved = ctx.saved_tensors
-    if getattr(ctx, "lent", None):
-        refuse_lent(ctx.lent)
+    if unsaved := getattr(ctx, "unsaved", None):
+        refuse_unsaved(unsaved)
     tensors, constants = saved[: len(needed)], saved[len(needed) : len(needed) + len(ops.CONSTANTS)]
     if plain:
         more: Gradients = by_reference(loss, ctx.config, tensors, constants, grad_output, needed)
@@ -116,20 +116,25 @@ def _gradients(ctx: Any, kept: Any, grad_output: Tensor, needed: Sequence[bool],
     return [a if b is None else b for a, b in zip(found, more, strict=True)]
 
 
-def _without_inference(
+_Tensors = TypeVar("_Tensors", bound=tuple[Any, ...])
+
+
+def savable(tensors: _Tensors) -> _Tensors:
+    """Tensors that autograd may save: copies of those made in inference mode, which it refuses, as it would not notice
+    that they change."""
+    return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)  # type: ignore[return-value]
+
+
+def _to_save(
     loss: Loss, tensors: tuple[Any, ...], constants: Constants, is_all_kept: bool
 ) -> tuple[tuple[Any, ...], str | None]:
-    """Tensors to save, and the names of those that cannot be: autograd refuses what was made in inference mode, and
-    would not notice that it changes. Where all gradients are kept, a first backward pass has no need of them."""
-
-    def own(x: Tensor | None) -> Tensor | None:
-        return x.clone() if x is not None and x.is_inference() else x
-
-    lent = [name for name, x in zip(loss.names, tensors, strict=True) if x is not None and x.is_inference()]
-    if lent and is_all_kept:
+    """What to save where some of it was made in inference mode, and the names of what is not saved: where all gradients
+    are kept, a first backward pass has no need of the tensors, and copies of N·V elements would be for a second one."""
+    unsaved = [name for name, x in zip(loss.names, tensors, strict=True) if x is not None and x.is_inference()]
+    if unsaved and is_all_kept:
         tensors = tuple(None if x is None or x.is_inference() else x for x in tensors)
-        return (*tensors, *map(own, constants)), " and ".join(lent)
-    return (*map(own, tensors), *map(own, constants)), None
+        return (*tensors, *savable(constants)), " and ".join(unsaved)
+    return savable((*tensors, *constants)), None
 
 
 class Fused(torch.autograd.Function):
@@ -142,9 +147,8 @@ class Fused(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         result, ctx.kept = loss.forward(config, tensors, constants, ctx.needs_input_grad[5:])
         saved = (*tensors, *constants)
-        ctx.lent = None
         if any(x is not None and x.is_inference() for x in saved):
-            saved, ctx.lent = _without_inference(loss, tensors, constants, is_all_kept=ctx.kept is not None)
+            saved, ctx.unsaved = _to_save(loss, tensors, constants, is_all_kept=ctx.kept is not None)
         # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
         ctx.save_for_backward(*saved)
         return result
@@ -215,7 +219,7 @@ class FusedInPlace(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if student.dtype == torch.float16:  # in the backward pass, as always
             result, _ = loss.forward(options, tensors, constants, (False,) * len(tensors))
-            ctx.save_for_backward(*_without_inference(loss, tensors, constants, is_all_kept=False)[0])
+            ctx.save_for_backward(*savable((*tensors, *constants)))
             return result
         result = loss.in_place(options, tensors, constants, None)
         torch.autograd.graph.increment_version(student)

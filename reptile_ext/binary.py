@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import autograd, compat, ops, reference
+from . import autograd, ops, reference
 from .autograd import Constants, Gradients
-from .checks import LARGE_TEMPERATURE, check_binary_tensors, check_inplace, raise_better, warn_of_temperature
-from .functional import divisor_for_operators, needs_reference, own_of
+from .checks import LARGE_TEMPERATURE, check_binary_tensors, check_inplace, warn_of_temperature
+from .functional import LogitsLoss, apply, divisor_for_operators, needs_reference
 from .options import Options, make_binary_options
 
 __all__ = ["binary_distillation_loss"]
@@ -20,23 +19,24 @@ __all__ = ["binary_distillation_loss"]
 TENSORS = (*ops.MODELS, "pos_weight")
 
 
-class BinaryLoss:
-    """`autograd.Loss` of (student, teacher, pos_weight); its configuration is `Options`. As `functional.LogitsLoss`."""
+class BinaryLoss(LogitsLoss):
+    """The same of (student, teacher, pos_weight)."""
 
     names: ClassVar[tuple[str, ...]] = ("student_logits", "teacher_logits", "pos_weight")
-    config_of = Options.of_operator
 
     @staticmethod
-    def forward(
-        options: Options, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
-    ) -> tuple[Tensor, Any]:
+    def call(
+        options: Options,
+        tensors: tuple[Any, ...],
+        constants: Constants,
+        grad_output: Tensor | None,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
         student, teacher, pos_weight = tensors
-        now = needed[0] and student.dtype != torch.float16
-        with compat.below_autograd():
-            loss, gradient = ops.binary_distillation_loss(
-                student, teacher, *constants, None, *ops.numbers(options), pos_weight, now
-            )
-        return loss, BinaryLoss.keep(options, (gradient,), tensors, constants) if now else None
+        numbers = ops.numbers(options)
+        return ops.binary_distillation_loss(
+            student, teacher, *constants, grad_output, *numbers, pos_weight, with_gradient
+        )
 
     @staticmethod
     def in_place(
@@ -58,33 +58,6 @@ class BinaryLoss:
             return ops.scaled_elements(gradient, grad_output, labels, weight, options.ignore_index), None, None
         ops.scale_elements_(gradient, grad_output, labels, weight, options.ignore_index)
         return gradient, None, None
-
-    @staticmethod
-    def by_kernel(
-        options: Options,
-        tensors: tuple[Any, ...],
-        constants: Constants,
-        grad_output: Tensor | None,
-        needed: Sequence[bool],
-    ) -> Gradients:
-        student, teacher, pos_weight = tensors
-        of_student = of_teacher = None
-        if needed[0]:
-            of_student = ops.binary_distillation_loss(
-                student, teacher, *constants, grad_output, *ops.numbers(options), pos_weight, True
-            )[1]
-        if needed[1]:
-            exchanged = options.exchanged()
-            if exchanged is not None:
-                of_teacher = ops.binary_distillation_loss(
-                    teacher, student, *constants, grad_output, *ops.numbers(exchanged), None, True
-                )[1]
-            else:
-                assert grad_output is not None
-                of_teacher = autograd.by_reference(
-                    BinaryLoss, options, tensors, constants, grad_output, (False, True, False)
-                )[1]
-        return of_student, of_teacher, None
 
     @staticmethod
     def reference(options: Options, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
@@ -187,27 +160,4 @@ def binary_distillation_loss(
     divisor, options = divisor_for_operators(denominator, options, student_logits.device)
     shape = student_logits.shape
     labels, weight, pos_weight = (x if x is None else x.detach().expand(shape) for x in (labels, weight, pos_weight))
-    return _apply((student_logits, teacher_logits, pos_weight), (labels, weight, divisor), options)
-
-
-def _apply(tensors: tuple[Tensor, Tensor, Tensor | None], constants: Constants, options: Options) -> Tensor:
-    """The operator, differentiably; as `functional._apply`."""
-    student, teacher, pos_weight = tensors
-    needs_student = needs_teacher = False
-    if torch.is_grad_enabled():
-        needs_student, needs_teacher = student.requires_grad, teacher.requires_grad
-    try:
-        if (needs_student or needs_teacher) and not compat.is_traced(student):
-            function = autograd.FusedInPlace if options.inplace else autograd.Fused
-            loss: Tensor = function.apply(BinaryLoss, options, *constants, *tensors)  # type: ignore[no-untyped-call]
-            return loss
-        if not torch.compiler.is_compiling():  # make_fx
-            student, teacher, pos_weight, *rest = map(own_of, (*tensors, *constants))
-            constants = (rest[0], rest[1], rest[2])
-        now = needs_student and student.dtype != torch.float16
-        return ops.binary_distillation_loss(student, teacher, *constants, None, *ops.numbers(options), pos_weight, now)[
-            0
-        ]
-    except RuntimeError as error:
-        raise_better(error, student.device)
-        raise
+    return apply(BinaryLoss, (student_logits, teacher_logits, pos_weight), (labels, weight, divisor), options)

@@ -60,7 +60,7 @@ def refuse_keyword(function: str, name: str, known: Iterable[str], of_the_call: 
 
 
 def refuse_attribute(module: str, name: str, known: Iterable[str], of_the_call: tuple[str, ...]) -> None:
-    """Raise for a name that was meant to be a keyword's: nobody would look at it."""
+    """Raise for a name that was meant to be a keyword's: it would have no effect."""
     if name in of_the_call:
         raise AttributeError(f"{module} has no attribute {name!r}: {name} goes to the call")
     if name in _KEYWORDS or difflib.get_close_matches(name, list(known), 1, cutoff=0.8):
@@ -520,7 +520,7 @@ def refuse_batched_backward() -> NoReturn:
     )
 
 
-def refuse_lent(names: str) -> NoReturn:
+def refuse_unsaved(names: str) -> NoReturn:
     raise RuntimeError(
         f"{names} was made under torch.inference_mode(), where autograd saves nothing: there can be one backward pass, "
         "and no double backward; make it under torch.no_grad(), or pass a .clone() of it"

@@ -22,13 +22,13 @@ below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 
-# Whether a transform of torch.func (grad, vmap, jvp, ...) is being applied; the compiler can look at it too.
+# Whether a transform of torch.func (grad, vmap, jvp, ...) is being applied; the compiler can ask for it too.
 in_torch_func: Any = torch._C._are_functorch_transforms_active
 
 
 def is_batched(x: Tensor) -> bool:
     """Whether a tensor is a batch that torch.autograd.grad(..., is_grads_batched=True) made of several gradients. (A
-    compiler of the backward pass cannot look at it, and refuses such a call on its own.)"""
+    compiler of the backward pass cannot tell, and refuses such a call on its own.)"""
     return not torch.compiler.is_compiling() and bool(_is_batched(x))
 
 
@@ -51,13 +51,17 @@ def is_traced(x: Tensor) -> bool:
     """Whether a compiler or make_fx is recording what happens to a tensor, or it is a fake without values."""
     if torch.compiler.is_compiling():
         return True
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")
-    if fakes is not None and (
-        isinstance(x, fakes.FakeTensor) or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if (  # almost always, and three calls are all that it costs
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not in_dispatch_mode()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     ):
-        return True
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return proxies is not None and proxies.get_proxy_mode() is not None
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return isinstance(x, FakeTensor) or fake is not None or get_proxy_mode() is not None
 
 
 def has_its_own_values(kind: Any) -> bool:

@@ -36,15 +36,25 @@ class LogitsLoss:
     config_of = Options.of_operator
 
     @staticmethod
+    def call(
+        options: Options,
+        tensors: tuple[Any, ...],
+        constants: Constants,
+        grad_output: Tensor | None,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The operator: the loss and, `with_gradient`, the gradient of the first tensor."""
+        return ops.distillation_loss(*tensors, *constants, grad_output, *ops.numbers(options), with_gradient)
+
+    @classmethod
     def forward(
-        options: Options, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
+        cls, options: Options, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
     ) -> tuple[Tensor, Any]:
-        student, teacher = tensors
-        now = needed[0] and student.dtype != torch.float16
+        now = needed[0] and tensors[0].dtype != torch.float16
         # Below the operator's own autograd layer, which would do again, in Python, what `autograd.Fused` does.
         with compat.below_autograd():
-            loss, gradient = ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), now)
-        return loss, LogitsLoss.keep(options, (gradient,), tensors, constants) if now else None
+            loss, gradient = cls.call(options, tensors, constants, None, now)
+        return loss, cls.keep(options, (gradient,), tensors, constants) if now else None
 
     @staticmethod
     def in_place(
@@ -54,7 +64,7 @@ class LogitsLoss:
 
     @staticmethod
     def keep(options: Options, gradients: Gradients, tensors: tuple[Any, ...], constants: Constants) -> Any:
-        # Labels and weight, not asked of what is saved: hooks (save_on_cpu, checkpoint) make that dear to look at.
+        # Labels and weight, not asked of what is saved: hooks (save_on_cpu, checkpoint) make that dear to read.
         dim = options.dim
         return gradients[0], constants[0], constants[1], min(tensors[0].shape[dim], tensors[1].shape[dim])
 
@@ -67,8 +77,9 @@ class LogitsLoss:
         ops.scale_gradient_(gradient, *how)
         return gradient, None
 
-    @staticmethod
+    @classmethod
     def by_kernel(
+        cls,
         options: Options,
         tensors: tuple[Any, ...],
         constants: Constants,
@@ -77,22 +88,19 @@ class LogitsLoss:
     ) -> Gradients:
         """A trainable teacher's gradient is the student's of the mirrored divergence: student and teacher with their
         roles exchanged, and no hard labels."""
-        student, teacher = tensors
+        student, teacher, *others = tensors
         of_student = of_teacher = None
         if needed[0]:
-            numbers = ops.numbers(options)
-            of_student = ops.distillation_loss(student, teacher, *constants, grad_output, *numbers, True)[1]
+            of_student = cls.call(options, tensors, constants, grad_output, True)[1]
         if needed[1]:
             exchanged = options.exchanged()
             if exchanged is not None:
-                numbers = ops.numbers(exchanged)
-                of_teacher = ops.distillation_loss(teacher, student, *constants, grad_output, *numbers, True)[1]
+                of_teacher = cls.call(exchanged, (teacher, student, *others), constants, grad_output, True)[1]
             else:
                 assert grad_output is not None
-                of_teacher = autograd.by_reference(LogitsLoss, options, tensors, constants, grad_output, (False, True))[
-                    1
-                ]
-        return of_student, of_teacher
+                alone = (False, True, *(False for _ in others))
+                of_teacher = autograd.by_reference(cls, options, tensors, constants, grad_output, alone)[1]
+        return of_student, of_teacher, *(None for _ in others)
 
     @staticmethod
     def reference(options: Options, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
@@ -236,7 +244,7 @@ def distillation_loss(
         ):  # whose memory holds the numbers with the other sign
             options = options._replace(inplace=False)
     constants, options = for_operators(labels, weight, denominator, options, student_logits.device)
-    return _apply(student_logits, teacher_logits, constants, options)
+    return apply(LogitsLoss, (student_logits, teacher_logits), constants, options)
 
 
 def for_operators(
@@ -273,30 +281,26 @@ def divisor_for_operators(
     return divisor, options
 
 
-def _apply(student: Tensor, teacher: Tensor, constants: Constants, options: Options) -> Tensor:
+def apply(loss: type[LogitsLoss], tensors: tuple[Any, ...], constants: Constants, options: Options) -> Tensor:
     """The operator, differentiably: by the fast path in an eager program, as an operator in a traced one."""
+    student, teacher = tensors[:2]
     needs_student = needs_teacher = False
     if torch.is_grad_enabled():
         needs_student, needs_teacher = student.requires_grad, teacher.requires_grad
     try:
-        if (needs_student or needs_teacher) and not compat.is_traced(student):
-            function = autograd.FusedInPlace if options.inplace else autograd.Fused
-            loss: Tensor = function.apply(LogitsLoss, options, *constants, student, teacher)  # type: ignore[no-untyped-call]
-            return loss
-        if not torch.compiler.is_compiling():  # make_fx
-            student, teacher, *rest = (own_of(x) for x in (student, teacher, *constants))
-            constants = (rest[0], rest[1], rest[2])
+        if needs_student or needs_teacher:
+            if not compat.is_traced(student):
+                function = autograd.FusedInPlace if options.inplace else autograd.Fused
+                fused: Tensor = function.apply(loss, options, *constants, *tensors)  # type: ignore[no-untyped-call]
+                return fused
+            if not torch.compiler.is_compiling():  # make_fx: the operator's own autograd saves them
+                tensors, constants = autograd.savable(tensors), autograd.savable(constants)
         # A traced program gains nothing by working in place: the compiler plans the memory.
         now = needs_student and student.dtype != torch.float16
-        return ops.distillation_loss(student, teacher, *constants, None, *ops.numbers(options), now)[0]
+        return loss.call(options, tensors, constants, None, now)[0]
     except RuntimeError as error:
         raise_better(error, student.device)
         raise
-
-
-def own_of(x: Any) -> Any:
-    """A tensor that autograd may save: a copy of one made in inference mode."""
-    return x.clone() if x is not None and x.is_inference() and torch.is_grad_enabled() else x
 
 
 def _warn_of_one_class() -> None:

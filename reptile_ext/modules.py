@@ -29,10 +29,6 @@ if TYPE_CHECKING:
         memory_budget: int | None
 
 
-# What the call takes, not the module.
-OF_THE_CALL = ("weight", "pos_weight", "denominator", "student_bias", "teacher_bias", "student_head", "teacher_head")
-
-
 class _Loss(nn.Module):
     """Holds the keywords of a function, with the function's own defaults."""
 
@@ -45,15 +41,20 @@ class _Loss(nn.Module):
         super().__init_subclass__()
         own, *_ = inspect.signature(cls.__init__).parameters.values()
         parameters = inspect.signature(cls.loss).parameters.values()
-        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OF_THE_CALL]
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in cls.of_the_call()]
         cls.__init__.__signature__ = inspect.Signature([own, *keywords])  # type: ignore[attr-defined]
+
+    @classmethod
+    def of_the_call(cls) -> tuple[str, ...]:
+        """What the call takes, not the module."""
+        return tuple(inspect.signature(cls.forward).parameters)[1:]
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__()
         signature = inspect.signature(type(self))
         for name in keywords:
             if name not in signature.parameters:
-                refuse_keyword(type(self).__name__, name, signature.parameters, OF_THE_CALL)
+                refuse_keyword(type(self).__name__, name, signature.parameters, self.of_the_call())
         given = signature.bind(**keywords)
         given.apply_defaults()
         self.keywords = self._checked(dict(given.arguments))
@@ -70,7 +71,7 @@ class _Loss(nn.Module):
             return
         # A class derived from these may have attributes of its own.
         if keywords and not name.startswith("_") and type(self).__module__ == __name__:
-            refuse_attribute(type(self).__name__, name, keywords, OF_THE_CALL)
+            refuse_attribute(type(self).__name__, name, keywords, self.of_the_call())
         super().__setattr__(name, value)
 
     def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class BinaryDistillationLoss(_Loss):
         loss = T * T * soft.mean()
 
     The keywords are those of `binary_distillation_loss` without `weight`, `pos_weight` and `denominator`, which go to
-    the call, and are checked when the module is made.
+    the call. They are attributes too, checked when the module is made and when one is set.
 
     Shapes: student and teacher logits [...]; labels, if any, floating point [...]; result a scalar, or [...] with
     `reduction="none"`. Dtypes, errors and the paper: see `binary_distillation_loss`.

@@ -246,7 +246,7 @@ _register_fake("binary_distillation_loss_", _fake_binary_loss)
 _register_fake("scale_elements_", lambda given: None)
 
 
-def _of_a_copy(name: str, arguments: str, in_place: Callable[..., None]) -> Any:
+def _out_of_place(name: str, arguments: str, in_place: Callable[..., None]) -> Any:
     """An operator that returns what `in_place` makes of a copy of its first argument.
 
     For programs that are traced for sizes that may change: inductor cannot replace an operator that writes over its
@@ -264,5 +264,5 @@ def _of_a_copy(name: str, arguments: str, in_place: Callable[..., None]) -> Any:
     return operator
 
 
-scaled_gradient = _of_a_copy("scaled_gradient", "int ignore_index, SymInt vocab_size, int dim", scale_gradient_)
-scaled_elements = _of_a_copy("scaled_elements", "int ignore_index", scale_elements_)
+scaled_gradient = _out_of_place("scaled_gradient", "int ignore_index, SymInt vocab_size, int dim", scale_gradient_)
+scaled_elements = _out_of_place("scaled_elements", "int ignore_index", scale_elements_)

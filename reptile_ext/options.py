@@ -136,7 +136,7 @@ def _resolve(name: str, beta: float | None) -> tuple[str, float, float]:
 
 
 class Keywords(TypedDict, total=False):
-    """The keywords of every loss, for editors and type checkers; what they mean: `distillation_loss`."""
+    """The keywords of a loss of rows, for editors and type checkers; what they mean: `distillation_loss`."""
 
     divergence: str
     beta: float | None
@@ -153,7 +153,7 @@ class Keywords(TypedDict, total=False):
 
 
 class BinaryKeywords(TypedDict, total=False):
-    """The keywords of `binary_distillation_loss`, for editors and type checkers."""
+    """Those of `binary_distillation_loss`."""
 
     divergence: str
     beta: float | None

@@ -485,24 +485,21 @@ def with_options(
     double = torch.float64 in (s.dtype, t.dtype)
     arithmetic = torch.float64 if double else torch.float32
     # One layout for both: a sum in another order would make equal logits differ.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and t.is_inference():
-        t = t.clone()  # autograd would not save it
     s = s[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
     t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
-    # Where values can be looked at without a sync wrong ones are errors, also those of all calls that are one by vmap.
-    may_look = check_values and s.device.type == "cpu" and not compat.is_traced(compat.values_of(s))
+    may_check = check_values and _has_values_at_hand(s)
     with torch.no_grad():
         w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
         counted = w != 0
         wrong = torch.zeros_like(counted)
-        if weight is not None and may_look:
+        if weight is not None and may_check:
             check_weight_values(compat.values_of(w))
         if labels is not None:
             labels = labels.reshape(-1).to(torch.int64)
             counted = counted & (labels != options.ignore_index)
             wrong = counted & ((labels < 0) | (labels >= vocab_size))
-            if may_look:
+            if may_check:
                 values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
                 check_label_values(values, values != options.ignore_index, vocab_size, options.ignore_index)
             labels = torch.where(counted & ~wrong, labels, 0)
@@ -515,7 +512,13 @@ def with_options(
     losses = torch.where(counted, w * row_losses(s, t, labels, options), 0.0)
     # A wrong label where it could not be an error: that row alone.
     losses = losses * torch.where(wrong, torch.nan, 1.0)
-    return _reduced(losses.reshape(leading), w, counted, denominator, options, may_look)
+    return _reduced(losses.reshape(leading), w, counted, denominator, options, may_check)
+
+
+def _has_values_at_hand(x: Tensor) -> bool:
+    """Whether wrong values can be an error: they are on the CPU, where reading them waits for nothing, and no tracer
+    stands before them. Under vmap, those of the whole batch are checked (`compat.values_of`)."""
+    return x.device.type == "cpu" and not compat.is_traced(compat.values_of(x))
 
 
 def _reduced(
@@ -524,7 +527,7 @@ def _reduced(
     counted: Tensor,
     denominator: float | Tensor | None,
     options: Options,
-    may_look: bool,
+    may_check: bool,
 ) -> Tensor:
     """What becomes of weighted losses; w and counted of each."""
     reduction = REDUCTIONS[options.reduction]
@@ -533,7 +536,7 @@ def _reduced(
     total = losses.sum()
     if denominator is not None:
         divisor = torch.as_tensor(denominator, device=total.device).detach().to(losses.dtype)
-        if may_look and bool(compat.values_of(counted).any()):
+        if may_check and bool(compat.values_of(counted).any()):
             check_divisor_value(compat.values_of(torch.where(counted.any(), divisor, 1.0)))
         total = total / torch.where(counted.any(), divisor, 1.0)
     elif reduction == "mean":
@@ -572,23 +575,24 @@ def binary_with_options(
     double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
     arithmetic = torch.float64 if double else torch.float32
     s, t = student_logits.to(arithmetic), teacher_logits.to(arithmetic)
-    may_look = check_values and s.device.type == "cpu" and not (torch.compiler.is_compiling() or compat.in_torch_func())
+    may_check = check_values and _has_values_at_hand(s)
     with torch.no_grad():
         w = s.new_ones(shape) if weight is None else weight.to(arithmetic).expand(shape)
         counted = w != 0
         wrong = torch.zeros_like(counted)
-        if weight is not None and may_look:
-            check_weight_values(weight)
+        if weight is not None and may_check:
+            check_weight_values(compat.values_of(weight))
         if pos_weight is not None:
-            if may_look:
-                check_pos_weight_values(pos_weight)
+            if may_check:
+                check_pos_weight_values(compat.values_of(pos_weight))
             pos_weight = pos_weight.to(arithmetic)
         if labels is not None:
             labels = labels.to(arithmetic)
             counted = counted & (labels != options.ignore_index)
             wrong = counted & ~((labels >= 0) & (labels <= 1))
-            if may_look:
-                check_target_values(labels, wrong, options.ignore_index)
+            if may_check:
+                values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
+                check_target_values(values, values != options.ignore_index, options.ignore_index)
             labels = torch.where(counted & ~wrong, labels, 0.0)
         w = torch.where(counted, w, 0.0)
 
@@ -601,7 +605,7 @@ def binary_with_options(
         losses = losses + options.hard_weight * _binary_cross_entropy(s, labels, pos_weight)
     losses = torch.where(counted, w * losses, 0.0)
     losses = losses * torch.where(wrong, torch.nan, 1.0)
-    return _reduced(losses, w, counted, denominator, options, may_look)
+    return _reduced(losses, w, counted, denominator, options, may_check)
 
 
 def binary_distillation_loss(

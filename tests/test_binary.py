@@ -12,7 +12,7 @@ from oracle import BETAS, DTYPES, name_of
 from torch import Tensor
 
 import reptile_ext
-from reptile_ext import functional, ops, reference
+from reptile_ext import BinaryDistillationLoss, DistillationLoss, binary_distillation_loss, functional, ops, reference
 from reptile_ext.options import BINARY_DIVERGENCES, DIVERGENCES
 
 loss_of = reptile_ext.binary_distillation_loss
@@ -472,3 +472,28 @@ def test_one_class_warns_once_and_names_this_function(monkeypatch: pytest.Monkey
         reptile_ext.distillation_loss(torch.zeros(3, 1), torch.zeros(3, 1))
         monkeypatch.setattr(functional, "_warned_of_one_class", False)
         reptile_ext.distillation_loss(torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+def test_wrong_values_under_vmap() -> None:
+    """They are errors there, too, as without it."""
+    student, teacher, labels = torch.randn(3, 6), torch.randn(3, 6), torch.rand(3, 6)
+    f = torch.vmap(lambda s, t, y: binary_distillation_loss(s, t, y, hard_weight=0.5))
+    right = [
+        binary_distillation_loss(s, t, y, hard_weight=0.5) for s, t, y in zip(student, teacher, labels, strict=True)
+    ]
+    torch.testing.assert_close(f(student, teacher, labels), torch.stack(right))
+    labels[2, 3] = 1.5
+    with pytest.raises(ValueError, match=r"labels must .*; got 1.5"):
+        f(student, teacher, labels)
+
+
+def test_keywords_of_the_call_and_of_other_losses_are_named() -> None:
+    with pytest.raises(TypeError, match="pos_weight goes to the call"):
+        BinaryDistillationLoss(pos_weight=torch.ones(1))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pos_weight'") as caught:
+        DistillationLoss(pos_weight=torch.ones(1))
+    assert "goes to the call" not in str(caught.value)
+    criterion = BinaryDistillationLoss()
+    criterion.temperature = 2.0
+    s, t = torch.randn(3), torch.randn(3)
+    assert torch.equal(criterion(s, t), binary_distillation_loss(s, t, temperature=2.0))

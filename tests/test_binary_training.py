@@ -170,3 +170,8 @@ def test_wrong_labels_and_metrics_are_named() -> None:
     evaluation = Evaluation(("f1",), -100, torch.device("cpu"), binary=True)
     with pytest.raises(ValueError, match="need labels in the eval batches"):
         evaluation.update(torch.tensor(1.0), 3.0, torch.randn(3, 1), None, None)
+
+
+def test_pos_weight_is_for_binary_losses() -> None:
+    with pytest.raises(ValueError, match="pos_weight is for labels of one logit each, binary=True"):
+        Reptile(torch.nn.Linear(3, 4), torch.nn.Linear(3, 4), pos_weight=torch.ones(4))

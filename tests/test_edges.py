@@ -150,7 +150,7 @@ def test_nothing_in_and_nothing_to_divide_by(dtype: torch.dtype) -> None:
 
 
 def test_a_wrong_label_that_cannot_raise_spoils_its_row_alone() -> None:
-    """Where a compiler has torch.func before it, values cannot be looked at: the row becomes NaN, and no other."""
+    """In a compiled torch.func.grad, no error can depend on values: the row becomes NaN, and no other."""
     s, t, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 77, 2])
     f = torch.func.grad(lambda s: distillation_loss(s, t, labels, hard_weight=1.0, reduction="sum"))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):

@@ -212,7 +212,8 @@ def test_the_linear_loss_of_a_teacher_in_inference_mode(dtype: torch.dtype) -> N
 
 
 def test_models_built_in_inference_mode() -> None:
-    training = pytest.importorskip("reptile_ext.training")
+    from reptile_ext import training
+
     with torch.inference_mode():
         built = nn.Linear(4, 3)
     student, inputs = nn.Linear(4, 3), torch.randn(8, 4)
@@ -360,7 +361,8 @@ def test_a_module_as_head_is_what_its_forward_does(name: str) -> None:
     ids=["LoRA", "DoRA", "modules_to_save"],
 )
 def test_a_head_of_peft(config: dict[str, Any]) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 40)})
     head = peft.get_peft_model(model, peft.LoraConfig(**config)).base_model.model["head"]
     hidden, teacher = torch.randn(6, 8), torch.randn(6, 40)

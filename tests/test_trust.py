@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -239,7 +240,8 @@ def test_a_causal_language_model_of_transformers_gets_the_labels_its_own_loss_wo
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, of transformers
 def test_an_adapted_model_shifts_as_what_it_adapts() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapted = peft.get_peft_model(gpt2(8), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     assert Objective(adapted, None).shift_labels
 
@@ -1070,6 +1072,9 @@ try:
     Reptile(Net(8, 0, unused=True), Net(16, 1)).fit(pairs, until=3, progress_bar=False)
 except RuntimeError as error:
     sys.stdout.write(f"{reptile.accelerator.num_processes} processes: {error}\n")
+# Neither process ends while the other still talks to it.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -1085,7 +1090,8 @@ def test_processes_of_torchrun_train_one_student(tmp_path: Path) -> None:
     code.write_text(TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(code), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     said = "2 processes: the student has parameters that got no gradient in a step"
     assert done.stdout.count(said) == 2, done.stdout

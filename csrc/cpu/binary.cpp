@@ -48,12 +48,8 @@ void each_run(const BinaryProblem& p, const Elements& of, int64_t begin, int64_t
   });
 }
 
-template <class Scalar, class T>
-void widen(const T* from, int64_t n, Scalar* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = Scalar(to_float(from[i]));
-}
-void widen(const float* from, int64_t n, float* to) { std::memcpy(to, from, size_t(n) * sizeof(float)); }
-__attribute__((noinline)) void widen(const Float16* from, int64_t n, float* to) {
+template <class From, class To>
+__attribute__((noinline)) void convert_by_vectors(const From* from, int64_t n, To* to) {
   constexpr int kPair = 2 * Float::kLanes;
   Float a, b;
   int64_t i = 0;
@@ -66,6 +62,13 @@ __attribute__((noinline)) void widen(const Float16* from, int64_t n, float* to) 
     store2_tail(to + i, int(n - i), a, b);
   }
 }
+
+template <class Scalar, class T>
+void widen(const T* from, int64_t n, Scalar* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = Scalar(to_float(from[i]));
+}
+void widen(const float* from, int64_t n, float* to) { std::memcpy(to, from, size_t(n) * sizeof(float)); }
+void widen(const Float16* from, int64_t n, float* to) { convert_by_vectors(from, n, to); }
 
 template <class Scalar, class T>
 void narrow_one(Scalar x, T* to) {
@@ -81,19 +84,7 @@ template <class Scalar, class T>
 void narrow(const Scalar* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) narrow_one(from[i], to + i);
 }
-__attribute__((noinline)) void narrow(const float* from, int64_t n, Float16* to) {
-  constexpr int kPair = 2 * Float::kLanes;
-  Float a, b;
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    load2(from + i, a, b);
-    store2(to + i, a, b);
-  }
-  if (i < n) {
-    load2_tail(from + i, int(n - i), a, b);
-    store2_tail(to + i, int(n - i), a, b);
-  }
-}
+void narrow(const float* from, int64_t n, Float16* to) { convert_by_vectors(from, n, to); }
 
 // Elements of an operand in the arithmetic type, in order.
 template <class Scalar>

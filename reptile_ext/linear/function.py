@@ -22,7 +22,7 @@ from ..checks import (
     refuse_dtensor,
     warn_of_temperature,
 )
-from ..functional import for_operators, needs_reference, own_of
+from ..functional import for_operators, needs_reference
 from ..options import REDUCTIONS, Options, make_options
 from ..reference import counted_rows
 from .dtensor import gathered, is_dtensor
@@ -135,10 +135,10 @@ def linear_distillation_loss(
     check_is_tensor("student_hidden", student_hidden)
     check_is_tensor("teacher_hidden", teacher_hidden)
     assert teacher_hidden is not None
-    student_hidden, student_weight, student_bias = _of_head(
+    student_hidden, student_weight, student_bias = _weight_of_head(
         "student", student_head, student_hidden, student_weight, student_bias
     )
-    teacher_hidden, teacher_weight, teacher_bias = _of_head(
+    teacher_hidden, teacher_weight, teacher_bias = _weight_of_head(
         "teacher", teacher_head, teacher_hidden, teacher_weight, teacher_bias
     )
     device = student_hidden.device
@@ -179,7 +179,7 @@ def linear_distillation_loss(
     return loss.reshape(leading) if reduction == "none" else loss
 
 
-def _of_head(side: str, head: Any, hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Any, Any]:
+def _weight_of_head(side: str, head: Any, hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Any, Any]:
     if head is None:
         return hidden, weight, bias
     if weight is not None or bias is not None:
@@ -223,11 +223,9 @@ def _apply(config: LinearConfig, tensors: tuple[Any, ...], constants: Constants)
         if not compat.is_traced(tensors[0]):
             fused: Tensor = autograd.Fused.apply(LinearLoss, config, *constants, *tensors)  # type: ignore[no-untyped-call]
             return fused
-        if not torch.compiler.is_compiling():  # make_fx
-            tensors = tuple(map(own_of, tensors))
-            labels, weight, divisor = map(own_of, constants)
-            constants = (labels, weight, divisor)
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+        if any(needed) and not torch.compiler.is_compiling():  # make_fx: the operator's own autograd saves them
+            tensors, constants = autograd.savable(tensors), autograd.savable(constants)
         now = LinearLoss.gradients_at_once(config, tensors[0], needed)
         traced: Tensor = operator(*operator_arguments(config, tensors, constants, None, now))[0]
         return traced

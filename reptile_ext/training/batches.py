@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     weight: Tensor | None = None  # of the samples [B] or of the rows [B, …]
     teacher_inputs: Any = None
     teacher_logits: Any = None  # the teacher's answers, in the place of running it
-    mask: Tensor | None = None  # 0 at padding; looked at only where there are no labels
+    mask: Tensor | None = None  # 0 at padding; used only where there are no labels
 
 
 def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:

@@ -303,7 +303,7 @@ class DataState:
 _OTHERS = ("datasets.", "pyarrow", "pandas", "PIL", "transformers.", "tokenizers", "torch.nn", "torchvision.transforms")
 
 
-# What attributes of data were when first looked at in this process: a run may go on in the one it was stopped in.
+# Attributes of data as this process first saw them: a run may be resumed in the process in which it was stopped.
 _FIRST: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 

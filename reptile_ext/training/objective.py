@@ -182,8 +182,10 @@ class Objective:
                 "binary=True has no class dimension: "
                 + ("fused_linear=True has no meaning with it" if fused_linear else f"dim must be -1; got {dim!r}")
             )
+        if "pos_weight" in loss and not binary:
+            raise ValueError("pos_weight is for labels of one logit each, binary=True; got it with binary=False")
         self.binary = binary
-        self._pos_weight: Tensor | None = loss.pop("pos_weight", None) if binary else None
+        self._pos_weight: Tensor | None = loss.pop("pos_weight", None)
         self.student, self.teacher = student, teacher
         self.teachers = teachers_of(teacher)
         self._set_teacher_weights(teacher_weights)
