@@ -147,8 +147,10 @@ class Fused(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         result, ctx.kept = loss.forward(config, tensors, constants, ctx.needs_input_grad[5:])
         saved = (*tensors, *constants)
-        if any(x is not None and x.is_inference() for x in saved):
-            saved, ctx.unsaved = _to_save(loss, tensors, constants, is_all_kept=ctx.kept is not None)
+        for x in saved:  # not any(): a hot path
+            if x is not None and x.is_inference():
+                saved, ctx.unsaved = _to_save(loss, tensors, constants, is_all_kept=ctx.kept is not None)
+                break
         # References, not copies. Autograd lets go of them as soon as this node has run, first of the backward pass.
         ctx.save_for_backward(*saved)
         return result

@@ -47,16 +47,17 @@ def base_of(x: Tensor) -> Tensor | None:
     return x._base
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # where make_fx(pre_dispatch=True) records
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+
+
 def is_traced(x: Tensor) -> bool:
     """Whether a compiler or make_fx is recording what happens to a tensor, or it is a fake without values."""
     if torch.compiler.is_compiling():
         return True
-    if (  # almost always, and three calls are all that it costs
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not in_dispatch_mode()
-        and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    ):
-        return False
+    if type(x) in _PLAIN and not in_dispatch_mode() and not _is_included(_PRE_DISPATCH):
+        return False  # almost always, and cheap to find out
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
