@@ -1,18 +1,11 @@
-// Loss and gradient of elements that each are a distribution of their own: a logit z is a row [z, 0] of two classes.
+// Loss and gradient of elements that each are a distribution of their own, whose arithmetic is in binary.h.
 //
-// Compiled once per instruction set, as loss_rows.cpp; the divergences are the same functors. Elements go through the
-// lanes of vectors. Of the two classes of an element the one that the student finds less likely is called minor: its
-// exponent is −|s| / T_s, the other's 0, so that an element costs one exponential a model, not two. The gradient is
-// taken at the minor class, where no digits are lost to a probability near 1, and has the other sign at the other.
-//
-//     a         −|s| / T_s · log2 e, of the major class 0
-//     across    the teacher's logit of the minor class against the major one: −t if s ≥ 0, else t
-//     Z         1 + 2^a, and log Z = log1p(2^a)
+// Compiled once per instruction set, as loss_rows.cpp. Elements go through the lanes of vectors.
 //
 // Memory sees 2 reads and 1 write of each element. What does not lie as the arithmetic wants it (16-bit types, mixed
 // types, strides) is converted block by block through the L1, as are labels and weights.
 
-#include "../divergence.h"
+#include "../binary.h"
 #include "../rows.h"
 #include "simd.h"
 
@@ -225,83 +218,35 @@ struct Call {
 // The divergence of the elements of a block.
 template <class D, class V>
 void soft_pass(const Call<typename V::Scalar>& call, Block<V>& block) {
-  using G = typename D::Gradient;
   using Scalar = typename V::Scalar;
-  const V k_s = V(call.k_s), k_t = V(call.k_t), beta = V(call.beta), one_minus_beta = V(call.one_minus_beta);
-  const V to_loss = V(call.soft_loss), to_gradient = V(call.soft_gradient);
+  const SoftNumbers<V> numbers{V(call.k_s),       V(call.k_t),          V(call.beta), V(call.one_minus_beta),
+                               V(call.soft_loss), V(call.soft_gradient)};
   const Scalar *const students = block.s, *const teachers = block.t;
   const int64_t n = block.padded;
-  const V zero = V(0), one = V(1), half = V(0.5f);
   Scalar* const gradients = block.g;
-  V total = zero;
+  V total = V(0);
   for (int64_t i = 0; i < n; i += V::kLanes) {
     __builtin_prefetch(reinterpret_cast<const char*>(students + i) + kPrefetchBytes);
     __builtin_prefetch(reinterpret_cast<const char*>(teachers + i) + kPrefetchBytes);
-    const V s = V::load(students + i), t = V::load(teachers + i);
-    const V both = fma(half, s, half * t),
-            broken = where_not_masked(both, both - both);  // NaN for +inf and NaN, else 0
-    V sums[D::kSums], minor[D::kKept], major[D::kKept];
-    for (V& sum : sums) sum = zero;
-    V e_s = zero, e_t = zero;
-    if constexpr (D::kRawLogits) {
-      D::first(s * k_s, t * k_t, zero, zero, sums, minor);
-      D::first(zero, zero, zero, zero, sums, major);
-    } else {
-      const V across = zero - times_sign_of(t, s);
-      const V a = (zero - times_sign_of(s, s)) * k_s;
-      const V b = (zero - max(zero - across, zero)) * k_t, b_major = (zero - max(across, zero)) * k_t;
-      e_s = D::exponential(a);
-      e_t = D::exponential((zero - times_sign_of(t, t)) * k_t);
-      // Of the teacher's two exponentials the larger one is 1.
-      const V of_minor = max(where_positive(across, one), e_t);
-      const V of_major = max(where_positive(zero - across, one), e_t);
-      D::first(a, b, e_s, of_minor, sums, minor);
-      D::first(zero, b_major, one, of_major, sums, major);
-    }
-    V mixture[D::kMixtureSums > 0 ? D::kMixtureSums : 1];
-    if constexpr (D::kMixtureSums > 0) {
-      for (V& sum : mixture) sum = zero;
-      const V ratio = sums[0] / sums[1];
-      const V p = minor[1] * ratio, p_major = major[1] * ratio, difference = p - minor[0];
-      D::mix(minor[0], p, difference, beta, one_minus_beta, mixture, minor);
-      D::mix(major[0], p_major, zero - difference, beta, one_minus_beta, mixture, major);
-      for (V& sum : mixture) sum = sum / sums[0];
-    }
-    Row<V> row{sums, mixture, beta, one_minus_beta, zero, zero, e_s, e_t, zero};
-    V k[G::kCoefficients];
-    const V value = max(zero, D::finish(row, to_gradient, k)) + broken;
-    const V loss = to_loss * value;
+    V loss, gradient;
+    soft_element<D>(numbers, V::load(students + i), V::load(teachers + i), loss, gradient);
     loss.store(block.loss + i);
     total = total + loss;
-    if constexpr (D::kUnbounded >= 0) minor[D::kUnbounded] = row.if_bounded(minor[D::kUnbounded]);
-    V g = G::gradient(minor, k);
-    if constexpr (!D::kRawLogits) g = zero - times_sign_of(g, s);
-    (g + broken).store(gradients + i);
+    gradient.store(gradients + i);
   }
   block.sum = reduce_add(total);
 }
 
-// Adds the binary cross entropy of the labels, w y softplus(−s) + (1 − y) softplus(s), and its gradient,
-// (1 − y) σ(s) − w y σ(−s), where w is pos_weight.
+// Adds the labels' part.
 template <class V>
 void hard_pass(const Call<typename V::Scalar>& call, Block<V>& block, bool has_pos_weight) {
-  using Scalar = typename V::Scalar;
-  const V to_loss = V(call.hard_loss), to_gradient = V(call.hard_gradient), k = V(Scalar(kLog2E));
-  const V zero = V(0), one = V(1);
+  const V to_loss = V(call.hard_loss), to_gradient = V(call.hard_gradient);
   for (int64_t i = 0; i < block.padded; i += V::kLanes) {
-    const V s = V::load(block.s + i), y = V::load(block.labels + i);
-    const V hit = has_pos_weight ? y * V::load(block.pos_weight + i) : y, miss = one - y;
-    const V e = exp2((zero - times_sign_of(s, s)) * k);
-    const V log_z = log_of_ratio(one + e, e);
-    V loss = where_not_masked(s, s - s);  // NaN for +inf and NaN, else 0
-    const V broken = loss;
-    loss = add_product_where_positive(loss, hit, max(zero - s, zero) + log_z);
-    loss = add_product_where_positive(loss, miss, max(s, zero) + log_z);
-    const V likely = one / (one + e), unlikely = e / (one + e);
-    const V q = max(where_positive(s, likely), unlikely), not_q = max(where_positive(zero - s, likely), unlikely);
-    const V g = miss * q - hit * not_q + broken;
-    (V::load(block.loss + i) + to_loss * loss).store(block.loss + i);
-    (V::load(block.gradient + i) + to_gradient * g).store(block.gradient + i);
+    const V y = V::load(block.labels + i), hit = has_pos_weight ? y * V::load(block.pos_weight + i) : y;
+    V loss = V::load(block.loss + i), gradient = V::load(block.gradient + i);
+    add_hard_element(to_loss, to_gradient, V::load(block.s + i), y, hit, loss, gradient);
+    loss.store(block.loss + i);
+    gradient.store(block.gradient + i);
   }
 }
 
