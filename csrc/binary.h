@@ -6,11 +6,15 @@
 // near 1, and has the other sign at the other.
 //
 //     a         −|s| / T_s · log2 e, of the major class 0
-//     across    the teacher's logit of the minor class against the major one: −t if s ≥ 0, else t
-//     Z         1 + 2^a, and log Z = log1p(2^a)
+//     along     the teacher's logit of the major class against the minor one: t if s ≥ 0, else −t
+//     Z         1 + 2^a, from 1 to 2
 //
-// Beside what divergence.h asks for, V brings / and times_sign_of(x, s): x, or −x where s is negative (its sign bit
-// set).
+// Beside what divergence.h asks for, V brings / and
+//
+//     times_sign_of(x, s)         x, or −x where s is negative (its sign bit set)
+//     where_negative(s, a, b)     a where s is negative, else b
+//     negative_magnitude(x)       −|x|
+//     unless_broken(x, s, t)      x, or NaN where s or t is NaN or +inf
 #pragma once
 
 #include "divergence.h"
@@ -32,42 +36,40 @@ REPTILE_EXT_FN __attribute__((always_inline)) void soft_element(const SoftNumber
                                                                 V& gradient) {
   using G = typename D::Gradient;
   const V k_s = numbers.k_s, k_t = numbers.k_t, beta = numbers.beta, one_minus_beta = numbers.one_minus_beta;
-  const V zero = V(0), one = V(1), half = V(0.5f);
-  const V both = fma(half, s, half * t), broken = where_not_masked(both, both - both);  // NaN for +inf and NaN, else 0
-  V sums[D::kSums], minor[D::kKept], major[D::kKept];
-  for (V& sum : sums) sum = zero;
+  const V zero = V(0), one = V(1);
+  V sums[D::kSums] = {}, minor[D::kKept], major[D::kKept];
   V e_s = zero, e_t = zero;
   if constexpr (D::kRawLogits) {
     D::first(s * k_s, t * k_t, zero, zero, sums, minor);
     D::first(zero, zero, zero, zero, sums, major);
   } else {
-    const V across = zero - times_sign_of(t, s);
-    const V a = (zero - times_sign_of(s, s)) * k_s;
-    const V b = (zero - max(zero - across, zero)) * k_t, b_major = (zero - max(across, zero)) * k_t;
+    const V along = times_sign_of(t, s);
+    const V a = negative_magnitude(s) * k_s, least = negative_magnitude(t) * k_t;
     e_s = D::exponential(a);
-    e_t = D::exponential((zero - times_sign_of(t, t)) * k_t);
-    // Of the teacher's two exponentials the larger one is 1.
-    const V of_minor = max(where_positive(across, one), e_t);
-    const V of_major = max(where_positive(zero - across, one), e_t);
+    e_t = D::exponential(least);
+    // The class that the teacher finds less likely has `least` and e_t, the other 0 and 1.
+    const V b = where_negative(along, zero, least), b_major = where_negative(along, least, zero);
+    const V of_minor = where_negative(along, one, e_t), of_major = where_negative(along, e_t, one);
     D::first(a, b, e_s, of_minor, sums, minor);
     D::first(zero, b_major, one, of_major, sums, major);
   }
-  V mixture[D::kMixtureSums > 0 ? D::kMixtureSums : 1];
+  V mixture[D::kMixtureSums > 0 ? D::kMixtureSums : 1] = {};
   if constexpr (D::kMixtureSums > 0) {
-    for (V& sum : mixture) sum = zero;
-    const V ratio = sums[0] / sums[1];
+    const V ratio = sums[0] / sums[1], over_z = reciprocal(sums[0]);  // exactly 1 of equal sums
     const V p = minor[1] * ratio, p_major = major[1] * ratio, difference = p - minor[0];
     D::mix(minor[0], p, difference, beta, one_minus_beta, mixture, minor);
     D::mix(major[0], p_major, zero - difference, beta, one_minus_beta, mixture, major);
-    for (V& sum : mixture) sum = sum / sums[0];
+    for (int i = 0; i < D::kMixtureSums; ++i) mixture[i] = mixture[i] * over_z;
   }
   Row<V> row{sums, mixture, beta, one_minus_beta, zero, zero, e_s, e_t, zero};
   V k[G::kCoefficients];
-  loss = numbers.to_loss * (max(zero, D::finish(row, numbers.to_gradient, k)) + broken);
+  // At the minor class, against the sign of s.
+  const V scale = D::kRawLogits ? numbers.to_gradient : zero - numbers.to_gradient;
+  loss = unless_broken(numbers.to_loss * max(zero, D::finish(row, scale, k)), s, t);
   if constexpr (D::kUnbounded >= 0) minor[D::kUnbounded] = row.if_bounded(minor[D::kUnbounded]);
-  V g = G::gradient(minor, k);
-  if constexpr (!D::kRawLogits) g = zero - times_sign_of(g, s);
-  gradient = g + broken;
+  gradient = G::gradient(minor, k);
+  if constexpr (!D::kRawLogits) gradient = times_sign_of(gradient, s);
+  gradient = unless_broken(gradient, s, t);
 }
 
 // Adds the binary cross entropy of a label y from 0 to 1, w y softplus(−s) + (1 − y) softplus(s), and its gradient,
@@ -76,15 +78,14 @@ template <class V>
 REPTILE_EXT_FN __attribute__((always_inline)) void add_hard_element(V to_loss, V to_gradient, V s, V y, V hit, V& loss,
                                                                     V& gradient) {
   const V zero = V(0), one = V(1), k = V(typename V::Scalar(kLog2E)), miss = one - y;
-  const V e = exp2((zero - times_sign_of(s, s)) * k);
-  const V log_z = log_of_ratio(one + e, e);
-  const V broken = where_not_masked(s, s - s);  // NaN for +inf and NaN, else 0
-  V entropy = add_product_where_positive(broken, hit, max(zero - s, zero) + log_z);
+  const V e = exp2(negative_magnitude(s) * k);
+  const V log_z = log_of_sum(one + e, e);
+  V entropy = add_product_where_positive(zero, hit, max(zero - s, zero) + log_z);
   entropy = add_product_where_positive(entropy, miss, max(s, zero) + log_z);
-  const V likely = one / (one + e), unlikely = e / (one + e);
+  const V likely = reciprocal(one + e), unlikely = e * likely;
   const V q = max(where_positive(s, likely), unlikely), not_q = max(where_positive(zero - s, likely), unlikely);
-  loss = loss + to_loss * entropy;
-  gradient = gradient + to_gradient * (miss * q - hit * not_q + broken);
+  loss = loss + unless_broken(to_loss * entropy, s, s);
+  gradient = gradient + unless_broken(to_gradient * (miss * q - hit * not_q), s, s);
 }
 
 }  // namespace

@@ -38,6 +38,8 @@
 //     with_sign_of(d, x)                         x, −x or 0 as d is positive, negative or 0
 //     log_of_ratio(w, w − 1)                     log w, from w − 1 where that is small, and so exactly 0 at 0; finite
 //     at w = 0
+//     twice_atanh(u)                             log ((1 + u) / (1 − u)), |u| ≤ ⅓: log (z / w) of u = (z − w) /
+//     (z + w); of rows of two classes alone, whose sums are from 1 to 2
 //
 // Equal logits must give exactly 0: everything here subtracts like from like, and the build forbids the compiler to
 // fuse a product into a difference (-ffp-contract=off), which would round one side and not the other.
@@ -83,12 +85,11 @@ REPTILE_EXT_FN T over(T z) {
 }
 template <class T>
 REPTILE_EXT_FN T log_of_sum(T z, T z_minus_1) {
-  return log_of_ratio(z, z_minus_1);
+  return twice_atanh(z_minus_1 * reciprocal(z + T(1)));
 }
 template <class T>
 REPTILE_EXT_FN T log_of_quotient(T z, T w, T z_minus_1, T w_minus_1) {
-  const T over_w = reciprocal(w);
-  return log_of_ratio(z * over_w, (z_minus_1 - w_minus_1) * over_w);
+  return twice_atanh((z_minus_1 - w_minus_1) * reciprocal(z + w));
 }
 
 // What `finish` knows of a row.
@@ -439,11 +440,11 @@ struct Mse : Defaults {
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
     const T n_s = row.sums[1], n_t = row.sums[2], n = row.sums[3];
-    const T divisor = max(T(1), n);
-    k[0] = T(2) * scale / divisor;
+    const T over_n = over(max(T(1), n));
+    k[0] = T(2) * scale * over_n;
     const T apart = where_positive((n_s - n) + (n_t - n), T(kInf));
     const T empty = where_positive(T(1) - n_s, T(kNaN)) + where_positive(T(1) - n_t, T(kNaN));
-    return row.sums[0] / divisor + apart + (empty + row.sums[4]);
+    return row.sums[0] * over_n + apart + (empty + row.sums[4]);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) { return kept[0] * k[0]; }
 };

@@ -32,7 +32,7 @@ fi
 flags="-std=c++17 $flags"
 xargs -P 2 -L 1 $compiler <<COMMANDS
 $flags -O3 $portable -fno-exceptions -DREPTILE_EXT_KERNELS=kernels_portable -c csrc/cpu/loss_rows.cpp -o $build/portable.o
-$flags -O2 -ftree-vectorize $portable -fno-exceptions -DREPTILE_EXT_BINARY_KERNELS=binary_kernels_portable -c csrc/cpu/binary.cpp -o $build/binary.o
+$flags -O2 -ftree-vectorize -fno-signed-zeros $portable -fno-exceptions -DREPTILE_EXT_BINARY_KERNELS=binary_kernels_portable -c csrc/cpu/binary.cpp -o $build/binary.o
 $flags -O3 -c csrc/cpu/dispatch.cpp -o $build/dispatch.o
 $flags -O2 -Wno-return-type -c tests/fuzz/fuzz_rows.cpp -o $build/fuzz_rows.o
 $flags -O2 -c tests/fuzz/random_inputs.cpp -o $build/random_inputs.o

@@ -43,6 +43,20 @@ inline Double log_of_ratio(Double w, Double w_minus_1) {
   return fma(k, Double(0.693147180559945309417), fma(s * s2, p, s + s));
 }
 
+// log ((1 + u) / (1 − u)) for |u| ≤ ⅓; exactly 0 at 0.
+inline Float twice_atanh(Float u) {
+  const Float x = u * u;
+  Float p = Float(kTwiceAtanhf[4]);
+  for (int i = 3; i >= 0; --i) p = fma(p, x, Float(kTwiceAtanhf[i]));
+  return u * p;
+}
+inline Double twice_atanh(Double u) {
+  const Double x = u * u;
+  Double p = Double(kTwiceAtanhd[10]);
+  for (int i = 9; i >= 0; --i) p = fma(p, x, Double(kTwiceAtanhd[i]));
+  return u * p;
+}
+
 // The arithmetic type of a storage type.
 template <class T>
 struct ArithmeticOf {

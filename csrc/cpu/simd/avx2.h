@@ -27,6 +27,16 @@ inline Float operator/(Float a, Float b) { return _mm256_div_ps(a.v, b.v); }
 inline Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
 // x, or −x where s is negative (its sign bit set).
 inline Float times_sign_of(Float x, Float s) { return _mm256_xor_ps(x.v, _mm256_and_ps(s.v, _mm256_set1_ps(-0.0f))); }
+inline Float negative_magnitude(Float x) { return _mm256_or_ps(x.v, _mm256_set1_ps(-0.0f)); }
+// a where s is negative (its sign bit set), else b.
+inline Float where_negative(Float s, Float a, Float b) { return _mm256_blendv_ps(b.v, a.v, s.v); }
+// x, or NaN where s or t is NaN or +inf.
+inline Float unless_broken(Float x, Float s, Float t) {
+  const __m256 infinity = _mm256_set1_ps(-kNegInf);
+  const __m256 broken_s = _mm256_cmp_ps(s.v, infinity, _CMP_NLT_UQ),
+               broken_t = _mm256_cmp_ps(t.v, infinity, _CMP_NLT_UQ);
+  return _mm256_or_ps(x.v, _mm256_or_ps(broken_s, broken_t));
+}
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Float max(Float a, Float b) { return _mm256_max_ps(a.v, b.v); }
 inline Float add_product_where_positive(Float acc, Float e, Float d) {
@@ -98,6 +108,14 @@ inline Double operator*(Double a, Double b) { return _mm256_mul_pd(a.v, b.v); }
 inline Double operator/(Double a, Double b) { return _mm256_div_pd(a.v, b.v); }
 inline Double sqrt(Double a) { return _mm256_sqrt_pd(a.v); }
 inline Double times_sign_of(Double x, Double s) { return _mm256_xor_pd(x.v, _mm256_and_pd(s.v, _mm256_set1_pd(-0.0))); }
+inline Double negative_magnitude(Double x) { return _mm256_or_pd(x.v, _mm256_set1_pd(-0.0)); }
+inline Double where_negative(Double s, Double a, Double b) { return _mm256_blendv_pd(b.v, a.v, s.v); }
+inline Double unless_broken(Double x, Double s, Double t) {
+  const __m256d infinity = _mm256_set1_pd(-kNegInf);
+  const __m256d broken_s = _mm256_cmp_pd(s.v, infinity, _CMP_NLT_UQ),
+                broken_t = _mm256_cmp_pd(t.v, infinity, _CMP_NLT_UQ);
+  return _mm256_or_pd(x.v, _mm256_or_pd(broken_s, broken_t));
+}
 inline Double fma(Double a, Double b, Double c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 inline Double max(Double a, Double b) { return _mm256_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {

@@ -26,7 +26,22 @@ inline Float operator*(Float a, Float b) { return _mm512_mul_ps(a.v, b.v); }
 inline Float operator/(Float a, Float b) { return _mm512_div_ps(a.v, b.v); }
 inline Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
 // x, or −x where s is negative (its sign bit set).
-inline Float times_sign_of(Float x, Float s) { return _mm512_xor_ps(x.v, _mm512_and_ps(s.v, _mm512_set1_ps(-0.0f))); }
+inline Float times_sign_of(Float x, Float s) {
+  const __m512i x_bits = _mm512_castps_si512(x.v), s_bits = _mm512_castps_si512(s.v);
+  const __m512i sign = _mm512_set1_epi32(int(0x80000000));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(x_bits, s_bits, sign, 0x78));  // x ^ (s & sign)
+}
+inline Float negative_magnitude(Float x) { return _mm512_or_ps(x.v, _mm512_set1_ps(-0.0f)); }
+// a where s is negative (its sign bit set), else b.
+inline Float where_negative(Float s, Float a, Float b) {
+  return _mm512_mask_mov_ps(b.v, _mm512_movepi32_mask(_mm512_castps_si512(s.v)), a.v);
+}
+// x, or NaN where s or t is NaN or +inf.
+constexpr int kNanOrInf = 0x01 | 0x08 | 0x80;  // quiet NaN, +inf, signalling NaN
+inline Float unless_broken(Float x, Float s, Float t) {
+  const __mmask16 broken = _mm512_fpclass_ps_mask(s.v, kNanOrInf) | _mm512_fpclass_ps_mask(t.v, kNanOrInf);
+  return _mm512_mask_mov_ps(x.v, broken, _mm512_set1_ps(kNan));
+}
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 // acc + e·d in the lanes where e > 0 or is NaN; d may be anything elsewhere. A denormal e counts as 0, as it is in the
@@ -92,6 +107,14 @@ inline Double operator*(Double a, Double b) { return _mm512_mul_pd(a.v, b.v); }
 inline Double operator/(Double a, Double b) { return _mm512_div_pd(a.v, b.v); }
 inline Double sqrt(Double a) { return _mm512_sqrt_pd(a.v); }
 inline Double times_sign_of(Double x, Double s) { return _mm512_xor_pd(x.v, _mm512_and_pd(s.v, _mm512_set1_pd(-0.0))); }
+inline Double negative_magnitude(Double x) { return _mm512_or_pd(x.v, _mm512_set1_pd(-0.0)); }
+inline Double where_negative(Double s, Double a, Double b) {
+  return _mm512_mask_mov_pd(b.v, _mm512_movepi64_mask(_mm512_castpd_si512(s.v)), a.v);
+}
+inline Double unless_broken(Double x, Double s, Double t) {
+  const __mmask8 broken = _mm512_fpclass_pd_mask(s.v, kNanOrInf) | _mm512_fpclass_pd_mask(t.v, kNanOrInf);
+  return _mm512_mask_mov_pd(x.v, broken, _mm512_set1_pd(kNan));
+}
 inline Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 inline Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
 inline Double add_product_where_positive(Double acc, Double e, Double d) {

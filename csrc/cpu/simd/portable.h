@@ -55,6 +55,18 @@ struct Vector {
     std::memcpy(&x.v, &x_bits, 16);
     return x;
   }
+  friend Vector negative_magnitude(Vector x) { return x.v < Reg{} ? x.v : -x.v; }
+  // a where s is negative (its sign bit set), else b.
+  friend Vector where_negative(Vector s, Vector a, Vector b) {
+    Bits bits;
+    std::memcpy(&bits, &s.v, 16);
+    return bits < Bits{} ? a.v : b.v;
+  }
+  // x, or NaN where s or t is NaN or +inf.
+  friend Vector unless_broken(Vector x, Vector s, Vector t) {
+    const Reg infinity = Vector(T(-kNegInf)).v;
+    return ((s.v < infinity) & (t.v < infinity)) != 0 ? x.v : Vector(T(kNan)).v;
+  }
   friend Vector fma(Vector a, Vector b, Vector c) { return a.v * b.v + c.v; }
   friend Vector max(Vector a, Vector b) { return a.v > b.v ? a.v : b.v; }
   friend Vector add_product_where_positive(Vector acc, Vector e, Vector d) {

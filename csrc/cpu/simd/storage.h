@@ -91,9 +91,23 @@ constexpr float kLog1pf[9] = {1.0f,         -0.500000606f, 0.333335486f,  -0.249
 constexpr double kAtanhd[7] = {0.66666666666667344128, 0.39999999999414675746, 0.28571428742388012491,
                                0.22222198573157717871, 0.18183564327007024527, 0.15314050539471847141,
                                0.1479594974650411203};
+// Coefficients of 2 atanh u / u in u² for |u| ≤ ⅓, ascending, the first exactly 2; minimax of the relative error
+// (Remez, 60 digits), 4.0e-9 and 1.2e-18 before rounding.
+constexpr float kTwiceAtanhf[5] = {2.0f, 0.66666317f, 0.4002491f, 0.279606f, 0.28178334f};
+constexpr double kTwiceAtanhd[11] = {2.0,
+                                     0.66666666666666134233,
+                                     0.40000000000190326437,
+                                     0.2857142854492502758,
+                                     0.22222224111778241296,
+                                     0.18181739787590417126,
+                                     0.15386635456315195694,
+                                     0.13300102491798210381,
+                                     0.12112249089821112226,
+                                     0.083156839557900329348,
+                                     0.17060062920105509553};
 // To take a logarithm, a number is split where its fraction is ¾ (float) or √½ (double) instead of 1.
 constexpr uint32_t kSplitF = 0x3f400000, kOneF = 0x3f800000;
 constexpr uint64_t kSplitD = 0x3fe6a09e667f3bcd, kOneD = 0x3ff0000000000000;
-constexpr float kNegInf = -__builtin_inff();
+constexpr float kNegInf = -__builtin_inff(), kNan = __builtin_nanf("");
 
 }  // namespace
