@@ -52,12 +52,11 @@ inline Float with_sign_of(Float d, Float x) {
 }
 // a where |x| < ¼, else b.
 inline Float where_small(Float x, Float a, Float b) {
-  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v);
-  return _mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(magnitude, _mm256_set1_ps(0.25f), _CMP_LT_OQ));
+  return _mm256_blendv_ps(b.v, a.v, _mm256_fmsub_ps(x.v, x.v, _mm256_set1_ps(0.0625f)));  // by the sign bit
 }
 inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1), a.v); }
-// w = f · 2^k with f in [¾, 1½).
+// w = f · 2^k with f in [¾, 1½). Of 0, 2^−127.
 inline void split(Float w, Float& f, Float& k) {
   const __m256i bits = _mm256_castps_si256(w.v);
   const __m256i above = _mm256_sub_epi32(bits, _mm256_set1_epi32(int(kSplitF)));
@@ -130,8 +129,7 @@ inline Double with_sign_of(Double d, Double x) {
   return _mm256_and_pd(signed_x, _mm256_cmp_pd(d.v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
 }
 inline Double where_small(Double x, Double a, Double b) {
-  const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v);
-  return _mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(magnitude, _mm256_set1_pd(0.25), _CMP_LT_OQ));
+  return _mm256_blendv_pd(b.v, a.v, _mm256_fmsub_pd(x.v, x.v, _mm256_set1_pd(0.0625)));
 }
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm256_div_pd(_mm256_set1_pd(1), a.v); }

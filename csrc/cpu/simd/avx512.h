@@ -66,8 +66,9 @@ inline Float reciprocal(Float a) {
   const __m512 r = _mm512_rcp14_ps(a.v);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1)), r, r);
 }
-// w = f · 2^k with f in [¾, 1½).
+// w = f · 2^k with f in [¾, 1½). Of 0, the smallest normal number's.
 inline void split(Float w, Float& f, Float& k) {
+  w = max(smallest_normal(w), w);  // 0 has an exponent of −inf
   f.v = _mm512_getmant_ps(w.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
   k.v = _mm512_getexp_ps(_mm512_mul_ps(w.v, _mm512_set1_ps(4.0f / 3)));
 }

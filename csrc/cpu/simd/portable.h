@@ -84,7 +84,7 @@ struct Vector {
   }
   friend Vector smallest_normal(Vector) { return Vector(sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126)); }
   friend Vector reciprocal(Vector a) { return Vector(T(1)).v / a.v; }
-  // w = f · 2^k with f in [¾, 1½), of double [√½, √2).
+  // w = f · 2^k with f in [¾, 1½), of double [√½, √2). Of 0, one below the smallest exponent.
   friend void split(Vector w, Vector& f, Vector& k) {
     constexpr bool kDouble = sizeof(T) == 8;
     constexpr int kShift = kDouble ? 52 : 23;
