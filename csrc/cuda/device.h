@@ -135,6 +135,16 @@ REPTILE_EXT_DEVICE double any_max(double a, double b) { return fmax(a, b); }
 REPTILE_EXT_DEVICE double log_of(double x) { return ::log(x); }
 REPTILE_EXT_DEVICE double log1p_of(double x) { return ::log1p(x); }
 
+REPTILE_EXT_DEVICE float sqrt_of(float x) { return __fsqrt_rn(x); }
+REPTILE_EXT_DEVICE double sqrt_of(double x) { return __dsqrt_rn(x); }
+// x, or −x where s is negative: where its sign bit is set.
+REPTILE_EXT_DEVICE float times_sign_of(float x, float s) {
+  return __uint_as_float(__float_as_uint(x) ^ (__float_as_uint(s) & 0x80000000u));
+}
+REPTILE_EXT_DEVICE double times_sign_of(double x, double s) {
+  return __longlong_as_double(__double_as_longlong(x) ^ (__double_as_longlong(s) & INT64_MIN));
+}
+
 // Starts a kernel; null, or what CUDA says is wrong.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, void* stream,
@@ -191,6 +201,30 @@ REPTILE_EXT_DEVICE V where_not_masked(V z, V d) {
 template <class V>
 REPTILE_EXT_DEVICE V with_sign_of(V d, V x) {
   return d == V(0) ? V(0) : d < V(0) ? V(0) - x : x;
+}
+
+// a / b rounded once, for 1 ≤ b ≤ 2^125, and exactly 1 of equal ones; the compiler's own is a call for all the rest,
+// which costs every kernel that has one its registers.
+REPTILE_EXT_DEVICE float quotient(float a, float b) {
+  const float over_b = reciprocal(b), near = a * over_b;
+  const float q = fma(fma(-near, b, a), over_b, near);
+  return q == q ? q : near;  // of an infinity, the remainder is NaN
+}
+REPTILE_EXT_DEVICE double quotient(double a, double b) { return a / b; }
+
+// n / size for n ≥ 0, size > 0. By 32 bits where these are enough; else by what a float tells of the quotient, again
+// and again, for the same reason.
+REPTILE_EXT_DEVICE int64_t quotient(int64_t n, int64_t size) {
+  if (uint64_t(n | size) >> 32 == 0) return int64_t(uint32_t(n) / uint32_t(size));
+  const float over_size = reciprocal(float(size));
+  int64_t found = 0;
+  for (int64_t rest = n; rest < 0 || rest >= size;) {
+    int64_t step = int64_t(float(rest) * over_size);
+    if (step == 0) step = rest < 0 ? -1 : 1;
+    found += step;
+    rest -= step * size;
+  }
+  return found;
 }
 
 // log w. Where w − 1 is small, from it: 2 artanh(d / (2 + d)), whose series has the precision of d.
