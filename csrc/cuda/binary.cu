@@ -4,13 +4,13 @@
 // What is fused, a logit: 2 reads and 1 write, and a read of each of labels, weight, pos_weight and grad_output that
 // there is. A mean over elements of which some may be ignored reads labels and weight once before, to count them.
 //
-// A thread takes kChunk elements at a time, of float64 one: a span. Where these lie next to each other and at 16 bytes,
-// which is looked up for every operand by itself, a span is one or two loads of 16 bytes, or one of an operand that is
-// the same for all; else each of its elements is looked up. So any strides and any mixture of types are one kernel, one
-// a divergence and an arithmetic type.
+// A thread takes kChunk neighbouring elements at a time, of float64 one: a span. Of an operand whose elements are
+// neighbours too and begin at 16 bytes, which is looked up for each by itself, a span is one or two loads of 16 bytes,
+// else kChunk loads. Where the student's own are no neighbours, or the last dimension ends, elements are taken one by
+// one. So one kernel has any strides and any mixture of types; and every divergence, chosen a span at a time.
 //
-// Sums are of tiles, spans of the threads of a block: what a tile is does not depend on the device, and neither does
-// the order in which they are added up, so results repeat bit for bit.
+// Sums are of tiles, kElementsPerTile elements of a block: what a tile is does not depend on the device, and neither
+// does the order in which they are added up, so results repeat bit for bit.
 
 #include "storage.h"
 
@@ -20,7 +20,7 @@ namespace reptile_ext {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kThreadsOfKernel = 640;  // for which a multiprocessor has registers: 96 each, five blocks
+constexpr int kResidentThreads = 640;  // of a multiprocessor, at 96 registers a thread: five blocks
 
 // A vector of one lane: what binary.h takes as V. Functions of a T are device.h's.
 template <class T>
@@ -181,7 +181,7 @@ REPTILE_EXT_DEVICE bool is_no_weight(V x) {
 
 // Loss and gradient. A label, weight or pos_weight that is none, an error on the CPU, makes its element NaN.
 template <class V>
-REPTILE_EXT_KERNEL(sizeof(V) == 8 ? kMaxDoubleBlockThreads : kThreadsOfKernel)
+REPTILE_EXT_KERNEL(sizeof(V) == 8 ? kMaxDoubleBlockThreads : kResidentThreads)
 binary_kernel(REPTILE_EXT_ARGUMENT DeviceBinary device) {
   using L = Lane<V>;
   Team<double> block = whole_block(shared_memory<Exchange<double>>());

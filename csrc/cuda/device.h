@@ -203,8 +203,8 @@ REPTILE_EXT_DEVICE V with_sign_of(V d, V x) {
   return d == V(0) ? V(0) : d < V(0) ? V(0) - x : x;
 }
 
-// a / b rounded once, for 1 ≤ b ≤ 2^125, and exactly 1 of equal ones; the compiler's own is a call for all the rest,
-// which costs every kernel that has one its registers.
+// a / b for 1 ≤ b ≤ 2^125: exactly 1 of equal ones, and to the last bit or nearly so of others. The compiler's own has
+// a call in it for all the rest, which costs a kernel its registers.
 REPTILE_EXT_DEVICE float quotient(float a, float b) {
   const float over_b = reciprocal(b), near = a * over_b;
   const float q = fma(fma(-near, b, a), over_b, near);
