@@ -53,12 +53,14 @@ namespace {
 // The C library's, by names that mean the same in device code. <cmath> would bring its templates in (simd.h).
 #if defined(__CUDACC__)
 #define REPTILE_EXT_FN __device__ inline
+#define REPTILE_EXT_HOST_FN __host__ __device__ inline
 using ::exp;
 using ::log;
 using ::log1p;
 using ::sqrt;
 #else
 #define REPTILE_EXT_FN inline
+#define REPTILE_EXT_HOST_FN inline
 inline double exp(double x) { return __builtin_exp(x); }
 inline double log(double x) { return __builtin_log(x); }
 inline double log1p(double x) { return __builtin_log1p(x); }
@@ -585,9 +587,9 @@ constexpr const char* kDivergenceNames[] = {REPTILE_EXT_DIVERGENCES(REPTILE_EXT_
 #undef REPTILE_EXT_NAME
 constexpr int kNumDivergences = int(sizeof(kDivergenceNames) / sizeof(kDivergenceNames[0]));
 
-// Calls visit(functor) for a kind.
+// Calls visit(functor) for a kind; on the host, too.
 template <class V, class Visitor>
-inline void with_divergence(Divergence kind, Visitor&& visit) {
+REPTILE_EXT_HOST_FN void with_divergence(Divergence kind, Visitor&& visit) {
   switch (kind) {
 #define REPTILE_EXT_CASE(name, Functor) \
   case Divergence::k##Functor:          \

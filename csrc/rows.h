@@ -83,7 +83,7 @@ struct LossProblem {
 
 // Tensors of one shape, each element of them a distribution of its own (`binary_distillation_loss`). Dimensions are in
 // the order in which the student's lie in memory, neighbours merged where every operand allows it.
-constexpr int kMaxElementDims = 64;
+constexpr int kMaxElementDims = 32;  // dimensions of two elements and more that do not merge: more are 2^33 elements
 struct Elements {
   void* data = nullptr;  // null: there is none
   DType dtype = DType::kFloat32;

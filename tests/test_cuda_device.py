@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import test_binary as binary
 import test_halves as halves
 import torch
 from oracle import every_divergence, keywords_of, make_labels, make_logits, run
@@ -183,6 +184,91 @@ def test_every_integer_dtype_and_the_module() -> None:
     right = module(student, teacher, labels)
     for dtype in (torch.int32, torch.int16, torch.int8):
         assert torch.equal(module(student, teacher, labels.to(dtype)), right)
+
+
+def elements(size: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    s, t = binary.logits("random", size, dtype)
+    return s.cuda(), t.cuda(), binary.targets(size).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@binary.every_divergence
+def test_the_loss_of_elements_is_that_of_the_cpu(divergence: str, dtype: torch.dtype) -> None:
+    """As users call it; test_cuda_kernels.py has the layouts."""
+    given = elements((300, 1001), dtype)
+    keywords = {"hard_weight": 0.5, "temperature": 2.0, **binary.keywords_of(divergence)}
+    found = binary.value_and_gradient(reptile_ext.binary_distillation_loss, *given, **keywords)
+    assert found[1].is_cuda
+    right = binary.value_and_gradient(reptile_ext.binary_distillation_loss, *(x.cpu() for x in given), **keywords)
+    for a, b in zip(found, right, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a.cpu(), b, rtol=max(2 * eps, 1e-12), atol=8 * eps * b.abs().max().item())
+
+
+def test_the_loss_of_elements_does_not_wait(request: pytest.FixtureRequest) -> None:
+    student, teacher, labels = elements((64, 1000))
+    weight, denominator = torch.rand(1000, device="cuda"), torch.tensor(3.0, device="cuda")
+    leaf = student.requires_grad_()
+    request.getfixturevalue("no_sync")
+    for keywords in (
+        *({}, {"weight": weight}, {"pos_weight": weight}, {"denominator": denominator}),
+        *({"reduction": "none"}, {"inplace": True}),
+    ):
+        loss = reptile_ext.binary_distillation_loss(leaf * 1, teacher, labels, hard_weight=0.5, **keywords)
+        (loss.sum() / 3).backward()
+
+
+def test_a_cuda_graph_repeats_the_loss_of_elements() -> None:
+    student, teacher, labels = elements((64, 1001))
+    static = student.clone().requires_grad_()
+
+    def step() -> Tensor:
+        static.grad = None
+        loss = reptile_ext.binary_distillation_loss(static, teacher, labels, hard_weight=0.5)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    with torch.no_grad():
+        static.copy_(student.flip(0))
+    graph.replay()
+    right = run(reptile_ext.binary_distillation_loss, student.flip(0), teacher, labels, hard_weight=0.5)
+    assert torch.equal(loss, right[0])
+    assert torch.equal(static.grad, right[1])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_of_the_size_of_the_elements_is_allocated(inplace: bool) -> None:
+    student, teacher, labels = elements(1 << 23)
+    z = student.requires_grad_() * 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = reptile_ext.binary_distillation_loss(z, teacher, labels, hard_weight=0.5, inplace=inplace)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= (0 if inplace else student.nbytes) + (2 << 20)  # what the allocator rounds up
+    loss.backward()
+
+
+def test_the_operators_of_elements_refuse_tensors_of_another_device() -> None:
+    from reptile_ext.options import make_binary_options
+
+    student, teacher, labels = elements((4, 10))
+    numbers = ops.numbers(make_binary_options(hard_weight=0.5))
+    given = {"teacher": teacher, "labels": labels, "weight": None, "denominator": None, "grad_output": None}
+    for name in ("teacher", "labels"):
+        wrong = (given | {name: given[name].cpu()}).values()
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of student"):
+            ops.binary_distillation_loss(student, *wrong, *numbers, None, True)
+    with pytest.raises(RuntimeError, match="factor must be on the device of"):
+        ops.scale_elements_(student, torch.tensor(2.0), None, None, -100)
 
 
 def linear_problem(rows: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_binary as binary
 import test_halves as halves
 import torch
 from oracle import (
@@ -91,7 +92,10 @@ def by_gpu(name: str) -> Callable[..., Any]:
     return run_there
 
 
-OPERATORS = ("distillation_loss", "distillation_loss_", "scale_gradient_")
+OPERATORS = (
+    *("distillation_loss", "distillation_loss_", "scale_gradient_"),
+    *("binary_distillation_loss", "binary_distillation_loss_", "scale_elements_"),
+)
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or ops.cuda_missing is not None, reason="needs a GPU and the CUDA kernels"
 )
@@ -569,15 +573,291 @@ def test_a_wrong_label_breaks_its_row_in_every_range(operators: Operators, vocab
             assert gradient[[0, 2]].isfinite().all()
 
 
+# ------------------------------------------------------------------------------------ one logit, many labels: elements
+
+loss_of_elements = reptile_ext.binary_distillation_loss
+# No whole span, spans and what is left at both ends, several tiles of 4,096 in several rounds of the grid.
+SIZES = (1, 7, 8, 1000, 4096, 70_001)
+EVERYTHING_OF_ELEMENTS: dict[str, Any] = {"temperature": (2.0, 1.3), "hard_weight": 0.4}
+
+
+@every_dtype
+@binary.every_divergence
+@pytest.mark.parametrize("kind", ["random", "near_equal", "certain", "large"])
+def test_elements(configure: Configure, kind: str, dtype: torch.dtype, divergence: str) -> None:
+    s, t = binary.logits(kind, (37, 59), dtype)
+    scale = 6.25 if divergence == "scaled_jsd" else 1.0
+    scale = max(1.0, s.abs().max().item()) ** 2 if divergence == "mse" else scale
+    keywords = {"temperature": (1.7, 1.3), "reduction": "none", **binary.keywords_of(divergence)}
+    binary.assert_right(s, t, scale=scale, **keywords)
+
+
+@every_dtype
+@pytest.mark.parametrize("size", SIZES)
+def test_numbers_of_elements(configure: Configure, size: int, dtype: torch.dtype) -> None:
+    """Any number of them, from any distance from 16 bytes, student and teacher from the same or from others."""
+    configure(1)
+    for start, other in ((0, 0), (1, 1), (3, 3), (5, 2)):
+        s, t = binary.logits("random", size + 8, dtype)
+        s, t = s[start : start + size], t[other : other + size]
+        binary.assert_right(s, t, temperature=(2.0, 2.0), reduction="none")
+        y = binary.targets(size)
+        check_elements(s, t, y, weight=torch.rand(size), **EVERYTHING_OF_ELEMENTS)
+
+
+def check_elements(s: Tensor, t: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """As the reference in float64, in the logits' precision."""
+    found = binary.value_and_gradient(loss_of_elements, s, t, *args, **keywords)
+    right = binary.value_and_gradient(reference.binary_distillation_loss, s.double(), t.double(), *args, **keywords)
+    double = torch.float64 in (s.dtype, t.dtype)
+    # Labels and weights may be float32's; a sum of 70,000 terms of order 1.
+    torch.testing.assert_close(
+        found[0].double(), right[0], rtol=1e-13 if double else 2e-6, atol=1e-13 if double else 4e-6
+    )
+    tolerance = max(torch.finfo(s.dtype).eps, 1e-13 if double else 4e-6)
+    size = right[1].abs().max().item()
+    smallest = 2.0**-24 if s.dtype == torch.float16 else 0
+    torch.testing.assert_close(
+        found[1].double(), right[1], rtol=2 * tolerance, atol=min(tolerance, 4e-6) * size + smallest, check_dtype=False
+    )
+    return found
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_elements_with_everything(configure: Configure, reduction: str, dtype: torch.dtype) -> None:
+    """Labels, weights that broadcast, pos_weight, ignored elements and what is in them; each of them alone, too."""
+    s, t = binary.logits("random", (41, 67), dtype)
+    y = binary.targets((41, 67))
+    weight = torch.rand(67) + 0.1
+    weight[5] = 0
+    t[:, 5] = NAN
+    s[y == -100] = INF
+    of_class, of_row = torch.rand(67) * 3, torch.rand(41, 1)
+    keywords = {**EVERYTHING_OF_ELEMENTS, "reduction": reduction}
+    for pos_weight in (of_class, of_row, torch.tensor(2.5), of_row * of_class, None):
+        gradient = check_elements(s, t, y, weight=weight, pos_weight=pos_weight, **keywords)[1]
+        assert (gradient[y == -100] == 0).all()
+        assert (gradient[:, 5] == 0).all()
+    s, t = binary.logits("random", (41, 67), dtype)
+    check_elements(s, t, weight=weight, reduction=reduction)
+    check_elements(s, t, weight=torch.tensor(0.5), reduction=reduction)
+    check_elements(s, t, y, reduction=reduction)
+    check_elements(s, t, y.to(dtype), soft_weight=0.0, hard_weight=2.0, reduction=reduction)
+    check_elements(s, t, y.double(), weight=of_row.double(), reduction=reduction)
+    t[:] = NAN  # unused
+    check_elements(s, t, y, soft_weight=0.0, hard_weight=2.0, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("of_teacher", [None, *binary.LAYOUTS])
+@pytest.mark.parametrize("of_student", [None, *binary.LAYOUTS])
+def test_layouts_of_elements(
+    configure: Configure, of_student: str | None, of_teacher: str | None, dtype: torch.dtype
+) -> None:
+    s, t = binary.logits("random", (6, 7, 31), dtype)
+    y = binary.targets((6, 7, 31))
+    lie = [binary.LAYOUTS.get(name, lambda z: z) for name in (of_student, of_teacher)]
+    for reduction in ("none", "mean"):
+        keywords = {"hard_weight": 0.5, "reduction": reduction, "pos_weight": torch.rand(31)}
+        right = check_elements(s, t, y, **keywords)
+        found = binary.value_and_gradient(loss_of_elements, lie[0](s), lie[1](t), y, **keywords)
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 2**-7, atol=1e-7)
+    in_place = lie[0](s).clone().requires_grad_() * 1
+    loss_of_elements(in_place, lie[1](t), y, inplace=True, **keywords)
+    torch.testing.assert_close(in_place.detach(), right[1], rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str)
+def test_mixed_dtypes_of_elements(configure: Configure, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    s, t = (z.to(dtype) for z, dtype in zip(binary.logits("random", (33, 40)), dtypes, strict=True))
+    binary.assert_right(s, t, binary.targets((33, 40)), hard_weight=0.5, reduction="none", temperature=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (0, 4), (17,), (3, 1, 5, 1), (2,) * 12])
+def test_shapes_of_elements(configure: Configure, shape: tuple[int, ...]) -> None:
+    s, t = binary.logits("random", shape)
+    keywords = {"temperature": (1.0, 1.0), "reduction": "none"}
+    binary.assert_right(s, t, **keywords)
+    binary.assert_right(s.reshape(shape[::-1]).permute(list(range(len(shape)))[::-1]), t, **keywords)
+    for reduction in ("mean", "sum"):
+        loss = loss_of_elements(s, t, reduction=reduction)
+        torch.testing.assert_close(loss, reference.binary_distillation_loss(s, t, reduction=reduction))
+    if s.numel() == 0:
+        for more in ({}, {"denominator": torch.tensor(0.0)}, {"weight": torch.ones(4)}):
+            assert loss_of_elements(s, t, **more) == 0
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_elements_in_place(configure: Configure, reduction: str, dtype: torch.dtype) -> None:
+    for size in (50, 4099):
+        s, t = binary.logits("random", (2, size), dtype)
+        y = binary.targets((2, size))
+        keywords = {"hard_weight": 0.5, "reduction": reduction}
+        right = binary.value_and_gradient(loss_of_elements, s, t, y, **keywords)
+        found = binary.value_and_gradient(
+            lambda s, *args, **keywords: loss_of_elements(s * 1, *args, inplace=True, **keywords), s, t, y, **keywords
+        )
+        for a, b in zip(found, right, strict=True):
+            assert torch.equal(a, b)
+
+
+@every_dtype
+@binary.every_divergence
+def test_the_order_of_threads_does_not_matter_to_elements(
+    configure: Configure, divergence: str, dtype: torch.dtype
+) -> None:
+    """Neither does the number of blocks, nor which run it is."""
+    s, t = binary.logits("random", 20_001, dtype)
+    y, weight = binary.targets(20_001), torch.rand(20_001)
+    found = []
+    for order, multiprocessors in ((0, 3), (1, 3), (2, 1), (3, 1)):
+        configure(multiprocessors, order=order)
+        keywords = {"weight": weight, "hard_weight": 0.5, **binary.keywords_of(divergence)}
+        found.append(binary.value_and_gradient(loss_of_elements, s, t, y, **keywords))
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@every_dtype
+@binary.every_divergence
+def test_equal_elements_give_exactly_zero(configure: Configure, divergence: str, dtype: torch.dtype) -> None:
+    z = torch.cat([torch.randn(3001) * 10, torch.tensor([0.0, -0.0, 1e4, -1e4, -INF])]).to(dtype)
+    for temperature in (1.0, 1.7):
+        keywords = {"temperature": temperature, **binary.keywords_of(divergence)}
+        loss, gradient = binary.value_and_gradient(loss_of_elements, z, z.clone(), **keywords)
+        if divergence == "soft_cross_entropy":
+            assert loss > 0
+        else:
+            assert loss == 0
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@binary.every_divergence
+def test_infinite_and_broken_elements(configure: Configure, divergence: str, dtype: torch.dtype) -> None:
+    values = torch.tensor([0.5, -3.0, INF, -INF, NAN, 30.0], dtype=dtype)
+    s, t = (x.reshape(-1).contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
+    keywords = {**binary.keywords_of(divergence), "reduction": "none"}
+    found = binary.value_and_gradient(loss_of_elements, s, t, **keywords)
+    right = binary.value_and_gradient(reference.binary_distillation_loss, s.double(), t.double(), **keywords)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6, equal_nan=True)
+    broken = s.isnan() | t.isnan() | (s == INF) | (t == INF)
+    assert (found[0].isnan() == broken).all()
+    assert (found[1].isnan() == broken).all()
+
+
+@pytest.mark.parametrize("name", ["labels", "weight", "pos_weight"])
+def test_a_constant_out_of_range_breaks_its_element_alone(configure: Configure, name: str) -> None:
+    """Where the CPU raises an error, which would take a look at the device's memory."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        s, t = binary.logits("random", 40, dtype)
+        given = {"labels": torch.rand(40), "weight": torch.rand(40) + 0.1, "pos_weight": torch.rand(40)}
+        broken = torch.zeros(40, dtype=torch.bool)
+        for i, wrong in enumerate((-0.5, NAN, INF, -INF, 1.5)):
+            if wrong != 1.5 or name == "labels":
+                given[name][7 * i + 1] = wrong
+                broken[7 * i + 1] = True
+        labels = given.pop("labels")
+        keywords = {"hard_weight": 0.5, "reduction": "none", **given}
+        loss, gradient = binary.value_and_gradient(loss_of_elements, s, t, labels, **keywords)
+        assert torch.equal(loss.isnan(), broken)
+        assert torch.equal(gradient.isnan(), broken)
+        labels[broken] = -100  # ignored, and nothing else of them is looked at
+        loss, gradient = binary.value_and_gradient(loss_of_elements, s, t, labels, **keywords)
+        assert (loss[broken] == 0).all()
+        assert (gradient[broken] == 0).all()
+        assert loss.isfinite().all()
+
+
+def test_what_the_loss_of_elements_is_divided_by(configure: Configure) -> None:
+    s, t = binary.logits("random", (50, 90))
+    y, weight = binary.targets((50, 90)), torch.rand(50, 1)
+    keywords = {"hard_weight": 1.0, "weight": weight}
+    each = loss_of_elements(s, t, y, reduction="none", **keywords)
+    torch.testing.assert_close(loss_of_elements(s, t, y, reduction="sum", **keywords), each.sum())
+    torch.testing.assert_close(loss_of_elements(s, t, y, **keywords), each.sum() / (weight * (y != -100)).sum())
+    for denominator in (12.5, torch.tensor(12.5), torch.tensor(12.5, dtype=torch.float64)):
+        check_elements(s, t, y, denominator=denominator, **keywords)
+        check_elements(s, t, denominator=denominator)
+    for nothing in ({"labels": torch.full_like(s, -100)}, {"weight": 0 * weight}):
+        for more in ({}, {"denominator": 3.0}, {"denominator": torch.tensor(0.0)}, {"reduction": "none"}):
+            labels = nothing.get("labels")
+            rest = {k: v for k, v in nothing.items() if k != "labels"}
+            loss, gradient = binary.value_and_gradient(loss_of_elements, s, t, labels, **rest, **more)
+            assert (loss == 0).all()
+            assert (gradient == 0).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_grad_output_of_elements(configure: Configure, reduction: str, dtype: torch.dtype) -> None:
+    """One for all, one an element, expanded, infinities; ignored elements stay 0. First and second backward pass: the
+    gradient that is kept is scaled, and the kernel multiplies."""
+    s, t = binary.logits("random", (12, 75), dtype)
+    y = binary.targets((12, 75))
+    for factor in (1.0, 0.25, 1 / 3, NAN, INF):
+        found = []
+        for of in (loss_of_elements, reference.binary_distillation_loss):
+            leaf = s.clone().requires_grad_()
+            loss = of(leaf, t, y, hard_weight=0.5, reduction=reduction)
+            for grad_output in (torch.full_like(loss, factor), torch.tensor(factor, dtype=loss.dtype).expand_as(loss)):
+                found.append(torch.autograd.grad(loss, leaf, grad_output, retain_graph=True)[0])
+        for gradient in found:
+            assert (gradient[y == -100] == 0).all()
+            assert gradient[y != -100].isfinite().all() == (abs(factor) <= 1)
+            if abs(factor) <= 1:
+                eps = torch.finfo(dtype).eps
+                torch.testing.assert_close(
+                    gradient, found[-1], rtol=max(3 * eps, 1e-13), atol=max(eps, 1e-6 * (eps > 1e-10))
+                )
+
+
+@binary.every_divergence
+def test_a_trainable_teacher_of_elements(configure: Configure, divergence: str) -> None:
+    s, t = binary.logits("random", (5, 90))
+    y, keywords = binary.targets((5, 90)), {"temperature": (2.0, 0.5), **binary.keywords_of(divergence)}
+    found = []
+    for f in (loss_of_elements, reference.binary_distillation_loss):
+        a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+        f(a, b, y, hard_weight=0.5, **keywords).backward()
+        found.append((a.grad, b.grad))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_the_operators_of_elements_refuse(operators: Operators) -> None:
+    from reptile_ext.options import make_binary_options
+
+    numbers, z = ops.numbers(make_binary_options()), torch.zeros(3, 4)
+    out_of_place, in_place = operators("binary_distillation_loss"), operators("binary_distillation_loss_")
+    with pytest.raises(RuntimeError, match="teacher must have the shape of student"):
+        out_of_place(z, z[:2], None, None, None, None, *numbers, None, True)
+    with pytest.raises(RuntimeError, match="weight must have the shape"):
+        out_of_place(z, z, None, torch.ones(4), None, None, *numbers, None, True)
+    with pytest.raises(RuntimeError, match="grad_output must be float64"):
+        out_of_place(z, z, None, None, None, torch.ones(()), *numbers, None, True)
+    with pytest.raises(RuntimeError, match="do not share memory"):
+        in_place(torch.zeros(1, 4).expand(3, 4), z, None, None, None, None, *numbers, None)
+    with pytest.raises(RuntimeError, match="factor must have the shape of gradient"):
+        operators("scale_elements_")(z, z[0], None, None, -100)
+
+
 BROKEN = {
     "beyond_device_memory": "access to device memory that is not the call's, 4 bytes",
     "misaligned": "misaligned access of 16 bytes",
     "beyond_shared_memory": "access beyond shared memory",
     "unwritten_shared_memory": "shared memory is read before it is written",
     "barrier_of_some": "a barrier or shuffle that is not reached by all threads",
+    "sum_of_some": "a barrier or shuffle that is not reached by all threads",
+    "span_beyond_the_end": "access to device memory that is not the call's, 16 bytes",
     "shuffle_of_some": "a barrier or shuffle that is not reached by all threads",
     "peer_too_early": "a peer's memory before all blocks have begun",
     "no_such_peer": "a peer outside of the cluster",
+    "quotients": "",
     "right": "",
 }
 
@@ -597,4 +877,4 @@ def test_the_host_notices(broken_kernels: ctypes.CDLL, name: str) -> None:
     kernel.restype = ctypes.c_char_p
     found = (kernel() or b"").decode()
     assert found.startswith(BROKEN[name])
-    assert (found == "") == (name == "right")
+    assert (found == "") == (BROKEN[name] == "")

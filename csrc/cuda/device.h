@@ -135,6 +135,16 @@ REPTILE_EXT_DEVICE double any_max(double a, double b) { return fmax(a, b); }
 REPTILE_EXT_DEVICE double log_of(double x) { return ::log(x); }
 REPTILE_EXT_DEVICE double log1p_of(double x) { return ::log1p(x); }
 
+REPTILE_EXT_DEVICE float sqrt_of(float x) { return __fsqrt_rn(x); }
+REPTILE_EXT_DEVICE double sqrt_of(double x) { return __dsqrt_rn(x); }
+// x, or −x where s is negative: where its sign bit is set.
+REPTILE_EXT_DEVICE float times_sign_of(float x, float s) {
+  return __uint_as_float(__float_as_uint(x) ^ (__float_as_uint(s) & 0x80000000u));
+}
+REPTILE_EXT_DEVICE double times_sign_of(double x, double s) {
+  return __longlong_as_double(__double_as_longlong(x) ^ (__double_as_longlong(s) & INT64_MIN));
+}
+
 // Starts a kernel; null, or what CUDA says is wrong.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, void* stream,
@@ -193,15 +203,54 @@ REPTILE_EXT_DEVICE V with_sign_of(V d, V x) {
   return d == V(0) ? V(0) : d < V(0) ? V(0) - x : x;
 }
 
-// log w. Where w − 1 is small, from it: 2 artanh(d / (2 + d)), whose series has the precision of d.
+// Whether the sign bit is set.
+template <class V>
+REPTILE_EXT_DEVICE bool is_negative(V x) {
+  return times_sign_of(V(1), x) < V(0);
+}
+// −|x|
+template <class V>
+REPTILE_EXT_DEVICE V negative_magnitude(V x) {
+  return V(0) - times_sign_of(x, x);
+}
+
+// a / b for 1 ≤ b ≤ 2^125: exactly 1 of equal ones, and to the last bit or nearly so of others. The compiler's own has
+// a call in it for all the rest, which costs a kernel its registers.
+REPTILE_EXT_DEVICE float quotient(float a, float b) {
+  const float over_b = reciprocal(b), near = a * over_b;
+  const float q = fma(fma(-near, b, a), over_b, near);
+  return q == q ? q : near;  // of an infinity, the remainder is NaN
+}
+REPTILE_EXT_DEVICE double quotient(double a, double b) { return a / b; }
+
+// n / size for n ≥ 0, size > 0. By 32 bits where these are enough; else by what a float tells of the quotient, again
+// and again, for the same reason.
+REPTILE_EXT_DEVICE int64_t quotient(int64_t n, int64_t size) {
+  if (uint64_t(n | size) >> 32 == 0) return int64_t(uint32_t(n) / uint32_t(size));
+  const float over_size = reciprocal(float(size));
+  int64_t found = 0;
+  for (int64_t rest = n; rest < 0 || rest >= size;) {
+    int64_t step = int64_t(float(rest) * over_size);
+    if (step == 0) step = rest < 0 ? -1 : 1;
+    found += step;
+    rest -= step * size;
+  }
+  return found;
+}
+
+// log ((1 + u) / (1 − u)) for |u| ≤ ⅓; exactly 0 at 0. The polynomial is that of the CPU (cpu/simd/storage.h).
+REPTILE_EXT_DEVICE float twice_atanh(float u) {
+  const float x = u * u;
+  float p = fma(0.28178334f, x, 0.279606f);
+  p = fma(p, x, 0.4002491f);
+  p = fma(p, x, 0.66666317f);
+  return u * fma(p, x, 2.0f);
+}
+REPTILE_EXT_DEVICE double twice_atanh(double u) { return log1p_of(2 * u / (1 - u)); }
+
+// log w. Where w − 1 is small, from it: 2 artanh(d / (2 + d)), which has the precision of d.
 REPTILE_EXT_DEVICE float log_of_ratio(float w, float w_minus_1) {
-  const float t = w_minus_1 * reciprocal(w_minus_1 + 2.0f);
-  const float t2 = t * t;
-  float p = 2.0f / 9;
-  p = fma(p, t2, 2.0f / 7);
-  p = fma(p, t2, 2.0f / 5);
-  p = fma(p, t2, 2.0f / 3);
-  const float near = fma(t * t2, p, t + t);
+  const float near = twice_atanh(w_minus_1 * reciprocal(w_minus_1 + 2.0f));
   const float far = log2_approximately(max(smallest_normal(w), w)) * 0.693147181f;
   return w_minus_1 < 0.25f && w_minus_1 > -0.25f ? near : far;
 }

@@ -19,25 +19,17 @@ bool is_double(const LossProblem& p) {
   return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
 }
 
-// The sum over all threads of a block, in a fixed order.
-REPTILE_EXT_DEVICE double sum_of_block(Exchange<double>* exchange, double x) {
-  Team<double> team{exchange, block_threads(), thread_rank(), 1, 0};
-  double sum[1] = {x};
-  team.all_reduce(sum, [](double a, double b) { return a + b; });
-  return sum[0];
-}
-
 // What a mean is divided by; one block, so that it comes out the same in every run.
 REPTILE_EXT_KERNEL(kMaxBlockThreads)
 divisor_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const double* denominator, double* out) {
-  Exchange<double>& exchange = shared_memory<Exchange<double>>();
+  Team<double> block = whole_block(shared_memory<Exchange<double>>());
   const LossProblem& p = device.problem;
   double total = 0;
   for (int64_t n = thread_rank(); n < p.num_rows; n += block_threads()) {
     if (p.labels && load(p.labels + n) == device.ignore_index) continue;
     total += p.weights ? load(p.weights + n) : 1.0;
   }
-  total = sum_of_block(&exchange, total);
+  total = sum_of(block, total);
   if (thread_rank() == 0) store(out, total == 0 ? 1.0 : denominator ? load(denominator) : total);
 }
 
@@ -52,7 +44,7 @@ REPTILE_EXT_DEVICE void store_loss(void* out, bool is_double, int64_t at, double
 // The loss from the rows' losses: their sum, by one block, or each.
 REPTILE_EXT_KERNEL(kMaxBlockThreads)
 losses_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, bool each, bool is_double, void* out) {
-  Exchange<double>& exchange = shared_memory<Exchange<double>>();
+  Team<double> block = whole_block(shared_memory<Exchange<double>>());
   const LossProblem& p = device.problem;
   const double factor = device.divisor ? p.gradient_scale / load(device.divisor) : p.gradient_scale;
   double sum = 0;
@@ -63,7 +55,7 @@ losses_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, bool each, bool is_double,
     if (each) store_loss(out, is_double, n, loss * factor);
   }
   if (each) return;
-  sum = sum_of_block(&exchange, sum);
+  sum = sum_of(block, sum);
   if (thread_rank() == 0) store_loss(out, is_double, 0, sum * factor);
 }
 

@@ -54,6 +54,30 @@ const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream);
 const char* launch_scale(const DeviceLoss& loss, const void* factors, bool is_double, bool is_uniform,
                          const DeviceProperties& device, void* stream);
 
+// Elements that each are a distribution of their own. Their sums are num_tiles numbers, which launch_divisor (as
+// weights) and launch_losses (as row_losses) add up.
+constexpr int64_t kElementsPerTile = 4096;  // of a block: its threads take 16 each
+// A tile begins up to kChunk − 1 elements before the first, at a boundary of 16 bytes.
+constexpr int64_t num_tiles(const BinaryProblem& problem) {
+  return (problem.num_elements + kChunk - 1 + kElementsPerTile - 1) / kElementsPerTile;
+}
+struct DeviceBinary {
+  BinaryProblem problem;            // `scale` without what follows
+  const double* divisor = nullptr;  // one number that losses and gradient are divided by, or null
+  const double* factor = nullptr;   // one number that the gradient alone is multiplied by, or null
+  // Set by the launchers: whether threads take kChunk elements at a time, and from how far before the first.
+  bool has_spans = false;
+  int shift = 0;
+};
+// Loss and gradient; sums of weight · loss, unless there are losses of every element.
+const char* launch_binary(const DeviceBinary& loss, const DeviceProperties& device, void* stream);
+// Sums of the weights of what is not ignored.
+const char* launch_binary_weights(const DeviceBinary& loss, const DeviceProperties& device, void* stream);
+// gradient · grad_output, where the gradient lies; nothing where that is one number for all, and 1. Ignored elements
+// stay 0.
+const char* launch_binary_scale(const DeviceBinary& loss, bool is_uniform, const DeviceProperties& device,
+                                void* stream);
+
 // What `plan_of` needs to know of a device.
 const char* properties_of(int device, DeviceProperties& found);
 

@@ -17,7 +17,7 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------- a class at a time
 
-template <class V>
+template <class V, class Operand>
 REPTILE_EXT_DEVICE V load_class(const Operand& operand, int64_t at) {
   switch (operand.dtype) {
     case DType::kFloat32:
@@ -31,7 +31,7 @@ REPTILE_EXT_DEVICE V load_class(const Operand& operand, int64_t at) {
   }
 }
 
-template <class V>
+template <class V, class Operand>
 REPTILE_EXT_DEVICE void store_class(const Operand& operand, int64_t at, V x) {
   switch (operand.dtype) {
     case DType::kFloat32:

@@ -100,5 +100,15 @@ struct Team {
   }
 };
 
+// The threads of a block as one team, and the sum over them, in a fixed order.
+REPTILE_EXT_DEVICE Team<double> whole_block(Exchange<double>& exchange) {
+  return {&exchange, block_threads(), thread_rank(), 1, 0};
+}
+REPTILE_EXT_DEVICE double sum_of(Team<double>& team, double x) {
+  double sum[1] = {x};
+  team.all_reduce(sum, [](double a, double b) { return a + b; });
+  return sum[0];
+}
+
 }  // namespace
 }  // namespace reptile_ext

@@ -109,13 +109,16 @@ struct Arguments {
         ", Tensor? pos_weight, bool needs_gradient) -> (Tensor loss, Tensor gradient)");                              \
   m.def("binary_distillation_loss_(Tensor(a!) student" REPTILE_EXT_SCHEMA ", Tensor? pos_weight) -> Tensor");         \
   m.def("scale_elements_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index) -> ()")
-#define REPTILE_EXT_IMPLEMENT(m)                                             \
-  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));   \
-  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_)); \
-  m.impl("row_stats", TORCH_BOX(&reptile_ext::row_stats));                   \
-  m.impl("row_gradient", TORCH_BOX(&reptile_ext::row_gradient));             \
-  m.impl("row_gradient_", TORCH_BOX(&reptile_ext::row_gradient_));           \
-  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_))
+#define REPTILE_EXT_IMPLEMENT(m)                                                           \
+  m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));                 \
+  m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));               \
+  m.impl("row_stats", TORCH_BOX(&reptile_ext::row_stats));                                 \
+  m.impl("row_gradient", TORCH_BOX(&reptile_ext::row_gradient));                           \
+  m.impl("row_gradient_", TORCH_BOX(&reptile_ext::row_gradient_));                         \
+  m.impl("scale_gradient_", TORCH_BOX(&reptile_ext::scale_gradient_));                     \
+  m.impl("binary_distillation_loss", TORCH_BOX(&reptile_ext::binary_distillation_loss));   \
+  m.impl("binary_distillation_loss_", TORCH_BOX(&reptile_ext::binary_distillation_loss_)); \
+  m.impl("scale_elements_", TORCH_BOX(&reptile_ext::scale_elements_))
 
 // The leading shape of the operands, class dimension left out and neighbours merged where every operand allows it.
 void set_rows(LossProblem& p, const View& student, const View& teacher, const View* gradient, int64_t dim) {
@@ -356,6 +359,126 @@ void check_inplace(const View& view, const View& other, const std::string& name 
   if (!same && s_begin < t_end && t_begin < s_end) {
     fail("inplace=True needs " + name + " in memory of its own; got a view of the memory of student_logits");
   }
+}
+
+// ------------------------------------------------------------------------ elements that are distributions of their own
+
+// Tensors of the first one's shape, null for none, in the order in which that one lies in memory.
+struct ElementTensor {
+  Elements* elements;
+  const View* view;
+  const char* name;
+};
+void set_elements(BinaryProblem& p, const View& shape, const std::vector<ElementTensor>& tensors) {
+  p.num_elements = 1;
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < shape.ndim; ++d) {
+    p.num_elements *= shape.sizes[d];
+    if (shape.sizes[d] != 1) order.push_back(d);
+  }
+  for (const auto& [elements, view, name] : tensors) {
+    if (view->ndim != shape.ndim || !std::equal(view->sizes, view->sizes + view->ndim, shape.sizes)) {
+      fail(std::string(name) + " must have the shape of " + tensors[0].name);
+    }
+    elements->data = view->data;
+    elements->dtype = dtype_of(*view, name);
+  }
+  if (p.num_elements == 0) return;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return shape.strides[a] > shape.strides[b]; });
+  for (int64_t d : order) {
+    const int64_t size = shape.sizes[d];
+    const bool merges = p.num_dims > 0 && std::all_of(tensors.begin(), tensors.end(), [&](const ElementTensor& t) {
+                          return t.elements->strides[p.num_dims - 1] == t.view->strides[d] * size;
+                        });
+    if (!merges && p.num_dims == kMaxElementDims) fail("student has too many dimensions");
+    if (!merges) p.sizes[p.num_dims++] = 1;
+    p.sizes[p.num_dims - 1] *= size;
+    for (const ElementTensor& t : tensors) t.elements->strides[p.num_dims - 1] = t.view->strides[d];
+  }
+  if (p.num_dims == 0) p.sizes[p.num_dims++] = 1;
+}
+
+// A grad_output that is one number for all elements; null if it is one an element, or there is none.
+const double* uniform_grad_output(const Arguments& a) {
+  if (!a.grad_output) return nullptr;
+  const View view(*a.grad_output);
+  return view.ndim == 0 && View(a.student).ndim > 0 ? static_cast<const double*>(view.data) : nullptr;
+}
+
+// All of the binary loss's problem but what its sum is divided by; returns a tensor for the loss, which the problem has
+// if it is one an element.
+Tensor binary_problem(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient,
+                      Device device, BinaryProblem& p) {
+  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
+  p.divergence = Divergence(a.divergence);
+  if (needs_labels(p.divergence)) fail("divergence must be one of two classes");
+  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
+  p.beta = a.beta;
+  p.one_minus_beta = a.one_minus_beta;
+  p.student_temperature = a.student_temperature;
+  p.teacher_temperature = a.teacher_temperature;
+  p.soft_scale = a.soft_scale;
+  p.hard_weight = a.hard_weight;
+  p.ignore_index = double(a.ignore_index);
+  if (!a.labels && a.hard_weight > 0) fail("labels are needed for hard_weight > 0");
+
+  const bool none = a.reduction == int64_t(Reduction::kNone);
+  const View teacher(a.teacher);
+  const bool in_double =
+      dtype_of(student, "student") == DType::kFloat64 || dtype_of(teacher, "teacher") == DType::kFloat64;
+  Tensor loss = new_tensor(device, none ? student.ndim : 0, student.sizes,
+                           in_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const View loss_view(loss);
+  std::vector<View> views;
+  views.reserve(4);
+  std::vector<ElementTensor> tensors = {{&p.student, &student, "student"}, {&p.teacher, &teacher, "teacher"}};
+  if (gradient) tensors.push_back({&p.gradient, gradient, "gradient"});
+  if (none) tensors.push_back({&p.losses, &loss_view, "loss"});
+  const auto add = [&](Elements& elements, const Tensor& tensor, const char* name) {
+    views.emplace_back(tensor);
+    tensors.push_back({&elements, &views.back(), name});
+  };
+  if (a.labels) add(p.labels, *a.labels, "labels");
+  if (a.weight) add(p.weight, *a.weight, "weight");
+  if (pos_weight && a.hard_weight > 0) add(p.pos_weight, *pos_weight, "pos_weight");
+  if (a.grad_output) {
+    if (View(*a.grad_output).dtype != aoti_torch_dtype_float64()) fail("grad_output must be float64");
+    if (!uniform_grad_output(a)) add(p.grad_output, *a.grad_output, "grad_output");
+  }
+  set_elements(p, student, tensors);
+  if (gradient && gradient->data == student.data) {
+    for (const ElementTensor& t : tensors) {
+      if (t.view != gradient) check_inplace(student, *t.view, t.name);
+    }
+  }
+  return loss;
+}
+
+// A gradient that is to be multiplied by `factor`, one for all or one an element.
+BinaryProblem scale_elements_problem(const View& view, const View& factor_view, const OptionalTensor& labels,
+                                     const OptionalTensor& weight, int64_t ignore_index) {
+  // One factor for all is an operand that stays where it is.
+  std::vector<int64_t> no_strides(size_t(view.ndim), 0);
+  View broadcast = factor_view;
+  if (factor_view.ndim == 0) {
+    broadcast.ndim = view.ndim;
+    broadcast.sizes = view.sizes;
+    broadcast.strides = no_strides.data();
+  }
+  BinaryProblem p;
+  std::vector<View> views;
+  views.reserve(2);
+  std::vector<ElementTensor> tensors = {{&p.gradient, &view, "gradient"}, {&p.grad_output, &broadcast, "factor"}};
+  const auto add = [&](Elements& elements, const Tensor& tensor, const char* name) {
+    views.emplace_back(tensor);
+    tensors.push_back({&elements, &views.back(), name});
+  };
+  if (labels) add(p.labels, *labels, "labels");
+  if (weight) add(p.weight, *weight, "weight");
+  p.ignore_index = double(ignore_index);
+  set_elements(p, view, tensors);
+  return p;
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The operators, as every device has them, over what ops.cpp and ops_cuda.cpp define for theirs: `run` and `run_stats`.
+// The operators, as every device has them, over what ops.cpp and ops_cuda.cpp define for theirs: `run`, `run_stats` and
+// `run_binary`.
 //
 //     distillation_loss     the loss and d loss / d student, in one go
 //     distillation_loss_    the same, the gradient over the student's logits
@@ -7,8 +8,8 @@
 //     row_gradient_         the same, the gradient over the student's logits
 //     scale_gradient_       the backward pass of a gradient that is there: times grad_output, where it lies
 //
-// and, on the CPU alone (ops.cpp), of logits that each are a distribution of their own; `dim` and `label_smoothing`
-// have no meaning there, and labels, weight and pos_weight have the shape of the logits:
+// and of logits that each are a distribution of their own; `dim` and `label_smoothing` have no meaning there, and
+// labels, weight and pos_weight have the shape of the logits:
 //
 //     binary_distillation_loss, binary_distillation_loss_, scale_elements_
 #pragma once
@@ -24,6 +25,8 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
 // Writes row stats of one part, [rows, count], to `stats`; `maxima` and `sums` are those that the part starts from.
 Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
                  const OptionalTensor& sums);
+// The same as `run` of logits that each are a distribution of their own.
+Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient);
 Device device_of(const Tensor& tensor);
 // A tensor for the gradient, as empty_like would make it.
 Tensor new_gradient(const Tensor& student);
@@ -69,6 +72,26 @@ std::tuple<Tensor, Tensor> row_gradient(REPTILE_EXT_PARAMETERS, const Tensor& ma
 Tensor row_gradient_(REPTILE_EXT_PARAMETERS, const Tensor& maxima, const Tensor& sums, const Tensor& mixture_sums) {
   const Combined combined{maxima, sums, mixture_sums};
   return loss_and_gradient_in_place(REPTILE_EXT_ARGUMENTS, &combined);
+}
+
+std::tuple<Tensor, Tensor> binary_distillation_loss(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight,
+                                                    const bool& needs_gradient) {
+  const Arguments a = REPTILE_EXT_ARGUMENTS;
+  const View view(student);
+  dtype_of(view, "student");  // before there is a gradient like it
+  if (!needs_gradient) {
+    const int64_t nothing[1] = {0};
+    return {run_binary(a, pos_weight, view, nullptr), new_tensor(device_of(student), 1, nothing, view.dtype)};
+  }
+  Tensor gradient = new_gradient(student);
+  const View gradient_view(gradient);
+  Tensor loss = run_binary(a, pos_weight, view, &gradient_view);
+  return {std::move(loss), std::move(gradient)};
+}
+
+Tensor binary_distillation_loss_(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight) {
+  const View view(student);
+  return run_binary(REPTILE_EXT_ARGUMENTS, pos_weight, view, &view);
 }
 
 }  // namespace

@@ -265,42 +265,6 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
 // ------------------------------------------------------------- elements that are distributions of their own:
 // binary.cpp
 
-// Tensors of the first one's shape, null for none, in the order in which that one lies in memory.
-struct ElementTensor {
-  Elements* elements;
-  const View* view;
-  const char* name;
-};
-void set_elements(BinaryProblem& p, const View& shape, const std::vector<ElementTensor>& tensors) {
-  p.num_elements = 1;
-  std::vector<int64_t> order;
-  for (int64_t d = 0; d < shape.ndim; ++d) {
-    p.num_elements *= shape.sizes[d];
-    if (shape.sizes[d] != 1) order.push_back(d);
-  }
-  for (const auto& [elements, view, name] : tensors) {
-    if (view->ndim != shape.ndim || !std::equal(view->sizes, view->sizes + view->ndim, shape.sizes)) {
-      fail(std::string(name) + " must have the shape of " + tensors[0].name);
-    }
-    elements->data = view->data;
-    elements->dtype = dtype_of(*view, name);
-  }
-  if (p.num_elements == 0) return;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return shape.strides[a] > shape.strides[b]; });
-  for (int64_t d : order) {
-    const int64_t size = shape.sizes[d];
-    const bool merges = p.num_dims > 0 && std::all_of(tensors.begin(), tensors.end(), [&](const ElementTensor& t) {
-                          return t.elements->strides[p.num_dims - 1] == t.view->strides[d] * size;
-                        });
-    if (!merges && p.num_dims == kMaxElementDims) fail("student has too many dimensions");
-    if (!merges) p.sizes[p.num_dims++] = 1;
-    p.sizes[p.num_dims - 1] *= size;
-    for (const ElementTensor& t : tensors) t.elements->strides[p.num_dims - 1] = t.view->strides[d];
-  }
-  if (p.num_dims == 0) p.sizes[p.num_dims++] = 1;
-}
-
 int64_t num_blocks(const BinaryProblem& p) { return (p.num_elements + kElementsPerBlock - 1) / kElementsPerBlock; }
 
 // Calls f(begin, end) over the blocks, on the threads there are.
@@ -311,55 +275,10 @@ void parallel_blocks(const BinaryProblem& p, const F& f) {
 
 Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient) {
   BinaryProblem p;
-  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
-  p.divergence = Divergence(a.divergence);
-  if (needs_labels(p.divergence)) fail("divergence must be one of two classes");
-  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
-  p.beta = a.beta;
-  p.one_minus_beta = a.one_minus_beta;
-  p.student_temperature = a.student_temperature;
-  p.teacher_temperature = a.teacher_temperature;
-  p.soft_scale = a.soft_scale;
-  p.hard_weight = a.hard_weight;
-  p.ignore_index = double(a.ignore_index);
-  if (!a.labels && a.hard_weight > 0) fail("labels are needed for hard_weight > 0");
-
-  const bool none = a.reduction == int64_t(Reduction::kNone);
-  const View teacher(a.teacher);
-  const bool in_double =
-      dtype_of(student, "student") == DType::kFloat64 || dtype_of(teacher, "teacher") == DType::kFloat64;
-  Tensor loss = new_tensor(kCpu, none ? student.ndim : 0, student.sizes,
-                           in_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  Tensor loss = binary_problem(a, pos_weight, student, gradient, kCpu, p);
   const View loss_view(loss);
-  std::vector<View> views;
-  views.reserve(4);
-  std::vector<ElementTensor> tensors = {{&p.student, &student, "student"}, {&p.teacher, &teacher, "teacher"}};
-  if (gradient) tensors.push_back({&p.gradient, gradient, "gradient"});
-  if (none) tensors.push_back({&p.losses, &loss_view, "loss"});
-  const auto add = [&](Elements& elements, const Tensor& tensor, const char* name) {
-    views.emplace_back(tensor);
-    tensors.push_back({&elements, &views.back(), name});
-  };
-  if (a.labels) add(p.labels, *a.labels, "labels");
-  if (a.weight) add(p.weight, *a.weight, "weight");
-  if (pos_weight && a.hard_weight > 0) add(p.pos_weight, *pos_weight, "pos_weight");
-  double factor = 1;
-  if (a.grad_output) {
-    const View view(*a.grad_output);
-    if (view.dtype != aoti_torch_dtype_float64()) fail("grad_output must be float64");
-    if (view.ndim == 0 && student.ndim > 0) {
-      factor = *static_cast<const double*>(view.data);
-    } else {
-      add(p.grad_output, *a.grad_output, "grad_output");
-    }
-  }
-  set_elements(p, student, tensors);
-  if (gradient && gradient->data == student.data) {
-    for (const ElementTensor& t : tensors) {
-      if (t.view != gradient) check_inplace(student, *t.view, t.name);
-    }
-  }
-
+  // Of the backward pass, one for all: it belongs to the gradient alone; the loss is then of no interest.
+  const double* const grad_output = uniform_grad_output(a);
   const BinaryKernels& kernels = *current_instruction_set().binary_kernels;
   std::vector<double> sums(size_t(num_blocks(p)), 0.0);
   p.sums = sums.data();
@@ -382,39 +301,18 @@ Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const Vi
     total_weight = total();
   }
   p.scale = a.scale / divisor_of(a, total_weight);
-  // The factor of the backward pass belongs to the gradient alone; the loss is then of no interest.
   const double loss_scale = p.scale;
-  p.scale *= factor;
+  if (grad_output) p.scale *= *grad_output;
   parallel_blocks(p, [&](int64_t begin, int64_t end) { kernels.loss(p, begin, end); });
-  if (!none) {
+  if (a.reduction != int64_t(Reduction::kNone)) {
     const double value = total() * loss_scale;
-    if (in_double) {
+    if (loss_view.dtype == aoti_torch_dtype_float64()) {
       *static_cast<double*>(loss_view.data) = value;
     } else {
       *static_cast<float*>(loss_view.data) = static_cast<float>(value);
     }
   }
   return loss;
-}
-
-std::tuple<Tensor, Tensor> binary_distillation_loss(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight,
-                                                    const bool& needs_gradient) {
-  const Arguments a = REPTILE_EXT_ARGUMENTS;
-  const View view(student);
-  dtype_of(view, "student");  // before there is a gradient like it
-  if (!needs_gradient) {
-    const int64_t nothing[1] = {0};
-    return {run_binary(a, pos_weight, view, nullptr), new_tensor(kCpu, 1, nothing, view.dtype)};
-  }
-  Tensor gradient = new_gradient(student);
-  const View gradient_view(gradient);
-  Tensor loss = run_binary(a, pos_weight, view, &gradient_view);
-  return {std::move(loss), std::move(gradient)};
-}
-
-Tensor binary_distillation_loss_(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight) {
-  const View view(student);
-  return run_binary(REPTILE_EXT_ARGUMENTS, pos_weight, view, &view);
 }
 
 // gradient · factor, where the gradient lies: one factor for all, or one an element. As scale_gradient_.
@@ -427,26 +325,7 @@ void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::op
                                                                        : 0;
     if (f == 1) return;
   }
-  // One factor for all is an operand that stays where it is.
-  std::vector<int64_t> no_strides(size_t(view.ndim), 0);
-  View broadcast = factor_view;
-  if (factor_view.ndim == 0) {
-    broadcast.ndim = view.ndim;
-    broadcast.sizes = view.sizes;
-    broadcast.strides = no_strides.data();
-  }
-  BinaryProblem p;
-  std::vector<View> views;
-  views.reserve(2);
-  std::vector<ElementTensor> tensors = {{&p.gradient, &view, "gradient"}, {&p.grad_output, &broadcast, "factor"}};
-  const auto add = [&](Elements& elements, const Tensor& tensor, const char* name) {
-    views.emplace_back(tensor);
-    tensors.push_back({&elements, &views.back(), name});
-  };
-  if (labels) add(p.labels, *labels, "labels");
-  if (weight) add(p.weight, *weight, "weight");
-  p.ignore_index = double(ignore_index);
-  set_elements(p, view, tensors);
+  const BinaryProblem p = scale_elements_problem(view, factor_view, labels, weight, ignore_index);
   const BinaryKernels& kernels = *current_instruction_set().binary_kernels;
   parallel_blocks(p, [&](int64_t begin, int64_t end) { kernels.scale(p, begin, end); });
 }
@@ -456,12 +335,7 @@ void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::op
 
 STABLE_TORCH_LIBRARY(reptile_ext, m) { REPTILE_EXT_DEFINE(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
-  REPTILE_EXT_IMPLEMENT(m);
-  m.impl("binary_distillation_loss", TORCH_BOX(&reptile_ext::binary_distillation_loss));
-  m.impl("binary_distillation_loss_", TORCH_BOX(&reptile_ext::binary_distillation_loss_));
-  m.impl("scale_elements_", TORCH_BOX(&reptile_ext::scale_elements_));
-}
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
 
 // Through ctypes: gives back the memory that is kept for gradients; and how many bytes that is.
 extern "C" __attribute__((visibility("default"))) void reptile_ext_release_memory() {

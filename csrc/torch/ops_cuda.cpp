@@ -164,6 +164,67 @@ Tensor run_stats(const Arguments& a, const View& student, Part part, int count, 
   return std::move(stats.tensor);
 }
 
+// The problem's tensors: on one device, and named.
+void name_elements(const OnDevice& place, const Tensor& first,
+                   std::initializer_list<std::pair<const Tensor*, const char*>> others) {
+  for (const auto& [tensor, name] : others) {
+    if (!tensor) continue;
+    check_device(first, *tensor, name);
+    name_view(place, View(*tensor), name);
+  }
+}
+const Tensor* pointer_to(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
+
+Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient) {
+  const OnDevice place(a.student);
+  name_elements(place, a.student,
+                {{&a.student, "student"},
+                 {&a.teacher, "teacher"},
+                 {pointer_to(a.labels), "labels"},
+                 {pointer_to(a.weight), "weight"},
+                 {pointer_to(pos_weight), "pos_weight"},
+                 {pointer_to(a.denominator), "denominator"},
+                 {pointer_to(a.grad_output), "grad_output"}});
+  DeviceBinary binary;
+  BinaryProblem& p = binary.problem;
+  Tensor result = binary_problem(a, pos_weight, student, gradient, place.device, p);
+  const View result_view(result);
+  if (gradient) name_view(place, *gradient, "gradient");
+  name_view(place, result_view, "loss");
+  binary.factor = uniform_grad_output(a);
+
+  // Sums of tiles, and behind them the divisor.
+  const int64_t tiles = num_tiles(p), sizes[1] = {tiles + 1};
+  const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
+  p.sums = data_of<double>(scratch);
+  place.names(p.sums, size_t(tiles + 1) * 8);
+  const bool mean = a.reduction == int64_t(Reduction::kMean);
+  // To the launchers of rows' numbers a tile is a row.
+  DeviceLoss of_tiles;
+  of_tiles.problem.num_rows = p.num_elements > 0 ? tiles : 0;
+  p.scale = a.scale;
+  if ((a.denominator || mean) && (p.labels.data || p.weight.data)) {
+    check_launch(launch_binary_weights(binary, place.properties(), place.stream));
+    of_tiles.problem.weights = p.sums;
+    double* const divisor = p.sums + tiles;
+    const double* const denominator = a.denominator ? denominator_data(*a.denominator) : nullptr;
+    check_launch(launch_divisor(of_tiles, denominator, divisor, place.stream));
+    binary.divisor = divisor;
+  } else if (a.denominator && p.num_elements > 0) {
+    binary.divisor = denominator_data(*a.denominator);
+  } else if (mean && p.num_elements > 0) {
+    p.scale /= double(p.num_elements);
+  }
+  check_launch(launch_binary(binary, place.properties(), place.stream));
+  if (a.reduction == int64_t(Reduction::kNone)) return result;
+  of_tiles.problem.row_losses = p.sums;
+  of_tiles.problem.gradient_scale = p.scale;
+  of_tiles.divisor = binary.divisor;
+  const bool in_double = result_view.dtype == aoti_torch_dtype_float64();
+  check_launch(launch_losses(of_tiles, false, in_double, result_view.data, place.stream));
+  return result;
+}
+
 Device device_of(const Tensor& tensor) { return OnDevice(tensor).device; }
 Tensor new_gradient(const Tensor& student) { return fresh_gradient(student); }
 
@@ -187,6 +248,18 @@ void scale_gradient_(const Tensor& gradient, const Tensor& factor, const std::op
   place.names(p.weights, rows * 8);
   place.names(factor_view.data, (is_uniform ? 1 : rows) * (is_double ? 8 : 4));
   check_launch(launch_scale(loss, factor_view.data, is_double, is_uniform, place.properties(), place.stream));
+}
+
+void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::optional<Tensor>& labels,
+                     const std::optional<Tensor>& weight, int64_t ignore_index) {
+  const OnDevice place(gradient);
+  name_elements(
+      place, gradient,
+      {{&gradient, "gradient"}, {&factor, "factor"}, {pointer_to(labels), "labels"}, {pointer_to(weight), "weight"}});
+  const View factor_view(factor);
+  DeviceBinary binary;
+  binary.problem = scale_elements_problem(View(gradient), factor_view, labels, weight, ignore_index);
+  check_launch(launch_binary_scale(binary, factor_view.ndim == 0, place.properties(), place.stream));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Kernels with one mistake each, to see that the host of host.h notices.
 
-#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/team.h"
 
 namespace reptile_ext {
 namespace {
@@ -26,6 +26,14 @@ void barrier_of_some() {
 void shuffle_of_some() {
   if (thread_rank() % 2) shuffle_xor(1.0f, 1);
 }
+void sum_of_some() {  // those without elements have gone
+  Team<double> block = whole_block(shared_memory<Exchange<double>>());
+  if (thread_rank() < kThreads - 24) sum_of(block, 1.0);
+}
+void span_beyond_the_end() {  // as if what is left were whole
+  const uintptr_t first = (uintptr_t(memory) + 15) / 16 * 16;
+  load_128(reinterpret_cast<const void*>(first + uintptr_t(16 * thread_rank())));
+}
 void peer_too_early() { of_peer(&shared_memory<Shared>().x[0], 1); }
 void no_such_peer() { of_peer(&shared_memory<Shared>().x[0], 2); }
 void right() {
@@ -37,6 +45,20 @@ void right() {
   if (shuffle_xor(float(thread_rank()), 1) != float(thread_rank() ^ 1) || sum != 2) return sync_block();
   store(memory + thread_rank(), sum);
   sync_cluster();
+}
+
+// No mistake: exact where a kernel hangs on it, whatever the reciprocal is.
+void quotients() {
+  uint64_t random = uint64_t(thread_rank()) + 1;
+  const auto next = [&] { return random = random * 6364136223846793005u + 1442695040888963407u; };
+  for (int i = 0; i < 2000; ++i) {
+    const int64_t n = int64_t(next() >> (1 + i % 50)), size = 1 + int64_t(next() >> (2 + i / 50 % 60));
+    if (quotient(n, size) != n / size) host::stop("quotient of integers");
+    const float z = 1 + float(next() >> 40) * 0x1p-24f, e = float(next() >> 40) * 0x1p-24f;
+    if (quotient(z, z) != 1 || quotient(e, z) != e / z) host::stop("quotient of floats");
+  }
+  const float infinity = -negative_infinity<float>();
+  if (quotient(infinity, 2.0f) != infinity || quotient(0.0f, 1.5f) != 0) host::stop("quotient of infinity");
 }
 
 const char* run(void (*kernel)()) {
@@ -54,7 +76,10 @@ EXPORT(misaligned)
 EXPORT(beyond_shared_memory)
 EXPORT(unwritten_shared_memory)
 EXPORT(barrier_of_some)
+EXPORT(sum_of_some)
+EXPORT(span_beyond_the_end)
 EXPORT(shuffle_of_some)
 EXPORT(peer_too_early)
 EXPORT(no_such_peer)
+EXPORT(quotients)
 EXPORT(right)

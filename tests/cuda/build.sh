@@ -13,6 +13,6 @@ export -f compile rows
 export flags csrc out
 # As many at once as there are processors.
 printf '%s\n' "rows float32 float kFloat32" "rows bfloat16 float kBFloat16" "rows float16 float kFloat16" \
-  "rows any_float float kAny" "rows any_double double kAny" "compile cuda/launch.cu launch" "compile cuda/plan.cpp plan" \
+  "rows any_float float kAny" "rows any_double double kAny" "compile cuda/launch.cu launch" "compile cuda/binary.cu binary" "compile cuda/plan.cpp plan" \
   "compile torch/ops_cuda.cpp ops" | xargs -P "$(nproc)" -I{} bash -ec '{}'
 ${CXX:-g++} -shared -o "$out/on_host.so" "$out"/*.o -L"$torch/lib" -ltorch_cpu -Wl,-rpath,"$torch/lib"

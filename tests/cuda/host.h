@@ -308,6 +308,10 @@ inline float any_max(float a, float b) { return std::fmax(a, b); }
 inline double any_max(double a, double b) { return std::fmax(a, b); }
 inline double log_of(double x) { return std::log(x); }
 inline double log1p_of(double x) { return std::log1p(x); }
+inline float sqrt_of(float x) { return std::sqrt(x); }
+inline double sqrt_of(double x) { return std::sqrt(x); }
+inline float times_sign_of(float x, float s) { return std::signbit(s) ? -x : x; }
+inline double times_sign_of(double x, double s) { return std::signbit(s) ? -x : x; }
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster_blocks, void*,
