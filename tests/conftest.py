@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def build_folder(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[[str], AbstractContextManager[Path]]:
-    """`with build_folder("name") as folder:` is the same folder in all processes of pytest-xdist, one at a time: whichever
+    """`with build_folder("name") as folder:` is one folder for all processes of pytest-xdist, one at a time: whichever
     comes first builds there, the others find what it has built."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if hasattr(request.config, "workerinput") else base
