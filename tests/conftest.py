@@ -3,9 +3,12 @@ the process put back."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait take the cores from the tests beside them (pytest -n).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -49,6 +52,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
     items[:] = [item for item in items if not repeats(item)]
+
+
+@pytest.fixture(scope="session")
+def build_folder(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], AbstractContextManager[Path]]:
+    """`with build_folder("name") as folder:` is one folder for all processes of pytest-xdist, one at a time: whichever
+    comes first builds there, the others find what it has built."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if hasattr(request.config, "workerinput") else base
+
+    @contextmanager
+    def folder_of(name: str) -> Iterator[Path]:
+        folder = base / name
+        folder.mkdir(exist_ok=True)
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+
+    return folder_of
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

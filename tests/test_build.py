@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pybind11
@@ -57,23 +59,23 @@ def target_of(name: str) -> str:
     return name if name.startswith("binary_") else f"kernel_{name}"
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="session")
+def objects(build_folder: Callable[[str], AbstractContextManager[Path]]) -> dict[str, Path]:
     """The kernels' object files, built here and now by the project's own CMakeLists.txt."""
-    build = tmp_path_factory.mktemp("build")
     path = os.pathsep.join([str(Path(tool("ninja")).parent), os.environ["PATH"]])
     run = {"env": {**os.environ, "PATH": path}, "check": True, "capture_output": True, "text": True}
-    subprocess.run(
-        [
-            *(tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DREPTILE_EXT_CUDA=off"),
-            # Optimised a little: what is inlined then is inlined in a release too.
-            *("-DCMAKE_BUILD_TYPE=Test", "-DCMAKE_CXX_FLAGS_TEST=-O1"),
-            *("-DSKBUILD_PROJECT_VERSION=0", f"-DPython_EXECUTABLE={sys.executable}"),
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        ],
-        **run,
-    )
-    subprocess.run([tool("cmake"), "--build", str(build), "--target", "_ops", *map(target_of, OBJECTS)], **run)
+    with build_folder("build") as build:
+        subprocess.run(
+            [
+                *(tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DREPTILE_EXT_CUDA=off"),
+                # Optimised a little: what is inlined then is inlined in a release too.
+                *("-DCMAKE_BUILD_TYPE=Test", "-DCMAKE_CXX_FLAGS_TEST=-O1"),
+                *("-DSKBUILD_PROJECT_VERSION=0", f"-DPython_EXECUTABLE={sys.executable}"),
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            ],
+            **run,
+        )
+        subprocess.run([tool("cmake"), "--build", str(build), "--target", "_ops", *map(target_of, OBJECTS)], **run)
     found = {name: list(build.glob(f"CMakeFiles/{target_of(name)}.dir/**/*.o")) for name in OBJECTS}
     found |= {name: list(build.glob(f"CMakeFiles/_ops.dir/**/{name}.cpp.o")) for name in ("ops", "dispatch")}
     assert all(len(paths) == 1 for paths in found.values()), found

@@ -5,11 +5,11 @@ GPU where there is one."""
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """Built once, by whichever of the processes of pytest-xdist comes first."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent
-    out = folder / "cuda_on_host"
-    out.mkdir(exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def library(build_folder: Callable[[str], AbstractContextManager[Path]]) -> ctypes.CDLL:
+    with build_folder("cuda_on_host") as out:
         if not (out / "on_host.so").exists():
             command = [str(HERE / "build.sh"), str(Path(torch.__file__).parent), str(out)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)

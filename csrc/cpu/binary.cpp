@@ -296,8 +296,11 @@ void loss_of_blocks(const BinaryProblem& p, int64_t begin, int64_t end) {
       hard_pass(call, block, p.pos_weight.data != nullptr);
     }
     if (block.is_weighted) {
+      // Not times a weight of 0: a temperature may have made infinities of factors.
       for (int64_t i = 0; i < block.padded; ++i) block.loss[i] *= block.weight[i];
       for (int64_t i = 0; i < block.padded; ++i) block.gradient[i] *= block.weight[i];
+      block.clear_ignored(block.loss);
+      block.clear_ignored(block.gradient);
     }
     if (p.grad_output.data) {
       block.read(p, p.grad_output, block.grad_output);

@@ -456,4 +456,67 @@ inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, co
   return row;
 }
 
+// A result of one element and how near to it a kernel has to be.
+struct ExactNumber {
+  double value = 0, size = 0, slack = 0;
+  ExactNumber& operator+=(const ExactNumber& other) {
+    value += other.value;
+    size += other.size;
+    slack += other.slack;
+    return *this;
+  }
+};
+struct ExactElement {
+  bool is_broken = false, is_in_range = false, is_moderate = false;  // as of a row
+  double unit = 0;
+  ExactNumber loss, gradient;  // the loss: times the weight, not times gradient_scale
+};
+
+// An element of a binary loss (SPEC.md, section 8): its soft part is the row [z, 0] of two classes, of which it has the
+// gradient of z; of mse the mean over the two, which options.py doubles. Looks at the same of `problem` as
+// `exact_row`. The sizes are those of the class that the student finds less likely, so near a probability of 1 the
+// gradient has to be as exact as near 0.
+inline ExactElement exact_element(const LossProblem& problem, double student, double teacher, double label,
+                                  double pos_weight, double weight, double grad_output) {
+  LossProblem soft = problem;
+  soft.hard_weight = 0;
+  const bool is_mse = problem.divergence == Divergence::kMse, is_turned = student > 0 && !is_mse;
+  const auto row_of = [&](double z) { return is_turned ? Numbers{0, z} : Numbers{z, 0}; };
+  const ExactRow row = exact_row(soft, row_of(student), row_of(teacher), 0, weight, grad_output);
+  ExactElement e;
+  e.is_broken = row.is_broken;
+  // grad_output is the last factor; before it there has to be room as well.
+  e.is_in_range = row.is_in_range && (std::fabs(grad_output) >= 1 ||
+                                      exact_row(soft, row_of(student), row_of(teacher), 0, weight, 1).is_in_range);
+  if (e.is_broken || !e.is_in_range) return e;
+  e.is_moderate = row.is_moderate;
+  e.unit = row.unit;
+  e.loss = {row.loss, row.loss_size, row.loss_slack};
+  e.gradient = {(is_turned ? -row.gradient[0] : row.gradient[0]), row.gradient_size[0], row.gradient_slack[0]};
+  if (problem.hard_weight > 0) {  // y w softplus(−s) + (1 − y) softplus(s)
+    const bool is_double = problem.student.dtype == DType::kFloat64 || problem.teacher.dtype == DType::kFloat64;
+    const auto softplus = [](double v) { return std::max(v, 0.0) + std::log1p(std::exp(-std::fabs(v))); };
+    const double q = 1 / (1 + std::exp(-student)), not_q = 1 / (1 + std::exp(student));
+    const double hit = label * pos_weight, miss = 1 - label;
+    const double ce = times(hit, softplus(-student)) + times(miss, softplus(student));
+    const double underflow = (is_double ? 1e-290 : 1e-30) * (1 + hit);
+    const double to_loss = weight * problem.hard_weight;
+    const double to_gradient = to_loss * problem.gradient_scale * grad_output;
+    // 1 − y is as exact as y, whose rounding counts where softplus(s) is large.
+    const double rounded = label > 0 ? times(softplus(student), 1) : 0;
+    e.loss += {to_loss * ce, to_loss * (1 + hit + ce + (std::isinf(rounded) ? 0 : rounded)), to_loss * underflow};
+    e.gradient += {to_gradient * (miss * q - hit * not_q), std::fabs(to_gradient) * (q + hit * not_q),
+                   std::fabs(to_gradient) * underflow};
+    if (std::isfinite(student)) {
+      e.unit = std::max(e.unit, (is_double ? 0x1p-53 : 0x1p-24) * 4 * (std::fabs(student) + 16));
+      e.is_moderate &= std::fabs(student) < 2000;
+    }
+    const double factor = std::fabs(to_gradient) * (1 + hit), reach = std::max(1.0, std::fabs(grad_output));
+    const double largest = std::isfinite(student) ? std::fabs(student) * std::max(factor, 1 + hit) * reach : 0;
+    e.is_in_range = factor * reach < 1e30 && largest < (is_double ? DBL_MAX : FLT_MAX) / 8;
+    e.is_moderate &= factor == 0 || (factor > 1e-12 && factor < 1e12);
+  }
+  return e;
+}
+
 }  // namespace reptile_ext
