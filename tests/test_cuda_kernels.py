@@ -33,6 +33,7 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import ops, reference
+from reptile_ext.options import make_binary_options
 
 HERE = Path(__file__).parent / "cuda"
 NAN, INF = float("nan"), float("inf")
@@ -55,6 +56,7 @@ def library(build_folder: Callable[[str], AbstractContextManager[Path]]) -> ctyp
     torch.ops.load_library(str(out / "on_host.so"))
     found = ctypes.CDLL(str(out / "on_host.so"))
     found.reptile_ext_cuda_plan.restype = ctypes.c_char_p
+    found.reptile_ext_host_whole_loads.restype = ctypes.c_int64
     return found
 
 
@@ -598,6 +600,23 @@ def test_numbers_of_elements(configure: Configure, size: int, dtype: torch.dtype
         check_elements(s, t, y, weight=torch.rand(size), **EVERYTHING_OF_ELEMENTS)
 
 
+@pytest.mark.parametrize(("dtype", "loads"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 2)], ids=str)
+def test_elements_come_by_whole_loads(library: ctypes.CDLL, dtype: torch.dtype, loads: int) -> None:
+    """Of 16 bytes, wherever both begin; and what is elsewhere does not, and the rest does all the same."""
+    numbers = ops.numbers(make_binary_options())
+    of = torch.ops.reptile_ext_on_host.binary_distillation_loss.default
+    memory = torch.zeros(1016, dtype=dtype)
+    assert memory.data_ptr() % 16 == 0
+    for start in (0, 1, 3):
+        shift = start * dtype.itemsize % 16 // dtype.itemsize
+        spans = (1000 + shift) // 8 - (shift > 0)
+        student = memory[start : start + 1000]
+        for teacher, operands in ((student, 2), (memory[2 + start : start + 1002], 1), (student.double(), 0)):
+            library.reptile_ext_host_whole_loads()
+            of(student, teacher, None, None, None, None, *numbers, None, False)
+            assert library.reptile_ext_host_whole_loads() == spans * loads * operands
+
+
 def check_elements(s: Tensor, t: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
     """As the reference in float64, in the logits' precision."""
     found = binary.value_and_gradient(loss_of_elements, s, t, *args, **keywords)
@@ -823,8 +842,6 @@ def test_a_trainable_teacher_of_elements(configure: Configure, divergence: str) 
 
 
 def test_the_operators_of_elements_refuse(operators: Operators) -> None:
-    from reptile_ext.options import make_binary_options
-
     numbers, z = ops.numbers(make_binary_options()), torch.zeros(3, 4)
     out_of_place, in_place = operators("binary_distillation_loss"), operators("binary_distillation_loss_")
     with pytest.raises(RuntimeError, match="teacher must have the shape of student"):

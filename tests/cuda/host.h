@@ -33,6 +33,7 @@ namespace reptile_ext {
 namespace host {
 
 inline thread_local std::vector<std::pair<uintptr_t, uintptr_t>> ranges;  // of device memory
+inline thread_local int64_t whole_loads = 0;                              // of 16 bytes, since somebody set it to 0
 // Who goes on when several threads could.
 enum class Order {
   kInTurn,     // the next, so that all advance together
@@ -245,6 +246,7 @@ struct Bits128 {
 };
 inline Bits128 load_128(const void* p) {
   host::check_device(p, 16, 16);
+  ++host::whole_loads;
   Bits128 x;
   std::memcpy(&x, p, 16);
   return x;

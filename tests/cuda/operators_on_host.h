@@ -35,3 +35,10 @@ extern "C" __attribute__((visibility("default"))) void reptile_ext_host(int num_
                                                                         int order) {
   reptile_ext::settings = {num_multiprocessors, has_clusters != 0, reptile_ext::host::Order(order)};
 }
+
+// How many loads of 16 bytes there were since the last time.
+extern "C" __attribute__((visibility("default"))) int64_t reptile_ext_host_whole_loads() {
+  const int64_t found = reptile_ext::host::whole_loads;
+  reptile_ext::host::whole_loads = 0;
+  return found;
+}
