@@ -151,12 +151,22 @@ Scalar* if_same(void*) {
   return nullptr;
 }
 
+// Logits that the arithmetic will want some 3 KB from now, while it is busy with those at hand: it asks for them vector
+// by vector, because nothing overlaps with a block that is converted all at once.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t bytes = 0;  // an element; 0 where they do not lie one after the other
+
+  void fetch(int64_t i) const { __builtin_prefetch(first + i * bytes + kPrefetchBytes); }
+};
+
 // A block of elements: where its vectors are read from, and memory for what does not lie so.
 template <class V>
 struct Block {
   using Scalar = typename V::Scalar;
   int64_t begin, n, padded;  // padded to whole vectors
   const Scalar *s, *t;
+  Ahead ahead_s, ahead_t;
   Scalar* g;   // where the gradient goes first
   double sum;  // of the losses, if nothing comes after the divergence
   bool is_weighted;
@@ -185,7 +195,10 @@ struct Block {
     });
     return found;
   }
-  const Scalar* read_logits(const BinaryProblem& p, const Elements& of, Scalar* to) const {
+  const Scalar* read_logits(const BinaryProblem& p, const Elements& of, Scalar* to, Ahead& ahead) const {
+    each_run(p, of, begin, n, [&](auto* from, int64_t stride, int64_t, int64_t run) {
+      ahead = {reinterpret_cast<const char*>(from), stride == 1 && run == n ? int64_t(sizeof(*from)) : 0};
+    });
     const Scalar* found = !is_weighted && n == padded ? place_of(p, of) : nullptr;
     if (found) return found;
     read(p, of, to);
@@ -224,10 +237,11 @@ void soft_pass(const Call<typename V::Scalar>& call, Block<V>& block) {
   const Scalar *const students = block.s, *const teachers = block.t;
   const int64_t n = block.padded;
   Scalar* const gradients = block.g;
+  const Ahead ahead_s = block.ahead_s, ahead_t = block.ahead_t;
   V total = V(0);
   for (int64_t i = 0; i < n; i += V::kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(students + i) + kPrefetchBytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(teachers + i) + kPrefetchBytes);
+    ahead_s.fetch(i);
+    ahead_t.fetch(i);
     V loss, gradient;
     soft_element<D>(numbers, V::load(students + i), V::load(teachers + i), loss, gradient);
     loss.store(block.loss + i);
@@ -272,13 +286,13 @@ void loss_of_blocks(const BinaryProblem& p, int64_t begin, int64_t end) {
   for (int64_t number = begin; number < end; ++number) {
     Block<V> block(p, number);
     if (block.is_weighted) block.read_weights(p);
-    block.s = block.read_logits(p, p.student, block.student);
+    block.s = block.read_logits(p, p.student, block.student, block.ahead_s);
     const bool soft_alone = soft && !hard && !block.is_weighted && !p.grad_output.data && block.n == block.padded;
     Scalar* const place = soft_alone && !streams ? block.place_of(p, p.gradient) : nullptr;
     block.g = place ? place : block.gradient;
     if (block.is_weighted) block.clear_ignored(block.student);
     if (soft) {
-      block.t = block.read_logits(p, p.teacher, block.teacher);
+      block.t = block.read_logits(p, p.teacher, block.teacher, block.ahead_t);
       if (block.is_weighted) block.clear_ignored(block.teacher);
       with_divergence<V>(p.divergence, [&](auto d) {
         using D = decltype(d);
