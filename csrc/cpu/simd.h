@@ -21,12 +21,13 @@
 
 namespace {
 
-// log w for w ≥ 0, and w − 1 as exactly as the caller knows it, which counts where it is small; finite at w = 0.
+// log w for w ≥ 0, and w − 1 as exactly as the caller knows it, which counts where it is small; finite at w = 0. Where
+// w − 1 is small, w's exponent is 0, unless w is a quotient of denormal numbers.
 inline Float log_of_ratio(Float w, Float w_minus_1) {
   Float f, k;
   split(w, f, k);
   const Float t = where_small(w_minus_1, w_minus_1, f - Float(1)), t2 = t * t;
-  k = where_small(w_minus_1, Float(0), k);
+  if constexpr (kHasDenormals) k = where_small(w_minus_1, Float(0), k);
   Float even = Float(kLog1pf[8]), odd = Float(kLog1pf[7]);  // two chains: half the time until the result
   for (int i = 6; i >= 0; i -= 2) even = fma(even, t2, Float(kLog1pf[i]));
   for (int i = 5; i >= 1; i -= 2) odd = fma(odd, t2, Float(kLog1pf[i]));
@@ -36,7 +37,7 @@ inline Double log_of_ratio(Double w, Double w_minus_1) {
   Double f, k;
   split(w, f, k);
   const Double t = where_small(w_minus_1, w_minus_1, f - Double(1));
-  k = where_small(w_minus_1, Double(0), k);
+  if constexpr (kHasDenormals) k = where_small(w_minus_1, Double(0), k);
   const Double s = t * reciprocal(t + Double(2));
   const Double s2 = s * s;
   Double p = Double(kAtanhd[6]);

@@ -9,6 +9,8 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = true;
+// Whether exp2 may give denormal numbers; else these are 0.
+constexpr bool kHasDenormals = false;
 
 struct Float {
   using Scalar = float;
@@ -50,9 +52,9 @@ inline Float with_sign_of(Float d, Float x) {
   const __m256 signed_x = _mm256_xor_ps(x.v, _mm256_and_ps(d.v, _mm256_set1_ps(-0.0f)));
   return _mm256_and_ps(signed_x, _mm256_cmp_ps(d.v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
 }
-// a where |x| < ¼, else b.
+// a where |x| < 0.2, else b.
 inline Float where_small(Float x, Float a, Float b) {
-  return _mm256_blendv_ps(b.v, a.v, _mm256_fmsub_ps(x.v, x.v, _mm256_set1_ps(0.0625f)));  // by the sign bit
+  return _mm256_blendv_ps(b.v, a.v, _mm256_fmsub_ps(x.v, x.v, _mm256_set1_ps(0.04f)));  // by the sign bit
 }
 inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) { return _mm256_div_ps(_mm256_set1_ps(1), a.v); }
@@ -129,7 +131,7 @@ inline Double with_sign_of(Double d, Double x) {
   return _mm256_and_pd(signed_x, _mm256_cmp_pd(d.v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
 }
 inline Double where_small(Double x, Double a, Double b) {
-  return _mm256_blendv_pd(b.v, a.v, _mm256_fmsub_pd(x.v, x.v, _mm256_set1_pd(0.0625)));
+  return _mm256_blendv_pd(b.v, a.v, _mm256_fmsub_pd(x.v, x.v, _mm256_set1_pd(0.04)));
 }
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm256_div_pd(_mm256_set1_pd(1), a.v); }

@@ -9,6 +9,8 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = true;
+// Whether exp2 may give denormal numbers; else these are 0.
+constexpr bool kHasDenormals = true;
 
 struct Float {
   using Scalar = float;
@@ -56,9 +58,9 @@ inline Float with_sign_of(Float d, Float x) {
   const __m512 signed_x = _mm512_xor_ps(x.v, _mm512_and_ps(d.v, _mm512_set1_ps(-0.0f)));
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), signed_x);
 }
-// a where |x| < ¼, else b.
+// a where |x| < 0.2, else b.
 inline Float where_small(Float x, Float a, Float b) {
-  return _mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), _mm512_set1_ps(0.25f), _CMP_LT_OQ), a.v);
+  return _mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), _mm512_set1_ps(0.2f), _CMP_LT_OQ), a.v);
 }
 inline Float smallest_normal(Float) { return Float(0x1p-126f); }
 inline Float reciprocal(Float a) {
@@ -129,7 +131,7 @@ inline Double with_sign_of(Double d, Double x) {
   return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(d.v, _mm512_setzero_pd(), _CMP_NEQ_UQ), signed_x);
 }
 inline Double where_small(Double x, Double a, Double b) {
-  return _mm512_mask_mov_pd(b.v, _mm512_cmp_pd_mask(_mm512_abs_pd(x.v), _mm512_set1_pd(0.25), _CMP_LT_OQ), a.v);
+  return _mm512_mask_mov_pd(b.v, _mm512_cmp_pd_mask(_mm512_abs_pd(x.v), _mm512_set1_pd(0.2), _CMP_LT_OQ), a.v);
 }
 inline Double smallest_normal(Double) { return Double(0x1p-1022); }
 inline Double reciprocal(Double a) { return _mm512_div_pd(_mm512_set1_pd(1), a.v); }

@@ -7,6 +7,8 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = false;
+// Whether exp2 may give denormal numbers; else these are 0.
+constexpr bool kHasDenormals = false;
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t FloatBits __attribute__((vector_size(16)));
@@ -77,10 +79,10 @@ struct Vector {
     const Reg zero_or_x = d.v == Reg{} ? Reg{} : x.v;
     return d.v < Reg{} ? -zero_or_x : zero_or_x;
   }
-  // a where |x| < ¼, else b.
+  // a where |x| < 0.2, else b.
   friend Vector where_small(Vector x, Vector a, Vector b) {
     const Reg magnitude = x.v < Reg{} ? -x.v : x.v;
-    return magnitude < Vector(T(0.25)).v ? a.v : b.v;
+    return magnitude < Vector(T(0.2)).v ? a.v : b.v;
   }
   friend Vector smallest_normal(Vector) { return Vector(sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126)); }
   friend Vector reciprocal(Vector a) { return Vector(T(1)).v / a.v; }
