@@ -308,8 +308,10 @@ def _examine_kernels(torch: Any, reptile_ext: Any, show: Callable[[str, object],
         from reptile_ext import ops
 
         show("instruction set", ops.instruction_set() + (f" (REPTILE_EXT_CPU={chosen})" if chosen else ""))
-        missing = ops.cuda_missing or (ops.cuda_problem(0) if torch.cuda.is_available() else None)
-        show("CUDA kernels", f"none: {missing}" if missing else "loaded")
+        said, is_wrong = ops.cuda_state()
+        show("CUDA kernels", said)
+        if is_wrong:
+            problems.append(f"tensors on a GPU have no kernels: {said}")
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             student = torch.linspace(-2, 2, 48, device=device).reshape(3, 16).requires_grad_()
             teacher = student.detach().flip(-1).contiguous()

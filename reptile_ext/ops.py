@@ -10,6 +10,9 @@ import ctypes
 import functools
 import math
 import operator
+import os
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 TORCH_MINIMUM = (2, 10)
+REBUILD = "in a clone of the project `pip install --force-reinstall --no-deps .`"
 
 
 def _find_compiled_files() -> str:
@@ -41,6 +45,24 @@ def _find_compiled_files() -> str:
     return f" (version {', '.join(others)}; this is {reptile_ext.__version__})" if others else ""
 
 
+def _in_full(error: BaseException) -> str:
+    """What an error says, and the one it was raised from: torch's own names the file alone."""
+    return str(error) if error.__cause__ is None else f"{error}: {error.__cause__}"
+
+
+def _load_library(path: Path) -> ctypes.CDLL:
+    """Load operators. A file that was cut off is an OSError; the loader would end the process (SIGBUS)."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    if header[:5] == b"\x7fELF\x02":  # 64 bits; its last part is the table of sections
+        table, entry, count = struct.unpack_from("<Q10xHH", header.ljust(64, b"\0"), 40)
+        if len(header) < 64 or table + entry * count > size:
+            raise OSError(f"{path} is cut off after {size} bytes")
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    return ctypes.CDLL(str(path))
+
+
 def _load() -> ctypes.CDLL:
     """Load the operator library, or say in one sentence why it could not be and what to do."""
     major, minor = torch.__version__.split(".")[:2]
@@ -59,12 +81,11 @@ def _load() -> ctypes.CDLL:
         if not library.exists():
             continue
         try:
-            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-            return ctypes.CDLL(str(library))
+            return _load_library(library)
         except (OSError, RuntimeError) as error:
             raise ImportError(
-                f"reptile_ext's compiled operators do not fit this machine or torch {torch.__version__} ({error}): "
-                "build them anew, in a clone of the project with `pip install --force-reinstall --no-deps .`"
+                f"reptile_ext's compiled operators do not fit this machine or torch {torch.__version__} "
+                f"({_in_full(error)}): build them anew, {REBUILD}"
             ) from error
     raise ImportError(
         "reptile_ext's compiled operators are missing: this looks like a source tree that was not built; "
@@ -82,13 +103,16 @@ def _load_cuda() -> ctypes.CDLL | str:
         library = Path(folder) / "_cuda.so"
         if library.exists():
             try:
-                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-                return ctypes.CDLL(str(library))
+                return _load_library(library)
             except (OSError, RuntimeError) as error:
-                return f"reptile_ext's CUDA kernels do not fit this machine or torch {torch.__version__} ({error})"
+                # What dlopen says of a file that is cut off, or never was a library; else it wants what is not there.
+                said = _in_full(error)
+                broken = any(words in said for words in ("cut off", "file too short", "invalid ELF header"))
+                what = "are broken" if broken else f"do not fit this machine or torch {torch.__version__}"
+                return f"reptile_ext's CUDA kernels {what} ({said}): {REBUILD}"
     return (
         "reptile_ext was built where there was no CUDA compiler: put nvcc on the PATH (docs/cuda.md has a way without "
-        "the CUDA toolkit), and in a clone of the project `pip install --force-reinstall --no-deps .`"
+        f"the CUDA toolkit), and {REBUILD}"
     )
 
 
@@ -118,6 +142,45 @@ def cuda_problem(device: int) -> str | None:
     with torch.cuda.device(device):
         problem = _cuda.reptile_ext_cuda_problem(device)
     return None if problem is None else f"reptile_ext's CUDA kernels do not run on cuda:{device} ({problem.decode()})"
+
+
+def cuda_state() -> tuple[str, bool]:
+    """For `reptile doctor`: what is to be said of CUDA, with the command that mends it, and whether that is wrong: the
+    machine has a GPU, or the installation is meant for one, and logits on it would go without kernels."""
+    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists() or shutil.which("nvidia-smi") is not None
+    if torch.version.cuda is None:
+        if not has_gpu:
+            return f"torch {torch.__version__} is for CPUs, and there is no NVIDIA GPU here", False
+        return (
+            f"there is an NVIDIA driver here, and torch {torch.__version__} is for CPUs: install one for CUDA "
+            "(https://pytorch.org/get-started/locally), `pip install --force-reinstall torch --index-url "
+            "https://download.pytorch.org/whl/cu130`",
+            True,
+        )
+    if isinstance(_cuda, str):
+        return _cuda, True
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # no driver, one too old for this torch, or a GPU that does not answer
+        said = str(error).split(". ")[0]
+        if not has_gpu:
+            return f"loaded, and unused: {said}", False
+        newest = ".".join(torch.version.cuda.split(".")[:2])
+        return (
+            f"torch cannot use the GPU ({said}): update the driver to one for CUDA {newest} "
+            "(https://www.nvidia.com/drivers), or install a torch for the CUDA that `nvidia-smi` names",
+            True,
+        )
+    for device in range(torch.cuda.device_count()):
+        if problem := cuda_problem(device):
+            major, minor = torch.cuda.get_device_capability(device)
+            cure = f"build them on this machine, {REBUILD}"
+            if "no kernel image" in problem:
+                cure = f"it is sm_{major}{minor}; the kernels are for sm_80 and later"
+            elif "driver" in problem:
+                cure = "update the driver (https://www.nvidia.com/drivers), or build with the CUDA `nvidia-smi` names"
+            return f"{problem}: {cure}", True
+    return f"loaded, {torch.cuda.device_count()} GPU" + "s" * (torch.cuda.device_count() != 1), False
 
 
 _library.reptile_ext_instruction_set.restype = ctypes.c_char_p

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -490,6 +491,133 @@ def test_doctor_says_what_is_wrong() -> None:
     assert "kernels load" in done.stdout
     assert "Wrong: " in done.stdout
     assert "aoti_torch_nonsense" in done.stdout
+
+
+def doctor_where(*changes: str, **environment: str) -> str:
+    """What it says where torch, before the kernels are loaded, is changed so; and the exit code, on a last line."""
+    lines = ["import sys, torch", *changes, "from reptile_ext.cli import main", "print(main(['doctor']))"]
+    done = run_python("\n".join(lines), **environment)
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+FOR_CUDA = "torch.version.cuda = '13.0'"
+NO_GPU = "import pathlib, shutil; shutil.which = lambda name: None"
+A_GPU = "import shutil; shutil.which = lambda name: name"
+# The library, but for what only a torch for CUDA has; of it the doctor asks for one function.
+LOADED = [
+    "import ctypes; from types import SimpleNamespace",
+    "load, torch.ops.load_library = torch.ops.load_library, lambda path: '_cuda' in path or load(path)",
+    "CDLL, ctypes.CDLL = ctypes.CDLL, lambda path: SimpleNamespace(reptile_ext_cuda_problem=SimpleNamespace()) "
+    "if '_cuda' in path else CDLL(path)",
+]
+
+
+@pytest.fixture
+def with_cuda_file(tmp_path: Path) -> Callable[[bytes], dict[str, str]]:
+    """An environment in which the package has a _cuda.so of these bytes."""
+
+    def make(content: bytes) -> dict[str, str]:
+        copy = tmp_path / "reptile_ext"
+        (source,) = (Path(p) for p in reptile_ext.__path__ if (Path(p) / "_ops.so").exists())
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("_cuda.so", "__pycache__"))
+        shutil.copytree(
+            Path(reptile_ext.__file__).parent,
+            copy,
+            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+            dirs_exist_ok=True,
+        )
+        if content:
+            (copy / "_cuda.so").write_bytes(content)
+        return {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+
+    return make
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
+def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(tmp_path: Path) -> None:
+    said = doctor_where(NO_GPU)
+    assert "there is no NVIDIA GPU here" in said or Path("/dev/nvidiactl").exists()
+    said = doctor_where(A_GPU)
+    assert "torch" in said
+    assert "is for CPUs: install one for CUDA" in said
+    assert "--index-url https://download.pytorch.org/whl/cu130" in said
+    assert "All is well" not in said
+    assert said.endswith("\n1\n")
+
+
+def test_doctor_tells_kernels_that_are_missing_from_those_that_are_broken(
+    with_cuda_file: Callable[[bytes], dict[str, str]], tmp_path: Path
+) -> None:
+    said = doctor_where(FOR_CUDA, **with_cuda_file(b""))
+    assert "was built where there was no CUDA compiler: put nvcc on the PATH" in said
+    assert said.endswith("\n1\n")
+    whole = next(p for p in (Path(p) / "_ops.so" for p in reptile_ext.__path__) if p.exists()).read_bytes()
+    for content in (
+        b"\x7fELF\x02\x01\x01",
+        whole[:100_000],
+        whole[:-1],
+        b"not a library, but long enough to be read" * 100,
+    ):
+        (tmp_path / "reptile_ext" / "_cuda.so").write_bytes(content)
+        said = doctor_where(FOR_CUDA, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+        assert "CUDA kernels are broken (" in said
+        assert "pip install --force-reinstall --no-deps ." in said
+        assert said.endswith("\n1\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "gpu", "wrong", "words"),
+    [
+        (
+            "Found no NVIDIA driver on your system. Please check",
+            NO_GPU,
+            False,
+            "loaded, and unused: Found no NVIDIA driver",
+        ),
+        (
+            "The NVIDIA driver on your system is too old (found version 11040). Please update",
+            A_GPU,
+            True,
+            "is too old (found version 11040)): update the driver to one for CUDA 13.0",
+        ),
+    ],
+)
+def test_doctor_tells_what_the_driver_is(
+    error: str, gpu: str, wrong: bool, words: str, with_cuda_file: Callable[[bytes], dict[str, str]]
+) -> None:
+    """torch's own words, which cannot be had here without a driver of that age."""
+    fails = f"torch.cuda.init = lambda: (_ for _ in ()).throw(RuntimeError({error!r}))"
+    said = doctor_where(FOR_CUDA, gpu, *LOADED, fails, **with_cuda_file(b"anything"))
+    assert words in said
+    assert said.endswith(f"\n{int(wrong)}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            "no kernel image is available for execution on the device",
+            "it is sm_75; the kernels are for sm_80 and later",
+        ),
+        ("CUDA driver version is insufficient for CUDA runtime version", "update the driver"),
+    ],
+)
+def test_doctor_tells_a_device_that_is_too_old(
+    error: str, words: str, with_cuda_file: Callable[[bytes], dict[str, str]]
+) -> None:
+    said = doctor_where(
+        FOR_CUDA,
+        *LOADED,
+        "torch.cuda.init, torch.cuda.device_count = lambda: None, lambda: 1",
+        "torch.cuda.get_device_capability, torch.cuda.get_device_name = lambda i: (7, 5), lambda i: 'T4'",
+        "import reptile_ext.ops as ops",
+        f"ops.cuda_problem = lambda device: {'do not run on cuda:0 (' + error + ')'!r}",
+        **with_cuda_file(b"anything"),
+    )
+    assert error in said
+    assert words in said
+    assert said.endswith("\n1\n")
 
 
 def test_a_missing_extra_is_named() -> None:
