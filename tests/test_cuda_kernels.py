@@ -315,6 +315,23 @@ def test_reductions_and_ignored_rows(
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("rows", [4096, 4097, 8192, 30_011])
+def test_many_rows_are_added_up_in_tiles(configure: Configure, rows: int) -> None:
+    """What is divided by, and the sum, with a last tile that is full, has one row, or some; each row counts once."""
+    student, teacher = make_logits("random", rows, 3, torch.float64)
+    labels, weight = make_labels(rows, 3), torch.rand(rows, dtype=torch.float64)
+    labels[:: rows // 7] = -100
+    f = reptile_ext.distillation_loss
+    each = f(student, teacher, labels, weight=weight, reduction="none")
+    assert (each[labels != -100] > 0).all()
+    torch.testing.assert_close(f(student, teacher, labels, weight=weight, reduction="sum"), each.sum())
+    divisor = weight[labels != -100].sum()
+    torch.testing.assert_close(f(student, teacher, labels, weight=weight), each.sum() / divisor)
+    torch.testing.assert_close(f(student, teacher, labels, weight=weight, denominator=5.0), each.sum() / 5)
+    nobody = torch.full_like(labels, -100)
+    assert f(student, teacher, nobody, weight=weight) == 0
+
+
 @every_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("divergence", ZERO_AT_EQUALITY)

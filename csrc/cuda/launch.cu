@@ -19,16 +19,35 @@ bool is_double(const LossProblem& p) {
   return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64;
 }
 
+REPTILE_EXT_DEVICE double weight_of(const DeviceLoss& device, int64_t n) {
+  const LossProblem& p = device.problem;
+  if (p.labels && load(p.labels + n) == device.ignore_index) return 0;
+  return p.weights ? load(p.weights + n) : 1.0;
+}
+
+// Sums of the rows' losses, or weights, a tile of rows a block: of millions of rows one block would be busy for longer
+// than the loss takes. A tile is the same on every device, and so is the order of the additions.
+REPTILE_EXT_KERNEL(kMaxBlockThreads)
+tile_sums_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, bool of_losses, double* out) {
+  Team<double> block = whole_block(shared_memory<Exchange<double>>());
+  const LossProblem& p = device.problem;
+  double sum = 0;
+  REPTILE_EXT_UNROLL
+  for (int i = 0; i < kRowsPerTile; i += kMaxBlockThreads) {  // loads that do not wait for one another
+    const int64_t n = block_rank() * kRowsPerTile + i + thread_rank();
+    if (n < p.num_rows) sum += of_losses ? load(p.row_losses + n) : weight_of(device, n);
+  }
+  sum = sum_of(block, sum);
+  if (thread_rank() == 0) store(out + block_rank(), sum);
+}
+
 // What a mean is divided by; one block, so that it comes out the same in every run.
 REPTILE_EXT_KERNEL(kMaxBlockThreads)
 divisor_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const double* denominator, double* out) {
   Team<double> block = whole_block(shared_memory<Exchange<double>>());
   const LossProblem& p = device.problem;
   double total = 0;
-  for (int64_t n = thread_rank(); n < p.num_rows; n += block_threads()) {
-    if (p.labels && load(p.labels + n) == device.ignore_index) continue;
-    total += p.weights ? load(p.weights + n) : 1.0;
-  }
+  for (int64_t n = thread_rank(); n < p.num_rows; n += block_threads()) total += weight_of(device, n);
   total = sum_of(block, total);
   if (thread_rank() == 0) store(out, total == 0 ? 1.0 : denominator ? load(denominator) : total);
 }
@@ -102,13 +121,38 @@ const char* properties_of(int device, DeviceProperties& found) {
   found.has_clusters = major >= 9 && code.ptxVersion >= 90;
   return nullptr;
 }
+
+const char* use_device(int device) {
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 #endif
 
-const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* out, void* stream) {
-  return launch(&divisor_kernel, 1, kMaxBlockThreads, 1, stream, loss, denominator, out);
+// `loss` with rows that are tiles of its own.
+const char* sum_tiles(const DeviceLoss& loss, bool of_losses, double* tiles, DeviceLoss& of_tiles, void* stream) {
+  of_tiles.problem.num_rows = num_row_tiles(loss.problem.num_rows);
+  of_tiles.problem.gradient_scale = loss.problem.gradient_scale;
+  of_tiles.divisor = loss.divisor;
+  of_tiles.problem.weights = of_tiles.problem.row_losses = tiles;
+  return launch(&tile_sums_kernel, of_tiles.problem.num_rows, kMaxBlockThreads, 1, stream, loss, of_losses, tiles);
 }
 
-const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, void* out, void* stream) {
+const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* tiles, double* out,
+                           void* stream) {
+  if (loss.problem.num_rows <= kRowsPerTile) {
+    return launch(&divisor_kernel, 1, kMaxBlockThreads, 1, stream, loss, denominator, out);
+  }
+  DeviceLoss of_tiles;
+  const char* error = sum_tiles(loss, false, tiles, of_tiles, stream);
+  return error ? error : launch(&divisor_kernel, 1, kMaxBlockThreads, 1, stream, of_tiles, denominator, out);
+}
+
+const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, double* tiles, void* out, void* stream) {
+  if (!each && loss.problem.num_rows > kRowsPerTile) {
+    DeviceLoss of_tiles;
+    const char* error = sum_tiles(loss, true, tiles, of_tiles, stream);
+    return error ? error : launch(&losses_kernel, 1, kMaxBlockThreads, 1, stream, of_tiles, each, is_double, out);
+  }
   const int64_t blocks = each ? (loss.problem.num_rows + kMaxBlockThreads - 1) / kMaxBlockThreads : 1;
   if (blocks == 0) return nullptr;
   constexpr int64_t kMostBlocks = 1024;

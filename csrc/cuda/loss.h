@@ -41,13 +41,17 @@ constexpr int kMaxClusterBlocks = 8;         // more are not portable
 // Chunks of student and teacher that a thread holds in 32 registers.
 constexpr int chunks_in_registers(DType dtype) { return size_of(dtype) == 2 ? 4 : dtype == DType::kFloat32 ? 2 : 0; }
 
+// Of many rows, their numbers are added up in two steps.
+constexpr int64_t kRowsPerTile = 4096;  // 8 a thread
+constexpr int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kRowsPerTile - 1) / kRowsPerTile; }
+
 // Each returns null, or what CUDA says went wrong. They launch and return; nothing waits for the device.
 //
 // The sum of problem.weights without ignored rows, in a fixed order: what a mean is divided by, or `denominator` if
-// there is one; 1 if no row counts. `out` is one number.
-const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* out, void* stream);
+// there is one; 1 if no row counts. `out` is one number. `tiles` is memory for num_row_tiles of them.
+const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* tiles, double* out, void* stream);
 // From row_losses to the loss, float32 or float64: their sum or, `each`, all of them, times gradient_scale / divisor.
-const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, void* out, void* stream);
+const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, double* tiles, void* out, void* stream);
 // The problem's part: loss and gradient, or row stats.
 const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream);
 // gradient row n times factors[n], or times factors[0]; nothing where that is 1. Ignored rows stay 0.
@@ -80,6 +84,8 @@ const char* launch_binary_scale(const DeviceBinary& loss, bool is_uniform, const
 
 // What `plan_of` needs to know of a device.
 const char* properties_of(int device, DeviceProperties& found);
+// Makes it this thread's device to the CUDA runtime that is linked into this library, which is not torch's.
+const char* use_device(int device);
 
 Plan plan_of(const LossProblem& problem, const DeviceProperties& device);
 const char* name_of(const Plan& plan);

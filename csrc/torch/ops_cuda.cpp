@@ -32,6 +32,7 @@ class OnDevice {
   explicit OnDevice(const Tensor& tensor) : device{aoti_torch_device_type_cuda(), 0} {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device.index, &guard_));
+    check_launch(use_device(device.index));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
   }
   ~OnDevice() { aoti_torch_delete_device_guard(guard_); }
@@ -127,17 +128,20 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   }
 
   const size_t rows = size_t(p.num_rows);
-  const int64_t sizes[1] = {p.num_rows + 1};
+  // The rows' losses, the divisor, and sums of tiles of rows.
+  const int64_t sizes[1] = {p.num_rows + 1 + num_row_tiles(p.num_rows)};
   const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
   p.row_losses = data_of<double>(scratch);
-  place.names(p.row_losses, (rows + 1) * 8);
+  place.names(p.row_losses, size_t(sizes[0]) * 8);
+  double* const divisor = p.row_losses + p.num_rows;
+  double* const tiles = divisor + 1;
   const bool none = a.reduction == int64_t(Reduction::kNone), mean = a.reduction == int64_t(Reduction::kMean);
   p.gradient_scale = a.scale;
   if (a.denominator || (mean && (p.labels || p.weights))) {
     const double* denominator = a.denominator ? denominator_data(*a.denominator) : nullptr;
     place.names(denominator, 8);
-    check_launch(launch_divisor(loss, denominator, p.row_losses + p.num_rows, place.stream));
-    loss.divisor = p.row_losses + p.num_rows;
+    check_launch(launch_divisor(loss, denominator, tiles, divisor, place.stream));
+    loss.divisor = divisor;
   } else if (mean && p.num_rows > 0) {
     p.gradient_scale /= double(p.num_rows);
   }
@@ -146,7 +150,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   const int32_t dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   Tensor result = new_tensor(place.device, none ? int64_t(leading.size()) : 0, leading.data(), dtype);
   place.names(View(result).data, (none ? rows : 1) * (is_double(p) ? 8 : 4));
-  check_launch(launch_losses(loss, none, is_double(p), View(result).data, place.stream));
+  check_launch(launch_losses(loss, none, is_double(p), tiles, View(result).data, place.stream));
   return result;
 }
 
@@ -193,11 +197,13 @@ Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const Vi
   name_view(place, result_view, "loss");
   binary.factor = uniform_grad_output(a);
 
-  // Sums of tiles, and behind them the divisor.
-  const int64_t tiles = num_tiles(p), sizes[1] = {tiles + 1};
+  // Sums of tiles, behind them the divisor, and sums of tiles of tiles.
+  const int64_t tiles = num_tiles(p), sizes[1] = {tiles + 1 + num_row_tiles(tiles)};
   const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
   p.sums = data_of<double>(scratch);
-  place.names(p.sums, size_t(tiles + 1) * 8);
+  place.names(p.sums, size_t(sizes[0]) * 8);
+  double* const divisor = p.sums + tiles;
+  double* const tiles_of_tiles = divisor + 1;
   const bool mean = a.reduction == int64_t(Reduction::kMean);
   // To the launchers of rows' numbers a tile is a row.
   DeviceLoss of_tiles;
@@ -206,9 +212,8 @@ Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const Vi
   if ((a.denominator || mean) && (p.labels.data || p.weight.data)) {
     check_launch(launch_binary_weights(binary, place.properties(), place.stream));
     of_tiles.problem.weights = p.sums;
-    double* const divisor = p.sums + tiles;
     const double* const denominator = a.denominator ? denominator_data(*a.denominator) : nullptr;
-    check_launch(launch_divisor(of_tiles, denominator, divisor, place.stream));
+    check_launch(launch_divisor(of_tiles, denominator, tiles_of_tiles, divisor, place.stream));
     binary.divisor = divisor;
   } else if (a.denominator && p.num_elements > 0) {
     binary.divisor = denominator_data(*a.denominator);
@@ -221,7 +226,7 @@ Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const Vi
   of_tiles.problem.gradient_scale = p.scale;
   of_tiles.divisor = binary.divisor;
   const bool in_double = result_view.dtype == aoti_torch_dtype_float64();
-  check_launch(launch_losses(of_tiles, false, in_double, result_view.data, place.stream));
+  check_launch(launch_losses(of_tiles, false, in_double, tiles_of_tiles, result_view.data, place.stream));
   return result;
 }
 
