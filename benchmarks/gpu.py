@@ -30,7 +30,7 @@ from reptile_ext.eager import EAGER, TEMPERATURE, Loss, eager_loss_of
 from reptile_ext.files import write_atomically, write_json
 from reptile_ext.timing import DTYPES, Contender, Turns, made
 
-VOCABS = (1_000, 8_000, 32_000, 58_000, 128_256, 151_936, 256_000)
+VOCABS = (1_000, 4_096, 8_000, 32_000, 50_257, 58_000, 128_256, 151_936, 256_000)
 
 
 def device_environment(device: str) -> dict[str, Any]:

@@ -1,52 +1,126 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in one command and under ten minutes: build, tests on the GPU, compute-sanitizer, benchmark.
-#     benchmarks/gpu.sh OUTPUT_FOLDER
-# Wants Python with a torch for CUDA, and nvcc; no network if WHEELS names a folder filled elsewhere by
-#     pip download -d wheels scikit-build-core pybind11 ninja cmake pytest pytest-benchmark pytest-xdist hypothesis numpy
-#     pip download -d wheels --no-deps liger-kernel
+# All that wants a GPU, in parts that each end in less than eight minutes. Not yet run on a GPU.
+#     benchmarks/gpu.sh FOLDER PART ...       writes FOLDER/PART.tar.gz, one file a part
+#
+#     build       compiles and installs, into a folder of its own (build/gpu in this tree), which the other parts use
+#     values      the tests on the device: values, gradients, no waiting, graphs, streams, memory
+#     sanitize    compute-sanitizer: memcheck, racecheck, synccheck, initcheck
+#     dense       the dense loss against the copy bandwidth of the same run, eager, torch.compile and Liger
+#     small       small vocabularies, and other divergences
+#     linear      the fused linear loss against its four products, eager, torch.compile and Liger
+#     profile     ncu: bytes of memory, use of the issue slots, what warps wait for
+#
+# Wants Python with a torch for CUDA, nvcc, cmake, ninja, pytest and hypothesis. Nothing is fetched: what else is needed
+# are wheels in the folder WHEELS (here: wheels), filled where there is a network by
+#     pip download -d wheels --no-deps scikit-build-core pybind11 pathspec packaging pytest-benchmark py-cpuinfo liger-kernel==0.8.5
+# DEVICE=cpu rehearses it without a GPU: small cases on the CPU, and nothing of what it measures means anything.
 set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
 cd "$(dirname "$0")/.."
+here=$PWD site=$PWD/build/gpu device=${DEVICE:-cuda} wheels=${WHEELS:-$PWD/wheels}
+export PYTHONPATH=$site PYTHONSAFEPATH=1  # the installed package, not the sources
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-
-python3 -m venv --system-site-packages "$work/venv"
-. "$work/venv/bin/activate"
-install() { pip install --quiet ${WHEELS:+--no-index --find-links "$WHEELS"} "$@"; }
-install scikit-build-core pybind11 ninja cmake pytest pytest-benchmark hypothesis numpy
-install --no-deps liger-kernel || echo "no Liger here"
-
-architecture=$(python -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
-echo "== build for sm_$architecture"
-CUDAARCHS=$architecture pip install --quiet --no-deps --no-build-isolation \
-  --config-settings=cmake.define.REPTILE_EXT_CUDA=on .
-cd "$work"  # the installed package, not the sources
-here=$OLDPWD
-export PYTHONSAFEPATH=1
-reptile doctor
-
-echo "== tests"
 status=0
-python -m pytest -q -p no:cacheprovider --rootdir "$here" -c "$here/pyproject.toml" -k "not host" \
-  "$here/tests/test_cuda_kernels.py" "$here/tests/test_cuda_device.py" >"$out/tests.txt" 2>&1 || status=1
-tail -5 "$out/tests.txt"
 
-if command -v compute-sanitizer >/dev/null; then
-  # One divergence of each way through the kernel, every way to divide a row.
+tests=(python -m pytest -q -p no:cacheprovider --rootdir "$here" -c "$here/pyproject.toml")
+# Runs a command, keeps what it prints, and shows the end of it; goes on if it fails.
+keep() { # file, command ...
+  local file=$results/$1
+  shift
+  timeout 460 "$@" >"$file" 2>&1 || { echo "exit status $?" >>"$file" && status=1; }
+  tail -n 6 "$file"
+}
+
+build() {
+  local architecture=90
+  [ "$device" = cpu ] || architecture=$(python -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
+  rm -rf "$site"
+  python -m pip install --quiet --no-index --no-deps --target "$site" "$wheels"/*.whl
+  CUDAARCHS=$architecture keep pip.txt python -m pip install --no-index --no-deps --no-build-isolation --target "$site" \
+    --config-settings=cmake.define.REPTILE_EXT_CUDA=on .
+  (cd / && keep doctor.txt python -c 'import sys; from reptile_ext.cli import main; sys.exit(main(["doctor"]))')
+}
+
+values() {
+  keep tests.txt "${tests[@]}" -k "not host" tests/test_cuda_kernels.py tests/test_cuda_device.py
+}
+
+sanitize() {
+  # One divergence of each way through the kernel, every way to divide a row. Allocations of their own, so that an access
+  # beyond a tensor is one beyond an allocation.
   for tool in memcheck racecheck synccheck initcheck; do
-    echo "== compute-sanitizer $tool"
-    # Allocations of their own, so that an access beyond a tensor is one beyond an allocation.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 compute-sanitizer --tool "$tool" --error-exitcode 9 python -m pytest -q -p no:cacheprovider \
-      --rootdir "$here" -c "$here/pyproject.toml" "$here/tests/test_cuda_kernels.py" \
-      -k "gpu and test_loss_and_gradient and bfloat16 and (forward_kl or jsd)" >"$out/$tool.txt" 2>&1 || status=1
-    tail -3 "$out/$tool.txt"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 keep $tool.txt timeout 110 compute-sanitizer --tool $tool --error-exitcode 9 \
+      "${tests[@]}" tests/test_cuda_kernels.py \
+      -k "gpu and test_loss_and_gradient and bfloat16 and (forward_kl or jsd)"
   done
-fi
+}
 
-echo "== benchmark"
-python "$here/benchmarks/gpu.py" --out "$out" --dtypes bfloat16 --divergences forward_kl || status=1
-python "$here/benchmarks/gpu.py" --out "$out/others" --no-compile --vocab 32000 128256 --repeats 10 \
-  --divergences forward_kl reverse_kl jsd dkd || status=1
-python "$here/benchmarks/linear.py" --device cuda --dtypes bfloat16 --json "$out/linear-8192.json" | tee "$out/linear-8192.txt" || status=1
-python "$here/benchmarks/linear.py" --device cuda --dtypes bfloat16 --rows 1024 --json "$out/linear-1024.json" | tee "$out/linear-1024.txt" || status=1
+dense() {
+  local cases=(--repeats 15)
+  [ "$device" = cuda ] || cases=(--rows 64 --vocab 1000 --repeats 2)
+  keep dense.txt python benchmarks/gpu.py --device "$device" --out "$results" --dtypes bfloat16 --divergences forward_kl "${cases[@]}"
+}
+
+small() {
+  local small=(--vocab 1000 4096 8000 --repeats 15) others=(--vocab 32000 128256 --repeats 10)
+  [ "$device" = cuda ] || small=(--rows 64 --vocab 100 --repeats 2) others=(--rows 64 --vocab 100 --repeats 2)
+  keep small.txt python benchmarks/gpu.py --device "$device" --out "$results/small" --no-compile --divergences forward_kl "${small[@]}"
+  keep others.txt python benchmarks/gpu.py --device "$device" --out "$results/others" --no-compile --dtypes bfloat16 \
+    --divergences forward_kl reverse_kl jsd dkd "${others[@]}"
+}
+
+linear() {
+  local rows=(8192 1024) rest=()
+  [ "$device" = cuda ] || rows=(64 32) rest=(--hidden 64 --vocab 1000 --repeats 2)
+  for n in "${rows[@]}"; do
+    keep linear-$n.txt python benchmarks/linear.py --device "$device" --dtypes bfloat16 --rows "$n" --json "$results/linear-$n.json" "${rest[@]}"
+  done
+}
+
+profile() {
+  local metrics=dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum
+  metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active
+  metrics+=,smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio
+  metrics+=,smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio
+  metrics+=,smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio
+  metrics+=,smsp__sass_thread_inst_executed.sum,smsp__sass_thread_inst_executed_op_xu_pred_on.sum
+  cat >"$work/one.py" <<'P'
+import sys
+
+import torch
+
+import reptile_ext
+
+device = sys.argv[1]
+for vocab in (1000, 4096, 32000, 50257, 128256, 151936):
+    rows = 8192 if device == "cuda" else 4
+    s = torch.randn(rows, vocab, device=device, dtype=torch.bfloat16).requires_grad_()
+    t = torch.randn_like(s)
+    print(vocab, reptile_ext.distillation_loss(s, t, temperature=2.0).item())
+    del s, t
+P
+  local profiler=(ncu --kernel-name regex:loss_kernel --metrics "$metrics" --csv)
+  [ "$device" = cuda ] || profiler=()
+  keep profile.txt "${profiler[@]}" python "$work/one.py" "$device"
+}
+
+for part in "$@"; do
+  case $part in
+    build | values | sanitize | dense | small | linear | profile) ;;
+    *) echo "benchmarks/gpu.sh: no part $part; there are build, values, sanitize, dense, small, linear, profile" >&2 && exit 2 ;;
+  esac
+done
+for part in "$@"; do
+  echo "== $part"
+  results=$work/$part
+  mkdir -p "$results"
+  [ "$part" = build ] || [ -d "$site/reptile_ext" ] || { echo "the part build comes first" >&2 && exit 2; }
+  begin=$SECONDS
+  $part
+  echo "$((SECONDS - begin)) s" | tee "$results/seconds.txt"
+  tar -C "$work" -czf "$out/.$part.tar.gz" "$part" && mv "$out/.$part.tar.gz" "$out/$part.tar.gz"
+done
 exit $status
