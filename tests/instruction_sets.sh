@@ -17,7 +17,7 @@ print(*(s for s in ("avx2", "portable") if s in _C.cpu_info()["supported"] and s
 
 # Tests that ask for every instruction set, or compare them, run on each in the whole suite: their ids name it, and
 # test_loss.py consists of them. What torch.compile makes of the calls takes long, and their kernels are the same.
-without="portable or avx2 or avx512 or is_allocated or compiled or exports"
+without="portable or avx2 or avx512 or is_allocated or compiled or exports or known_mirror_gets"
 for set in $(lesser_sets); do
   case $set in
     avx2) limits="ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" ;;
