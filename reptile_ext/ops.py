@@ -145,20 +145,21 @@ def cuda_problem(device: int) -> str | None:
 
 
 def cuda_state() -> tuple[str, bool]:
-    """For `reptile doctor`: what is to be said of CUDA, with the command that mends it, and whether that is wrong: the
-    machine has a GPU, or the installation is meant for one, and logits on it would go without kernels."""
+    """For `reptile doctor`: the state of the CUDA kernels, with the command that mends it; and whether that is wrong,
+    because the machine has a GPU whose tensors would go without kernels, or a file is broken."""
     has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists() or shutil.which("nvidia-smi") is not None
     if torch.version.cuda is None:
         if not has_gpu:
-            return f"torch {torch.__version__} is for CPUs, and there is no NVIDIA GPU here", False
+            return f"torch {torch.__version__} is built without CUDA, and there is no NVIDIA GPU here", False
         return (
-            f"there is an NVIDIA driver here, and torch {torch.__version__} is for CPUs: install one for CUDA "
+            f"there is an NVIDIA driver here, and torch {torch.__version__} is built without CUDA: install one for it "
             "(https://pytorch.org/get-started/locally), `pip install --force-reinstall torch --index-url "
             "https://download.pytorch.org/whl/cu130`",
             True,
         )
     if isinstance(_cuda, str):
-        return _cuda, True
+        # By default torch is for CUDA on Linux, also where there is no GPU: nothing is missing there.
+        return _cuda, has_gpu or "are broken" in _cuda
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:  # no driver, one too old for this torch, or a GPU that does not answer

@@ -535,12 +535,12 @@ def with_cuda_file(tmp_path: Path) -> Callable[[bytes], dict[str, str]]:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
-def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(tmp_path: Path) -> None:
+def test_doctor_tells_a_torch_without_cuda_on_a_machine_with_a_gpu() -> None:
     said = doctor_where(NO_GPU)
     assert "there is no NVIDIA GPU here" in said or Path("/dev/nvidiactl").exists()
     said = doctor_where(A_GPU)
     assert "torch" in said
-    assert "is for CPUs: install one for CUDA" in said
+    assert "is built without CUDA: install one for it" in said
     assert "--index-url https://download.pytorch.org/whl/cu130" in said
     assert "All is well" not in said
     assert said.endswith("\n1\n")
@@ -549,9 +549,11 @@ def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(tmp_path: Path) -
 def test_doctor_tells_kernels_that_are_missing_from_those_that_are_broken(
     with_cuda_file: Callable[[bytes], dict[str, str]], tmp_path: Path
 ) -> None:
-    said = doctor_where(FOR_CUDA, **with_cuda_file(b""))
-    assert "was built where there was no CUDA compiler: put nvcc on the PATH" in said
-    assert said.endswith("\n1\n")
+    environment = with_cuda_file(b"")
+    for gpu, code in ((A_GPU, 1), (NO_GPU, 0)):  # nothing is missing where there is no GPU
+        said = doctor_where(FOR_CUDA, gpu, **environment)
+        assert "was built where there was no CUDA compiler: put nvcc on the PATH" in said
+        assert said.endswith(f"\n{code}\n")
     whole = next(p for p in (Path(p) / "_ops.so" for p in reptile_ext.__path__) if p.exists()).read_bytes()
     for content in (
         b"\x7fELF\x02\x01\x01",
@@ -560,7 +562,7 @@ def test_doctor_tells_kernels_that_are_missing_from_those_that_are_broken(
         b"not a library, but long enough to be read" * 100,
     ):
         (tmp_path / "reptile_ext" / "_cuda.so").write_bytes(content)
-        said = doctor_where(FOR_CUDA, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+        said = doctor_where(FOR_CUDA, NO_GPU, **environment)
         assert "CUDA kernels are broken (" in said
         assert "pip install --force-reinstall --no-deps ." in said
         assert said.endswith("\n1\n")
