@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -63,6 +63,19 @@ def test_bug_13_nothing_waits_for_the_device(vocab_size: int, divergence: str, r
         (loss.sum() / 3).backward()
 
 
+def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of a step, which has run once before; and where the graph leaves the step's result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
 @pytest.mark.parametrize("vocab_size", [10, 1000, 32_000, 151_936])
 def test_a_cuda_graph_repeats_it(vocab_size: int) -> None:
     student, teacher, labels = problem(16, vocab_size)
@@ -74,14 +87,7 @@ def test_a_cuda_graph_repeats_it(vocab_size: int) -> None:
         loss.backward()
         return loss
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = captured(step)
     with torch.no_grad():
         static.copy_(student.flip(0))
     graph.replay()
@@ -228,14 +234,7 @@ def test_a_cuda_graph_repeats_the_loss_of_elements() -> None:
         loss.backward()
         return loss
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = captured(step)
     with torch.no_grad():
         static.copy_(student.flip(0))
     graph.replay()

@@ -198,6 +198,20 @@ Tensor fresh_gradient(const Tensor& student) {
   }
 }
 
+// What rows and elements take alike.
+template <class Problem>
+void set_numbers(Problem& p, const Arguments& a) {
+  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
+  p.divergence = Divergence(a.divergence);
+  p.beta = a.beta;
+  p.one_minus_beta = a.one_minus_beta;
+  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
+  p.student_temperature = a.student_temperature;
+  p.teacher_temperature = a.teacher_temperature;
+  p.soft_scale = a.soft_scale;
+  p.hard_weight = a.hard_weight;
+}
+
 // All but the weights and what the sum is divided by. The values of labels may be on a device that the host cannot
 // read. `leading` becomes the shape without the class dimension.
 LossProblem problem_of(const Arguments& a, const View& student, const View* gradient, std::vector<int64_t>& leading,
@@ -230,15 +244,7 @@ LossProblem problem_of(const Arguments& a, const View& student, const View* grad
   if (student.sizes[dim] == 1) p.student.class_stride = p.gradient.class_stride = 1;
   if (teacher.sizes[dim] == 1) p.teacher.class_stride = 1;
 
-  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
-  p.divergence = Divergence(a.divergence);
-  p.beta = a.beta;
-  p.one_minus_beta = a.one_minus_beta;
-  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
-  p.student_temperature = a.student_temperature;
-  p.teacher_temperature = a.teacher_temperature;
-  p.soft_scale = a.soft_scale;
-  p.hard_weight = a.hard_weight;
+  set_numbers(p, a);
   p.label_smoothing = a.label_smoothing;
   if (!a.labels && (a.hard_weight > 0 || needs_labels(p.divergence))) {
     fail("labels are needed for hard_weight > 0 and for dkd");
@@ -410,16 +416,8 @@ const double* uniform_grad_output(const Arguments& a) {
 // if it is one an element.
 Tensor binary_problem(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient,
                       Device device, BinaryProblem& p) {
-  if (a.divergence < 0 || a.divergence >= kNumDivergences) fail("divergence is unknown");
-  p.divergence = Divergence(a.divergence);
+  set_numbers(p, a);
   if (needs_labels(p.divergence)) fail("divergence must be one of two classes");
-  if (!(a.student_temperature > 0) || !(a.teacher_temperature > 0)) fail("temperature must be positive");
-  p.beta = a.beta;
-  p.one_minus_beta = a.one_minus_beta;
-  p.student_temperature = a.student_temperature;
-  p.teacher_temperature = a.teacher_temperature;
-  p.soft_scale = a.soft_scale;
-  p.hard_weight = a.hard_weight;
   p.ignore_index = double(a.ignore_index);
   if (!a.labels && a.hard_weight > 0) fail("labels are needed for hard_weight > 0");
 
