@@ -42,7 +42,7 @@ fi
 flags="-std=c++17 $flags $x86 -Wno-unknown-warning-option -O1 -gline-tables-only -fno-omit-frame-pointer"
 
 rm -f "$build"/*.o
-# One object a line, two at a time. The fuzz target itself is not what is looked at.
+# One object a line, two at a time. The fuzz target itself is not sanitized.
 {
   while read -r name options; do
     echo "$name csrc/cpu/loss_rows.cpp ${options//'${avx512}'/$avx512} -fno-exceptions $sanitize" \

@@ -17,7 +17,6 @@ export LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-f
 # PYTHONSAFEPATH: the working directory, which holds the sources, must not come before $site.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$site" PYTHONSAFEPATH=1
 python -c "import reptile_ext.ops as ops; assert ops._library._name.startswith('$site'), ops._library._name"
-# Values by shape, dtype and layout are for the fuzzer (tests/fuzz.sh), which has the same sanitizers and every set.
 # Without the longest rows, which take their time and go through the same code as those of 5,000 classes; without the test
 # that measures memory, of which the sanitizers take their own; with logits of one kind, not in float64 (the same code as
 # float32, in twice the size), in one process; and of the divergences one for each
@@ -26,4 +25,4 @@ python -c "import reptile_ext.ops as ops; assert ops._library._name.startswith('
 without="32003 or largest or is_allocated or no_memory or oracle or reference or agree or exactly or negative"
 without+=" or float64 or environment or flat or peaked or near_equal or rising or reverse or skew or scaled_jsd or tvd or hellinger or soft_cross"
 python -m pytest -q -n auto -p no:cacheprovider -k "not ($without)" \
-  tests/test_promises.py tests/test_edges.py tests/test_concurrency.py "$@"
+  tests/test_loss.py tests/test_promises.py tests/test_edges.py tests/test_concurrency.py "$@"

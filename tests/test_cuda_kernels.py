@@ -398,7 +398,7 @@ def test_masked_classes(configure: Configure, divergence: str) -> None:
 
 
 def test_a_wrong_label_breaks_its_row_alone(configure: Configure) -> None:
-    """Where the CPU raises an error, which would take a look at the device's memory."""
+    """NaN where the CPU raises an error: the host would have to wait for the device to know the values."""
     for vocab_size in (10, 700, 3000):
         student, teacher = make_logits("random", 4, vocab_size)
         for wrong in (vocab_size, -1, 2**40):
@@ -782,7 +782,7 @@ def test_infinite_and_broken_elements(configure: Configure, divergence: str, dty
 
 @pytest.mark.parametrize("name", ["labels", "weight", "pos_weight"])
 def test_a_constant_out_of_range_breaks_its_element_alone(configure: Configure, name: str) -> None:
-    """Where the CPU raises an error, which would take a look at the device's memory."""
+    """NaN where the CPU raises an error: the host would have to wait for the device to know the values."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         s, t = binary.logits("random", 40, dtype)
         given = {"labels": torch.rand(40), "weight": torch.rand(40) + 0.1, "pos_weight": torch.rand(40)}
@@ -796,7 +796,7 @@ def test_a_constant_out_of_range_breaks_its_element_alone(configure: Configure, 
         loss, gradient = binary.value_and_gradient(loss_of_elements, s, t, labels, **keywords)
         assert torch.equal(loss.isnan(), broken)
         assert torch.equal(gradient.isnan(), broken)
-        labels[broken] = -100  # ignored, and nothing else of them is looked at
+        labels[broken] = -100  # ignored, whatever the other values are
         loss, gradient = binary.value_and_gradient(loss_of_elements, s, t, labels, **keywords)
         assert (loss[broken] == 0).all()
         assert (gradient[broken] == 0).all()

@@ -355,7 +355,7 @@ def test_rows_that_are_out_are_never_read(backend: Any, by: str, dtype: torch.dt
         labels[[0, 4, 5, 8]] = -100
     else:
         weight[[0, 4, 5, 8]] = 0.0
-        labels[4] = 10**9  # never looked at either
+        labels[4] = 10**9  # never read either
     keywords = {"hard_weight": 0.5, "weight": weight, "temperature": 2.0, "label_smoothing": 0.1}
     keywords |= keywords_of(divergence)
     for reduction in ("mean", "sum", "none"):

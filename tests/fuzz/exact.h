@@ -383,7 +383,7 @@ class SoftPart {
   }
 };
 
-// Of the problem, the numbers and the dtypes of student and teacher are looked at; of the teacher, nothing if there is
+// Of the problem, the numbers and the dtypes of student and teacher are read; of the teacher, nothing if there is
 // no soft part.
 inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, const Numbers& teacher, int64_t label,
                           double weight, double grad_output) {

@@ -399,7 +399,7 @@ void check_equal(const Case& c, const BinaryKernels& kernels) {
 void check_weights(const Case& c, Input& in, const BinaryKernels& kernels) {
   Case other = c;
   current_case = &other;
-  // In one of them a value that is refused, where that element's is looked at.
+  // One element gets a value that is out of range. It is refused where that element counts.
   const int wrong = int(in.below(8));
   const int64_t at = in.below(c.size());
   double value = 0;
