@@ -119,8 +119,8 @@ def product_into(
 
 def _product_in_float32(result: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, add: bool) -> None:
     """`product_into` of 16-bit matrices on a processor that has no product of them: in float32, block by block, so that
-    no float32 copy of a whole matrix exists. All blocks lie in the same memory: with memory for each, the allocator held
-    on to some that was free, and the peak varied by 16 MB."""
+    no float32 copy of a whole matrix exists. All blocks lie in the same memory: with memory for each, the allocator
+    kept some that was free, and the peak varied by 16 MB."""
     height, width, depth = (min(size, BLOCK) for size in (*result.shape, a.shape[1]))
     memory = [torch.empty(size) for size in (height * width, height * depth, depth * width)]
 
