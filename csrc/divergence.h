@@ -24,6 +24,9 @@
 //     finish(row, scale, k)            D before it is cut off at 0; k for a gradient of scale · T_s · ∂D/∂s. T is
 //                                      double, of one row, or a vector of rows of two classes (cpu/binary.cpp)
 //     Gradient                         the type whose gradient(kept, k) is used: functors of one form share it
+//     kMoves                           whether a part of a row may be summed from reference points of its own (CUDA):
+//     move(by, sums)                   the part's sums become those from the row's points (Move)
+//     move_kept(by, k)                 coefficients for values that were kept from the part's points
 //
 // Almost every gradient has one of two forms. With g = ∂f/∂x, T_s ∂D/∂s = g − q Σ g, and so
 //
@@ -118,6 +121,13 @@ struct Row {
   REPTILE_EXT_FN T if_bounded(T centre) const { return where_not_masked(T(0) - unbounded, centre); }
 };
 
+// From the reference points of a part of a row to the row's: d = (m_part − m_row) / T · log2 e ≤ 0 and f = 2^d. A part
+// without any logit above −inf has d = 0.
+template <class V>
+struct Move {
+  V d_s = V(0), d_t = V(0), f_s = V(1), f_t = V(1);
+};
+
 struct Defaults {
   static constexpr int kMixtureSums = 0;
   static constexpr bool kMixtureKeeps = false;
@@ -129,7 +139,20 @@ struct Defaults {
   static REPTILE_EXT_FN V exponential(V a) {
     return exp2(a);
   }
+  static constexpr bool kMoves = false;  // has move and move_kept; else a row's parts need its reference points first
 };
+
+template <class V>
+REPTILE_EXT_FN void move_exponentials(const Move<V>& by, V* sums) {
+  sums[0] = sums[0] * by.f_s;
+  sums[1] = sums[1] * by.f_t;
+}
+
+// Σ e · y, where y too moves by d: e·f (y + d) of every class. 0 where nothing is left of e, whatever y is.
+template <class V>
+REPTILE_EXT_FN V move_sum(V sum, V z, V f, V d) {
+  return f * where_positive(f, add_product_where_positive(sum, z, d));
+}
 
 template <class V>
 REPTILE_EXT_FN void add_exponentials(V e_s, V e_t, V* sums) {
@@ -141,6 +164,10 @@ template <class V>
 struct Difference {
   static constexpr int kKept = 2, kCoefficients = 2;
   static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] - kept[1] * k[1]; }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) {
+    k[0] = k[0] * by.f_s;
+    k[1] = k[1] * by.f_t;
+  }
 };
 
 template <class V>
@@ -158,6 +185,7 @@ struct Centred {
 template <class V>
 struct ForwardKl : Defaults {
   using Gradient = Difference<V>;
+  static constexpr bool kMoves = true;
   static constexpr int kSums = 3, kKept = 2;
   static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
@@ -165,6 +193,11 @@ struct ForwardKl : Defaults {
     kept[1] = e_t;
     sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
   }
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
+    sums[2] = move_sum(sums[2], sums[1], by.f_t, by.d_t - by.d_s);
+    move_exponentials(by, sums);
+  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) { Difference<V>::move_kept(by, k); }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     k[0] = scale * row.over_z_s();
@@ -180,12 +213,21 @@ struct ForwardKl : Defaults {
 template <class V>
 struct ReverseKl : Defaults {
   using Gradient = Centred<V>;
+  static constexpr bool kMoves = true;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
   static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
     kept[1] = where_positive(kept[0], a - b);
     sums[2] = fma(kept[0], kept[1], sums[2]);
+  }
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
+    sums[2] = move_sum(sums[2], sums[0], by.f_s, by.d_s - by.d_t);
+    move_exponentials(by, sums);
+  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) {
+    k[0] = k[0] * by.f_s;
+    k[1] = k[1] - (by.d_s - by.d_t);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
@@ -201,6 +243,7 @@ struct ReverseKl : Defaults {
 template <class V>
 struct SymmetricKl : Defaults {
   using Gradient = SymmetricKl;
+  static constexpr bool kMoves = true;
   static constexpr int kSums = 4, kKept = 3, kCoefficients = 4, kUnbounded = 2;
   static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
@@ -209,6 +252,17 @@ struct SymmetricKl : Defaults {
     sums[2] = add_product_where_positive(sums[2], kept[1], b - a);
     kept[2] = where_positive(kept[0], a - b);
     sums[3] = fma(kept[0], kept[2], sums[3]);
+  }
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
+    sums[2] = move_sum(sums[2], sums[1], by.f_t, by.d_t - by.d_s);
+    sums[3] = move_sum(sums[3], sums[0], by.f_s, by.d_s - by.d_t);
+    move_exponentials(by, sums);
+  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[kCoefficients]) {
+    k[0] = k[0] * by.f_s;
+    k[1] = k[1] * by.f_t;
+    k[2] = k[2] * by.f_s;
+    k[3] = k[3] - (by.d_s - by.d_t);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
@@ -234,6 +288,7 @@ struct SymmetricKl : Defaults {
 template <class V>
 struct SoftCrossEntropy : Defaults {
   using Gradient = Difference<V>;
+  static constexpr bool kMoves = true;
   static constexpr int kSums = 3, kKept = 2;
   static REPTILE_EXT_FN void first(V a, V /*b*/, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
@@ -241,6 +296,11 @@ struct SoftCrossEntropy : Defaults {
     kept[1] = e_t;
     sums[2] = add_product_where_positive(sums[2], kept[1], a);
   }
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
+    sums[2] = move_sum(sums[2], sums[1], by.f_t, by.d_s);
+    move_exponentials(by, sums);
+  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) { Difference<V>::move_kept(by, k); }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     k[0] = scale * row.over_z_s();
@@ -255,12 +315,21 @@ struct SoftCrossEntropy : Defaults {
 template <class V>
 struct MirroredSoftCrossEntropy : Defaults {
   using Gradient = Centred<V>;
+  static constexpr bool kMoves = true;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
   static REPTILE_EXT_FN void first(V /*a*/, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
     kept[1] = where_positive(kept[0], b);
     sums[2] = fma(kept[0], kept[1], sums[2]);
+  }
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
+    sums[2] = move_sum(sums[2], sums[0], by.f_s, by.d_t);
+    move_exponentials(by, sums);
+  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) {
+    k[0] = k[0] * by.f_s;
+    k[1] = k[1] - by.d_t;
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
@@ -286,7 +355,8 @@ template <class V>
 struct MixtureDefaults : Defaults {
   using Gradient = Centred<V>;
   static constexpr int kSums = 2, kKept = 2, kMixtureSums = 2;
-  static constexpr bool kMixtureKeeps = true;
+  static constexpr bool kMixtureKeeps = true, kMoves = true;  // what is kept moves before the mixture pass
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) { move_exponentials(by, sums); }
   static REPTILE_EXT_FN void first(V /*a*/, V /*b*/, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
@@ -399,6 +469,7 @@ struct Tvd : MixtureDefaults<V> {
 template <class V>
 struct Hellinger : Defaults {
   using Gradient = Hellinger;
+  static constexpr bool kMoves = true;
   static constexpr int kSums = 3, kKept = 2, kCoefficients = 2;
   static constexpr bool kKeepsExp = false;
   static REPTILE_EXT_FN V exponential(V a) { return exp2(a * V(0.5f)); }
@@ -408,6 +479,15 @@ struct Hellinger : Defaults {
     sums[0] = fma(kept[0], kept[0], sums[0]);
     sums[1] = fma(kept[1], kept[1], sums[1]);
     sums[2] = fma(kept[0], kept[1], sums[2]);
+  }
+  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
+    sums[2] = sums[2] * exp2(fma(V(0.5f), by.d_s, V(0.5f) * by.d_t));
+    move_exponentials(by, sums);
+  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[kCoefficients]) {
+    k[0] = k[0] * by.f_s;
+    // Of equal rows, both factors are the same product.
+    k[1] = k[1] * (by.f_s == by.f_t ? by.f_s : exp2(fma(V(0.5f), by.d_s, V(0.5f) * by.d_t)));
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
@@ -430,7 +510,7 @@ template <class V>
 struct Mse : Defaults {
   using Gradient = Mse;
   static constexpr int kSums = 5, kKept = 1, kCoefficients = 1;
-  static constexpr bool kRawLogits = true, kKeepsExp = false;
+  static constexpr bool kRawLogits = true, kKeepsExp = false, kMoves = true;  // without reference points
   static REPTILE_EXT_FN void first(V a, V b, V /*e_s*/, V /*e_t*/, V (&sums)[kSums], V (&kept)[kKept]) {
     kept[0] = where_not_masked(a, where_not_masked(b, a - b));
     sums[0] = fma(kept[0], kept[0], sums[0]);
@@ -472,7 +552,7 @@ REPTILE_EXT_FN double log_odds(double exponent, double z) { return exponent < kI
 template <class V>
 struct Dkd : ForwardKl<V> {
   static constexpr int kCoefficients = 3;  // the last is the label's gradient
-  static constexpr bool kExcludesLabel = true, kKeepsExp = false;
+  static constexpr bool kExcludesLabel = true, kKeepsExp = false, kMoves = false;
   struct Gradient {
     static constexpr int kKept = 2, kCoefficients = 3;
     static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[3]) { return kept[0] * k[0] - kept[1] * k[1]; }
@@ -502,7 +582,7 @@ struct Dkd : ForwardKl<V> {
 template <class V>
 struct MirroredDkd : ReverseKl<V> {
   static constexpr int kCoefficients = 4;  // the last is the label's gradient
-  static constexpr bool kExcludesLabel = true, kKeepsExp = false;
+  static constexpr bool kExcludesLabel = true, kKeepsExp = false, kMoves = false;
   struct Gradient {
     static constexpr int kKept = 2, kCoefficients = 4;
     static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[4]) {
@@ -538,6 +618,15 @@ struct HardLabel {
   double loss;
   double to_q1, uniform, hit;  // times the row's factor
 };
+
+template <class T>
+struct HardFactors {
+  T to_q1, uniform, hit;
+};
+template <class T>
+REPTILE_EXT_FN HardFactors<T> hard_factors(T z, T count, T smoothing, T factor) {
+  return {factor * over(z), smoothing > 0 ? factor * smoothing * over(count) : T(0), factor * (T(1) - smoothing)};
+}
 
 // Of z = Σ e_1, a_sum = Σ a_1 and count of the classes that are not masked (of use with smoothing alone), and a_1 of
 // the label's class; `factor` multiplies the gradient.
@@ -597,6 +686,17 @@ REPTILE_EXT_HOST_FN void with_divergence(Divergence kind, Visitor&& visit) {
     REPTILE_EXT_DIVERGENCES(REPTILE_EXT_CASE)
 #undef REPTILE_EXT_CASE
   }
+}
+
+constexpr bool moves(Divergence kind) {
+  switch (kind) {
+#define REPTILE_EXT_CASE(name, Functor) \
+  case Divergence::k##Functor:          \
+    return Functor<float>::kMoves;
+    REPTILE_EXT_DIVERGENCES(REPTILE_EXT_CASE)
+#undef REPTILE_EXT_CASE
+  }
+  return false;
 }
 
 constexpr bool needs_labels(Divergence kind) {

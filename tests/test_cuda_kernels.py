@@ -5,6 +5,7 @@ GPU where there is one."""
 from __future__ import annotations
 
 import ctypes
+import importlib
 import shutil
 import subprocess
 import sys
@@ -33,9 +34,11 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import ops, reference
-from reptile_ext.options import make_binary_options
+from reptile_ext.options import make_binary_options, make_options
 
 HERE = Path(__file__).parent / "cuda"
+sys.path.insert(0, str(HERE))
+budget = importlib.import_module("budget")
 NAN, INF = float("nan"), float("inf")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
@@ -56,8 +59,14 @@ def library(build_folder: Callable[[str], AbstractContextManager[Path]]) -> ctyp
     torch.ops.load_library(str(out / "on_host.so"))
     found = ctypes.CDLL(str(out / "on_host.so"))
     found.reptile_ext_cuda_plan.restype = ctypes.c_char_p
-    found.reptile_ext_host_whole_loads.restype = ctypes.c_int64
     return found
+
+
+def counts(library: ctypes.CDLL) -> list[int]:
+    """Loads of 16 bytes, exponentials in float32, and bytes that copies brought, since the last call."""
+    numbers = (ctypes.c_int64 * 3)()
+    library.reptile_ext_host_counts(numbers)
+    return list(numbers)
 
 
 Configure = Callable[..., None]
@@ -130,46 +139,61 @@ SHAPES = {
     "a row a thread": (70, 10, True),
     "one class": (5, 1, True),
     "part of a warp": (40, 333, True),
-    "a block": (4, 3001, True),
-    "a cluster": (3, 9001, True),
-    "from memory": (2, 17_003, False),
+    "a ring, a warp": (40, 777, True),
+    "a ring, a block": (5, 3001, True),
+    "a ring, a cluster": (5, 21_001, True),
+    "a ring before sm_90": (5, 3001, False),
+    "from memory": (2, 21_003, False),
 }
 every_shape = pytest.mark.parametrize(("rows", "vocab_size", "clusters"), SHAPES.values(), ids=SHAPES.keys())
 
 
-def plan(library: ctypes.CDLL, rows: int, vocab_size: int, dtype: torch.dtype, clusters: bool) -> tuple[Any, ...]:
-    numbers = (ctypes.c_int64 * 4)()
+def plan(
+    library: ctypes.CDLL, rows: int, vocab_size: int, dtype: torch.dtype, clusters: bool, divergence: str = "forward_kl"
+) -> tuple[Any, ...]:
+    numbers = (ctypes.c_int64 * 9)()
     code = (torch.float32, torch.bfloat16, torch.float16, torch.float64).index(dtype)
+    kind = tuple(reptile_ext._C.divergences()).index(divergence)
     name = library.reptile_ext_cuda_plan(
-        ctypes.c_int64(rows), ctypes.c_int64(vocab_size), code, 132, int(clusters), numbers
+        ctypes.c_int64(rows), ctypes.c_int64(vocab_size), code, kind, 132, int(clusters), numbers
     )
     return (name.decode(), *numbers)
 
 
 def test_the_plans_of_known_shapes(library: ctypes.CDLL) -> None:
-    """Name, threads of a team in a block, blocks of a cluster, threads of a block, blocks; of 132 multiprocessors."""
+    """Name, threads of a team in a block, blocks of a cluster, threads of a block, blocks; of a ring, pieces of a row
+    and of a block, and rows in the ring; of 132 multiprocessors."""
     bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
+    ring = "a ring, a row a "
     for (rows, vocab_size, dtype, clusters), expected in {
-        (64, 10, f32, True): ("a row part of a warp, in registers", 2, 1, 256, 1),
-        (64, 10, bf16, True): ("a row a thread, in registers", 1, 1, 256, 1),
-        (8192, 1000, bf16, True): ("a row part of a warp, in registers", 32, 1, 256, 264),
-        (8192, 8000, bf16, True): ("a row a block, in registers", 256, 1, 256, 264),
-        (8192, 32_000, bf16, True): ("a row a cluster, in registers", 256, 4, 256, 256),
-        (8192, 58_000, bf16, True): ("a row a cluster, in registers", 256, 8, 256, 256),
-        (8192, 128_256, bf16, True): ("a row a cluster, in registers", 512, 8, 512, 128),
-        (8192, 128_256, f32, True): ("a row a cluster, from memory", 512, 8, 512, 128),
-        (8192, 151_936, bf16, True): ("a row a cluster, from memory", 512, 8, 512, 128),
-        (8192, 32_000, bf16, False): ("a row a block, from memory", 512, 1, 512, 132),
-        (8192, 32_000, f64, True): ("a row a cluster, from memory", 256, 4, 256, 256),
-        (8192, 32_000, f64, False): ("a row a block, from memory", 256, 1, 256, 264),
+        (64, 10, f32, True): ("a row a thread", 1, 1, 256, 1),
+        (8192, 300, bf16, True): ("a row part of a warp", 16, 1, 256, 264),
+        (8192, 1000, bf16, True): (ring + "warp", 32, 1, 32, 2112, 125, 125, 2),
+        (8192, 4096, bf16, True): (ring + "block", 128, 1, 128, 528, 512, 512, 3),
+        (8192, 32_000, bf16, True): (ring + "cluster", 416, 2, 416, 128, 4000, 2000, 3),
+        (8192, 50_257, bf16, True): (ring + "cluster", 320, 4, 320, 128, 6283, 1571, 4),
+        (8192, 58_000, bf16, True): (ring + "cluster", 384, 4, 384, 128, 7250, 1813, 3),
+        (8192, 128_256, bf16, True): (ring + "cluster", 416, 8, 416, 128, 16_032, 2004, 3),
+        (8192, 151_936, bf16, True): (ring + "cluster", 480, 8, 480, 128, 18_992, 2374, 2),
+        (8192, 163_000, bf16, True): (ring + "cluster", 512, 8, 512, 128, 20_375, 2547, 2),
+        (8192, 256_000, bf16, True): (ring + "cluster", 512, 8, 512, 128, 32_000, 4000, 1),
+        (8192, 300_000, bf16, True): (ring + "cluster", 480, 8, 480, 128, 37_500, 4688, 1),
+        (8192, 500_000, bf16, True): ("a row a cluster", 512, 8, 512, 128),
+        (8192, 32_000, f32, True): (ring + "cluster", 224, 4, 224, 128, 8000, 2000, 3),
+        (8192, 16_000, bf16, False): (ring + "block", 416, 1, 416, 132, 2000, 2000, 2),
+        (8192, 32_000, bf16, False): ("a row a block", 512, 1, 512, 132),
+        (8192, 32_000, f64, True): ("a row a cluster", 256, 4, 256, 256),
+        (8192, 32_000, f64, False): ("a row a block", 256, 1, 256, 264),
     }.items():
-        assert plan(library, rows, vocab_size, dtype, clusters) == expected, (rows, vocab_size, dtype, clusters)
+        found = plan(library, rows, vocab_size, dtype, clusters)
+        assert found[: len(expected)] == expected, (rows, vocab_size, dtype, clusters)
+        assert found[8] <= (227 if clusters else 163) << 10
     names = {
         plan(library, rows, vocab_size, dtype, clusters)[0]
         for rows, vocab_size, clusters in SHAPES.values()
         for dtype in DTYPES
     }
-    assert len(names) == 8, names  # all there are: the tests below run each
+    assert len(names) == 7, names  # all there are: the tests below run each
 
 
 @every_shape
@@ -195,10 +219,96 @@ def test_kinds_of_logits(configure: Configure, rows: int, vocab_size: int, clust
             check(student, teacher, make_labels(rows, vocab_size), temperature=2.0, divergence=divergence)
 
 
-def test_the_largest_cluster(configure: Configure) -> None:
-    for vocab_size in (65_537, 100_000):
-        student, teacher = make_logits("random", 1, vocab_size, torch.bfloat16)
-        check(student, teacher, make_labels(1, vocab_size), hard_weight=0.5)
+@pytest.mark.parametrize("vocab_size", [65_537, 131_072, 151_936, 163_831, 200_001, 256_000])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_the_largest_clusters(configure: Configure, vocab_size: int, divergence: str) -> None:
+    """With exponentials that are kept, and without; and rings of one row."""
+    student, teacher = make_logits("random", 3, vocab_size, torch.bfloat16)
+    check(student, teacher, make_labels(3, vocab_size), divergence=divergence)
+    if vocab_size % 2:
+        check(student, teacher, make_labels(3, vocab_size), hard_weight=0.5, divergence=divergence)
+
+
+# Rows enough for each team to go round its ring several times.
+RINGS = {"a warp": (700, 513, True), "a block": (600, 1601, True), "before sm_90": (600, 1601, False)}
+
+
+@pytest.mark.parametrize("hard_weight", [0.0, 0.5])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("name", RINGS)
+def test_many_rows_through_a_ring(configure: Configure, name: str, divergence: str, hard_weight: float) -> None:
+    rows, vocab_size, clusters = RINGS[name]
+    configure(1, clusters)
+    student, teacher = make_logits("random", rows, vocab_size, torch.bfloat16)
+    labels = make_labels(rows, vocab_size)
+    labels[3:40] = -100  # a team's first rows among them
+    check(student, teacher, labels, hard_weight=hard_weight, weight=torch.rand(rows), divergence=divergence)
+
+
+def test_many_rows_through_the_rings_of_a_cluster(configure: Configure) -> None:
+    configure(1)
+    student, teacher = make_logits("random", 600, 10_300, torch.float32)
+    labels = make_labels(600, 10_300)
+    labels[3:40] = -100
+    check(student, teacher, labels)
+
+
+def test_rows_that_are_far_apart(configure: Configure) -> None:
+    """Beyond 2^31 elements, in memory of which next to nothing is touched."""
+    rows, vocab_size, step = 4, 1000, 2**30 + 8
+    for clusters in (True, False):
+        configure(1, clusters)
+        for dtype in (torch.bfloat16, torch.float32):
+            student, teacher = make_logits("random", rows, vocab_size, dtype)
+            memory = [torch.empty(rows * step, dtype=dtype).as_strided((rows, vocab_size), (step, 1)) for _ in range(2)]
+            for far, near in zip(memory, (student, teacher), strict=True):
+                far.copy_(near)
+            far_student = memory[0].requires_grad_()
+            loss = reptile_ext.distillation_loss(far_student * 1, memory[1], inplace=False)
+            torch.testing.assert_close(loss, reptile_ext.distillation_loss(student, teacher))
+            written = memory[0].detach()
+            right = run(reptile_ext.distillation_loss, student, teacher)[1]
+            operator = ops.distillation_loss_
+            operator(written, memory[1], None, None, None, None, *ops.numbers(make_options()))
+            torch.testing.assert_close(written, right)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "hellinger"])
+@pytest.mark.parametrize("vocab_size", [700, 3001])
+def test_logits_that_no_exponent_holds(configure: Configure, vocab_size: int, divergence: str) -> None:
+    """Masks by the dtype's smallest number, of some classes, a whole warp's, all of a row; and rows of the largest."""
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = make_logits("random", 5, vocab_size, dtype)
+        smallest = torch.finfo(dtype).min
+        for z in (student, teacher):
+            z[0, 1::2] = smallest
+            z[1, 5:] = smallest
+            z[2] = smallest
+            z[3] = -smallest
+            z[4, 7] = -smallest
+        for temperature in (1.0, 0.5, 3.0):
+            keywords = {"reduction": "none", "temperature": temperature, "divergence": divergence}
+            loss, gradient = run(reptile_ext.distillation_loss, student, teacher, **keywords)
+            right = run(reference.distillation_loss, student.double(), teacher.double(), **keywords)
+            torch.testing.assert_close(loss.double(), right[0], rtol=1e-4, atol=1e-5)
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(gradient.double(), right[1].double(), rtol=max(1e-3, eps), atol=1e-5)
+
+
+def test_exponentials_and_bytes_are_those_of_the_plan(configure: Configure, library: ctypes.CDLL) -> None:
+    """Each logit comes from memory once; what is executed is what tests/cuda/budget.py counts in the machine code."""
+    numbers = ops.numbers(make_options())
+    of = torch.ops.reptile_ext_on_host.distillation_loss.default
+    for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
+        for vocab_size in (1000, 4096, 32_000, 50_256, 200_000):
+            logits = torch.zeros(2, vocab_size, dtype=dtype)
+            counts(library)
+            of(logits, logits.clone(), None, None, None, None, *numbers, True)
+            _, exponentials, copied = counts(library)
+            _, *found = plan(library, 2, vocab_size, dtype, True)
+            assert copied == 2 * 2 * vocab_size * size
+            expected = budget.exponentials_of(budget.Plan(*found), vocab_size, size) * vocab_size
+            assert exponentials == 2 * expected, (dtype, vocab_size)
 
 
 @every_shape
@@ -629,9 +739,9 @@ def test_elements_come_by_whole_loads(library: ctypes.CDLL, dtype: torch.dtype, 
         spans = (1000 + shift) // 8 - (shift > 0)
         student = memory[start : start + 1000]
         for teacher, operands in ((student, 2), (memory[2 + start : start + 1002], 1), (student.double(), 0)):
-            library.reptile_ext_host_whole_loads()
+            counts(library)
             of(student, teacher, None, None, None, None, *numbers, None, False)
-            assert library.reptile_ext_host_whole_loads() == spans * loads * operands
+            assert counts(library)[0] == spans * loads * operands
 
 
 def check_elements(s: Tensor, t: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
@@ -884,6 +994,18 @@ BROKEN = {
     "shuffle_of_some": "a barrier or shuffle that is not reached by all threads",
     "peer_too_early": "a peer's memory before all blocks have begun",
     "no_such_peer": "a peer outside of the cluster",
+    "copy_read_before_its_phase": "shared memory is read before it is written",
+    "phase_of_the_wrong_parity": "shared memory is read before it is written",
+    "slot_ordered_while_it_is_read": "shared memory is read before it is written",
+    "too_few_bytes_expected": "a barrier or shuffle that is not reached by all threads",
+    "too_many_bytes_expected": "a barrier or shuffle that is not reached by all threads",
+    "copy_that_nobody_waits_for": "copies that nobody waited for",
+    "copy_beyond_the_row": "a copy of device memory that is not the call's, 64 bytes",
+    "misaligned_copy": "a misaligned copy",
+    "phase_without_init": "a phase that was not initialised",
+    "told_and_read_at_once": "shared memory is read before it is written",
+    "own_copy_read_too_early": "shared memory is read before it is written",
+    "right_ring": "",
     "quotients": "",
     "right": "",
 }

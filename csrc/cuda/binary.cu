@@ -345,7 +345,7 @@ const char* launch_on(DeviceBinary binary, bool in_double, const Launch& launch_
 const char* launch_binary(const DeviceBinary& loss, const DeviceProperties& device, void* stream) {
   const BinaryProblem& p = loss.problem;
   const auto launch_one = [&](const DeviceBinary& binary, auto zero) {
-    return launch(&binary_kernel<decltype(zero)>, grid_of(p, device), kThreads, 1, stream, binary);
+    return launch(&binary_kernel<decltype(zero)>, {grid_of(p, device), kThreads}, stream, binary);
   };
   return launch_on(loss, is_double(p.student) || is_double(p.teacher), launch_one);
 }
@@ -353,7 +353,7 @@ const char* launch_binary(const DeviceBinary& loss, const DeviceProperties& devi
 const char* launch_binary_weights(const DeviceBinary& loss, const DeviceProperties& device, void* stream) {
   const BinaryProblem& p = loss.problem;
   const auto launch_one = [&](const DeviceBinary& binary, auto zero) {
-    return launch(&weights_kernel<decltype(zero)>, grid_of(p, device), kThreads, 1, stream, binary);
+    return launch(&weights_kernel<decltype(zero)>, {grid_of(p, device), kThreads}, stream, binary);
   };
   return launch_on(loss, is_double(p.student) || is_double(p.teacher), launch_one);
 }
@@ -362,7 +362,7 @@ const char* launch_binary_scale(const DeviceBinary& loss, bool is_uniform, const
                                 void* stream) {
   const BinaryProblem& p = loss.problem;
   const auto launch_one = [&](const DeviceBinary& binary, auto zero) {
-    return launch(&scale_elements_kernel<decltype(zero)>, grid_of(p, device), kThreads, 1, stream, binary, is_uniform);
+    return launch(&scale_elements_kernel<decltype(zero)>, {grid_of(p, device), kThreads}, stream, binary, is_uniform);
   };
   return launch_on(loss, is_double(p.gradient), launch_one);
 }

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "loss.h"
+
 #if defined(__CUDACC__)
 
 #include <cooperative_groups.h>
@@ -18,8 +20,11 @@
 
 #define REPTILE_EXT_DEVICE __device__ __forceinline__
 #define REPTILE_EXT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+// With all registers of a multiprocessor, where the compiler would leave half of them to another block.
+#define REPTILE_EXT_LONE_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define REPTILE_EXT_ARGUMENT const __grid_constant__
 #define REPTILE_EXT_UNROLL _Pragma("unroll")
+#define REPTILE_EXT_NO_UNROLL _Pragma("unroll 1")
 
 namespace reptile_ext {
 namespace {
@@ -57,11 +62,25 @@ REPTILE_EXT_DEVICE T* of_peer(T* shared, int) {
 }
 #endif
 
+REPTILE_EXT_DEVICE void sync_warp() { __syncwarp(); }
+
+// Says how often what follows runs, to who counts instructions (tests/cuda/budget.py); not where time matters.
+enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps, kMarkPieces };
+template <int kMark>
+REPTILE_EXT_DEVICE void mark() {
+  asm volatile("pmevent %0;" ::"n"(kMark));
+}
+
 // The block's shared memory.
 template <class T>
 REPTILE_EXT_DEVICE T& shared_memory() {
   __shared__ alignas(T) unsigned char bytes[sizeof(T)];
   return *reinterpret_cast<T*>(bytes);
+}
+// ... of a size that the launch says, instead.
+REPTILE_EXT_DEVICE char* dynamic_shared(int) {
+  extern __shared__ __align__(128) char of_launch[];
+  return of_launch;
 }
 template <class T>
 REPTILE_EXT_DEVICE T load_shared(const T* p) {
@@ -87,13 +106,6 @@ REPTILE_EXT_DEVICE Bits128 load_128_again(const void* p) {
 REPTILE_EXT_DEVICE void store_128(void* p, const Bits128& x) {
   __stcs(static_cast<uint4*>(p), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
-// Asks for memory to be in the L2 when it is wanted, in one instruction however much it is; sm_90 and later. Both
-// numbers are multiples of 16.
-REPTILE_EXT_DEVICE void prefetch_to_l2(const void* p, uint32_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes) : "memory");
-#endif
-}
 template <class T>
 REPTILE_EXT_DEVICE T load(const T* p) {
   return *p;
@@ -103,11 +115,108 @@ REPTILE_EXT_DEVICE void store(T* p, T x) {
   *p = x;
 }
 
+REPTILE_EXT_DEVICE Bits128 load_shared_any_128(const void* p) {
+  const uint4 x = *static_cast<const uint4*>(p);
+  return {{x.x, x.y, x.z, x.w}};
+}
+REPTILE_EXT_DEVICE void store_shared_128(void* p, const Bits128& x) {
+  *static_cast<uint4*>(p) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
+}
+
+// Copies from device memory to shared memory that go on by themselves. Sizes and addresses are multiples of 16.
+//
+// sm_90 and later: whole ranges, by one thread. A phase ends when expect_bytes was called once and as many bytes have
+// come; whoever waits for it says whether it is an odd one.
+struct Phase {
+  uint64_t state;
+};
+REPTILE_EXT_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool has_code_for(bool bulk_copies) { return bulk_copies; }
+REPTILE_EXT_DEVICE void init_phase(Phase* phase) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(phase)) : "memory");
+}
+// After the last init_phase, before a barrier.
+REPTILE_EXT_DEVICE void fence_phases() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+REPTILE_EXT_DEVICE void expect_bytes(Phase* phase, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(phase)), "r"(bytes)
+               : "memory");
+}
+REPTILE_EXT_DEVICE void wait_for(Phase* phase, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}" ::"r"(shared_address(phase)),
+      "r"(parity)
+      : "memory");
+}
+REPTILE_EXT_DEVICE void copy_bulk(void* shared, const void* device, uint32_t bytes, Phase* phase) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(__cvta_generic_to_global(device)), "r"(bytes), "r"(shared_address(phase))
+               : "memory");
+}
+// Before a copy over what this thread has written there.
+REPTILE_EXT_DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// To the same place of a peer's shared memory, whose phase counts the 16 bytes.
+REPTILE_EXT_DEVICE void tell_128(void* shared, int rank, const Bits128& x, Phase* phase) {
+  uint32_t to, of_peer;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(shared)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(of_peer) : "r"(shared_address(phase)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3]), "r"(of_peer)
+               : "memory");
+}
+#else
+constexpr bool has_code_for(bool bulk_copies) { return !bulk_copies; }
+REPTILE_EXT_DEVICE void init_phase(Phase*) {}
+REPTILE_EXT_DEVICE void fence_phases() {}
+REPTILE_EXT_DEVICE void expect_bytes(Phase*, uint32_t) {}
+REPTILE_EXT_DEVICE void wait_for(Phase*, uint32_t) {}
+REPTILE_EXT_DEVICE void copy_bulk(void*, const void*, uint32_t, Phase*) {}
+REPTILE_EXT_DEVICE void fence_copies() {}
+REPTILE_EXT_DEVICE void tell_128(void*, int, const Bits128&, Phase*) {}
+#endif
+// Before: 16 bytes, for the thread that asks for them alone. Between two calls of end_copies lies a group of copies;
+// all but the last kGroups of them have come.
+REPTILE_EXT_DEVICE void copy_128(void* shared, const void* device) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(device))
+               : "memory");
+}
+REPTILE_EXT_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+REPTILE_EXT_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 REPTILE_EXT_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 REPTILE_EXT_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 REPTILE_EXT_DEVICE float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 REPTILE_EXT_DEVICE uint16_t half_of(float x) { return __half_as_ushort(__float2half_rn(x)); }
 REPTILE_EXT_DEVICE uint16_t bfloat16_of(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+// Two at a time, the first in the low half.
+template <class Pair>
+REPTILE_EXT_DEVICE uint32_t bits_of_pair(Pair pair) {
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+template <class Pair>
+REPTILE_EXT_DEVICE Pair pair_of_bits(uint32_t bits) {
+  Pair pair;
+  memcpy(&pair, &bits, 4);
+  return pair;
+}
+REPTILE_EXT_DEVICE uint32_t bfloat16s_of(float x, float y) { return bits_of_pair(__floats2bfloat162_rn(x, y)); }
+REPTILE_EXT_DEVICE uint32_t halves_of(float x, float y) { return bits_of_pair(__floats2half2_rn(x, y)); }
+// The larger ones; of a NaN and a number, the number.
+REPTILE_EXT_DEVICE uint32_t larger_bfloat16s(uint32_t a, uint32_t b) {
+  return bits_of_pair(__hmax2(pair_of_bits<__nv_bfloat162>(a), pair_of_bits<__nv_bfloat162>(b)));
+}
+REPTILE_EXT_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) {
+  return bits_of_pair(__hmax2(pair_of_bits<__half2>(a), pair_of_bits<__half2>(b)));
+}
 
 // Results below the smallest normal number are 0, as divergence.h has it on the CPU. 2 ulp, and exact at integers.
 REPTILE_EXT_DEVICE float exp2(float x) {
@@ -145,22 +254,77 @@ REPTILE_EXT_DEVICE double times_sign_of(double x, double s) {
   return __longlong_as_double(__double_as_longlong(x) ^ (__double_as_longlong(s) & INT64_MIN));
 }
 
-// Starts a kernel; null, or what CUDA says is wrong.
-template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t grid, int block, int cluster, void* stream,
-                   const Arguments&... arguments) {
+inline cudaLaunchConfig_t config_of(const LaunchShape& shape, cudaLaunchAttribute& attribute, void* stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid));
-  config.blockDim = dim3(unsigned(block));
+  config.gridDim = dim3(unsigned(shape.blocks));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
+  attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.x = unsigned(shape.cluster_blocks);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = shape.cluster_blocks > 1 ? 1 : 0;
+  return config;
+}
+
+// Starts a kernel; null, or what CUDA says is wrong.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                   const Arguments&... arguments) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = config_of(shape, attribute, stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Of a kernel whose blocks each go over many rows: no more blocks than are resident at once, which the device is asked
+// for, once a thread and shape. Also allows it its shared memory.
+template <class... Parameters>
+const char* limit_to_resident(void (*kernel)(Parameters...), LaunchShape& shape) {
+  struct Known {
+    const void* kernel = nullptr;
+    int device = -1, threads = 0, cluster_blocks = 0, shared_bytes = 0;
+    int64_t blocks = 0;
+  };
+  thread_local Known known[8];
+  thread_local int next = 0;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  for (const Known& k : known) {
+    if (k.kernel == function && k.device == device && k.threads == shape.threads &&
+        k.cluster_blocks == shape.cluster_blocks && k.shared_bytes == shape.shared_bytes) {
+      if (k.blocks < shape.blocks) shape.blocks = k.blocks;
+      return nullptr;
+    }
+  }
+  Known found{function, device, shape.threads, shape.cluster_blocks, shape.shared_bytes, 0};
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  }
+  int count = 0;
+  if (error == cudaSuccess && shape.cluster_blocks > 1) {
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = config_of(shape, attribute, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&count, function, &config);
+    found.blocks = int64_t(count) * shape.cluster_blocks;
+  } else if (error == cudaSuccess) {
+    int multiprocessors = 0;
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, shape.threads, size_t(shape.shared_bytes));
+    }
+    found.blocks = int64_t(count) * multiprocessors;
+  }
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (found.blocks == 0) return "a kernel that does not fit this device";
+  known[next] = found;
+  next = (next + 1) % 8;
+  if (found.blocks < shape.blocks) shape.blocks = found.blocks;
+  return nullptr;
 }
 
 }  // namespace
@@ -192,7 +356,8 @@ REPTILE_EXT_DEVICE V where_positive(V e, V d) {
 }
 template <class V>
 REPTILE_EXT_DEVICE V add_product_where_positive(V sum, V e, V d) {
-  return fma(e, where_positive(e, d), sum);
+  if (!(e <= V(0))) sum = fma(e, d, sum);  // one instruction less than with where_positive
+  return sum;
 }
 template <class V>
 REPTILE_EXT_DEVICE V where_not_masked(V z, V d) {

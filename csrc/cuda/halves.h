@@ -11,8 +11,7 @@
 //     kMixtureSums    mixture pass    reads Z_s and Z_t, writes 2; no pass for a divergence without one
 //     kGradient       last pass       reads all 15, writes loss and gradient
 //
-// Only kernels that read their rows from memory (Storage::kAny) can be called so. In the others `part` is a constant,
-// and what is written here for the other parts is no code at all.
+// These are the kernels for rows of any layout; dense rows whose parts are not called apart have ring_rows.cu.
 #pragma once
 
 #include "passes.h"
@@ -20,18 +19,11 @@
 namespace reptile_ext {
 namespace {
 
-// What the kernel is to compute; known at compile time where there is no choice.
-template <Storage kStorage>
-REPTILE_EXT_DEVICE Part part_of(const LossProblem& p) {
-  return kStorage == Storage::kAny ? p.part : Part::kLoss;
-}
-
 // Of the halves apart, −1 is a class that is not among those at hand.
-template <Storage kStorage>
 REPTILE_EXT_DEVICE bool has_wrong_label(const LossProblem& p, int64_t n) {
   if (!p.labels) return false;
   const int64_t label = load(p.labels + n);
-  return label < (part_of<kStorage>(p) == Part::kLoss ? 0 : -1) || label >= p.vocab_size;
+  return label < (p.part == Part::kLoss ? 0 : -1) || label >= p.vocab_size;
 }
 
 // The memory of a part's numbers, each [num_rows, count]; of the parts with a loss, the rows' losses.
@@ -53,10 +45,10 @@ REPTILE_EXT_DEVICE PartNumbers numbers_of(const LossProblem& p, Part part) {
 }
 
 // Of an ignored row: 0, whatever is asked for, and a gradient of 0.
-template <Storage kStorage, class V>
+template <class V>
 REPTILE_EXT_DEVICE void write_ignored(const LossProblem& p, const Team<V>& team, const Place& place, int64_t n) {
   if (team.global_rank() == 0) {
-    const PartNumbers numbers = numbers_of(p, part_of<kStorage>(p));
+    const PartNumbers numbers = numbers_of(p, p.part);
     for (int i = 0; i < numbers.count; ++i) store(numbers.data + n * numbers.count + i, 0.0);
   }
   if (p.gradient.data) clear(p, place, team, 0);
@@ -89,11 +81,11 @@ REPTILE_EXT_DEVICE void mixture_in_double(const RowStats<D, V>& stats, double z_
 
 // The first half: all of it, or what the part asks for, which is written and ends the row. For the last pass it leaves
 // reference points and Z_s / Z_t in `stats`, computed or from memory.
-template <class D, class V, Storage kStorage, class Source>
+template <class D, class V, class Source>
 REPTILE_EXT_DEVICE void row_stats(const DeviceLoss& device, const Call<V>& call, Team<V>& team, Source& source,
                                   const Place& place, const TeamRow& row, RowStats<D, V>& stats) {
   const LossProblem& p = device.problem;
-  const Part part = part_of<kStorage>(p);
+  const Part part = p.part;
   const bool fused = part == Part::kLoss;
 
   // The label's logits, before the gradient is written over them.
@@ -104,8 +96,6 @@ REPTILE_EXT_DEVICE void row_stats(const DeviceLoss& device, const Call<V>& call,
   stats.teacher_label = needs_label && D::kExcludesLabel
                             ? load_class<V>(p.teacher, place.teacher + row.label * p.teacher.class_stride)
                             : V(0);
-  if (row.counts) source.fetch(team);
-  prefetch_row(device, team, row.next);
 
   if (fused || part == Part::kMaxima) {
     V m[2];
@@ -158,7 +148,7 @@ REPTILE_EXT_DEVICE void row_stats(const DeviceLoss& device, const Call<V>& call,
 
 // The second half. The loss and the coefficients of the gradient take a few logarithms a row: one thread of each block
 // computes them, in double precision, and tells the others.
-template <class D, class V, Storage kStorage, class Source>
+template <class D, class V, class Source>
 REPTILE_EXT_DEVICE void row_gradient(const DeviceLoss& device, const Call<V>& call, Team<V>& team, const Source& source,
                                      const Place& place, const TeamRow& row, const RowStats<D, V>& stats) {
   using G = typename D::Gradient;
@@ -174,7 +164,7 @@ REPTILE_EXT_DEVICE void row_gradient(const DeviceLoss& device, const Call<V>& ca
     if (p.grad_output) scale *= load(p.grad_output + (p.grad_output_is_uniform ? 0 : row.n));
 
     double sums[kNumSums], mixture[kNumMixtureSums];
-    if (part_of<kStorage>(p) == Part::kLoss) {
+    if (p.part == Part::kLoss) {
       sums_in_double(stats, sums);
       mixture_in_double(stats, sums[0], mixture);
     } else {
@@ -208,19 +198,19 @@ REPTILE_EXT_DEVICE void row_gradient(const DeviceLoss& device, const Call<V>& ca
   if (!p.gradient.data) return;
   team.broadcast(numbers);
   if (!row.counts) return;
-  last_pass<D, kStorage>(p.gradient, call, team, source, place, row, stats, numbers);
+  last_pass<D>(p.gradient, call, team, source, place, row, stats, numbers);
   clear(p, place, team, place.vocab_size);
 }
 
 // All that is asked for of one row. The threads of a team without one (`counts` false) come along for the exchanges.
-template <class D, class V, Storage kStorage, class Source>
+template <class D, class V, class Source>
 REPTILE_EXT_DEVICE void loss_of_row(const DeviceLoss& device, const Call<V>& call, Team<V>& team, Source& source,
                                     const Place& place, const TeamRow& row) {
   RowStats<D, V> stats;
-  row_stats<D, V, kStorage>(device, call, team, source, place, row, stats);
-  const Part part = part_of<kStorage>(device.problem);
+  row_stats<D, V>(device, call, team, source, place, row, stats);
+  const Part part = device.problem.part;
   if (part == Part::kLoss || part == Part::kGradient) {
-    row_gradient<D, V, kStorage>(device, call, team, source, place, row, stats);
+    row_gradient<D, V>(device, call, team, source, place, row, stats);
   }
 }
 

@@ -7,9 +7,9 @@
 
 namespace reptile_ext {
 
-const char* launch_float32(const DeviceLoss& loss, const Plan& plan, void* stream);
-const char* launch_bfloat16(const DeviceLoss& loss, const Plan& plan, void* stream);
-const char* launch_float16(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_ring_float32(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_ring_bfloat16(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_ring_float16(const DeviceLoss& loss, const Plan& plan, void* stream);
 const char* launch_any_float(const DeviceLoss& loss, const Plan& plan, void* stream);
 const char* launch_any_double(const DeviceLoss& loss, const Plan& plan, void* stream);
 
@@ -102,7 +102,7 @@ scale_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan, const void
     MemoryRow<V>(p, place).each(team, [&](int64_t chunk, const V(&g)[kChunk], const V(&)[kChunk]) {
       V scaled[kChunk];
       for (int i = 0; i < kChunk; ++i) scaled[i] = g[i] * V(factor);
-      store_gradient<Storage::kAny>(p.gradient, place, chunk, scaled);
+      store_gradient(p.gradient, place, chunk, scaled);
     });
   }
 }
@@ -116,6 +116,13 @@ const char* properties_of(int device, DeviceProperties& found) {
   cudaError_t error = cudaDeviceGetAttribute(&found.num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, divisor_kernel);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&found.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&found.shared_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   // Code compiled for an older device and translated for this one knows no clusters.
   found.has_clusters = major >= 9 && code.ptxVersion >= 90;
@@ -134,29 +141,29 @@ const char* sum_tiles(const DeviceLoss& loss, bool of_losses, double* tiles, Dev
   of_tiles.problem.gradient_scale = loss.problem.gradient_scale;
   of_tiles.divisor = loss.divisor;
   of_tiles.problem.weights = of_tiles.problem.row_losses = tiles;
-  return launch(&tile_sums_kernel, of_tiles.problem.num_rows, kMaxBlockThreads, 1, stream, loss, of_losses, tiles);
+  return launch(&tile_sums_kernel, {of_tiles.problem.num_rows, kMaxBlockThreads}, stream, loss, of_losses, tiles);
 }
 
 const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* tiles, double* out,
                            void* stream) {
   if (loss.problem.num_rows <= kRowsPerTile) {
-    return launch(&divisor_kernel, 1, kMaxBlockThreads, 1, stream, loss, denominator, out);
+    return launch(&divisor_kernel, {1, kMaxBlockThreads}, stream, loss, denominator, out);
   }
   DeviceLoss of_tiles;
   const char* error = sum_tiles(loss, false, tiles, of_tiles, stream);
-  return error ? error : launch(&divisor_kernel, 1, kMaxBlockThreads, 1, stream, of_tiles, denominator, out);
+  return error ? error : launch(&divisor_kernel, {1, kMaxBlockThreads}, stream, of_tiles, denominator, out);
 }
 
 const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, double* tiles, void* out, void* stream) {
   if (!each && loss.problem.num_rows > kRowsPerTile) {
     DeviceLoss of_tiles;
     const char* error = sum_tiles(loss, true, tiles, of_tiles, stream);
-    return error ? error : launch(&losses_kernel, 1, kMaxBlockThreads, 1, stream, of_tiles, each, is_double, out);
+    return error ? error : launch(&losses_kernel, {1, kMaxBlockThreads}, stream, of_tiles, each, is_double, out);
   }
   const int64_t blocks = each ? (loss.problem.num_rows + kMaxBlockThreads - 1) / kMaxBlockThreads : 1;
   if (blocks == 0) return nullptr;
   constexpr int64_t kMostBlocks = 1024;
-  return launch(&losses_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kMaxBlockThreads, 1, stream, loss, each,
+  return launch(&losses_kernel, {blocks < kMostBlocks ? blocks : kMostBlocks, kMaxBlockThreads}, stream, loss, each,
                 is_double, out);
 }
 
@@ -170,8 +177,9 @@ const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream) {
   }
   if (is_double(p)) return launch_any_double(loss, plan, stream);
   if (plan.source == Plan::Source::kMemory) return launch_any_float(loss, plan, stream);
-  if (p.student.dtype == DType::kFloat32) return launch_float32(loss, plan, stream);
-  return p.student.dtype == DType::kBFloat16 ? launch_bfloat16(loss, plan, stream) : launch_float16(loss, plan, stream);
+  if (p.student.dtype == DType::kFloat32) return launch_ring_float32(loss, plan, stream);
+  return p.student.dtype == DType::kBFloat16 ? launch_ring_bfloat16(loss, plan, stream)
+                                             : launch_ring_float16(loss, plan, stream);
 }
 
 const char* launch_scale(const DeviceLoss& loss, const void* factors, bool factors_are_double, bool is_uniform,
@@ -187,10 +195,10 @@ const char* launch_scale(const DeviceLoss& loss, const void* factors, bool facto
   const int64_t needed = (p.num_rows + simple.rows_per_block() - 1) / simple.rows_per_block();
   simple.grid_blocks = needed < most ? needed : most;
   if (p.gradient.dtype == DType::kFloat64) {
-    return launch(&scale_kernel<double>, simple.grid_blocks, simple.block_threads, 1, stream, device, simple, factors,
+    return launch(&scale_kernel<double>, {simple.grid_blocks, simple.block_threads}, stream, device, simple, factors,
                   factors_are_double, is_uniform);
   }
-  return launch(&scale_kernel<float>, simple.grid_blocks, simple.block_threads, 1, stream, device, simple, factors,
+  return launch(&scale_kernel<float>, {simple.grid_blocks, simple.block_threads}, stream, device, simple, factors,
                 factors_are_double, is_uniform);
 }
 

@@ -17,8 +17,8 @@ struct DeviceLoss {
 // or the blocks of a cluster.
 struct Plan {
   enum class Source : int {
-    kRegisters,  // a row is read once, and lives in the team's registers
-    kMemory,     // a row is read again in every pass; most of it from the L2
+    kRing,    // a row is read once, through a ring in shared memory (ring_rows.cu)
+    kMemory,  // a row is read again in every pass; most of it from the L2 (loss_rows.cu)
   };
   Source source = Source::kMemory;
   int team_threads = 1;  // in one block
@@ -26,20 +26,58 @@ struct Plan {
   int block_threads = 256;
   int64_t grid_blocks = 1;
 
+  // Of a ring. Pieces are 16 bytes of an operand; a block of a cluster has a share of each row's.
+  int64_t pieces = 0;  // of a row, where it begins farthest behind a boundary of 16 bytes
+  int share = 0;
+  int ring_rows = 0;
+  int shared_bytes = 0;
+  bool has_bulk_copies = false;
+  bool keeps = false;               // exponentials, in registers; else they are taken again in every pass over the ring
+  bool rows_at_boundaries = false;  // every row of every operand begins at 16 bytes
+
   constexpr int rows_per_block() const { return block_threads / team_threads; }
+};
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int cluster_blocks = 1;
+  int shared_bytes = 0;  // besides those of shared_memory
 };
 
 struct DeviceProperties {
   int num_multiprocessors = 1;
-  bool has_clusters = false;  // sm_90 and later, and the library holds code for it
+  bool has_clusters = false;  // and bulk copies: sm_90 and later, and the library holds code for it
+  // Shared memory: of a block at most, and of all blocks of a multiprocessor, each of which takes 1 KB more than it
+  // asks.
+  int shared_block = 99 << 10, shared_all = 100 << 10;
+
+  // As of an H100 or, without clusters, an A100: where no device is at hand.
+  void set_generation(bool clusters) {
+    has_clusters = clusters;
+    shared_block = (clusters ? 227 : 163) << 10;
+    shared_all = shared_block + 1024;
+  }
 };
 
 constexpr int kChunk = 8;                    // classes that a thread takes at a time: one or two loads of 16 bytes
 constexpr int kMaxBlockThreads = 512;        // of 128 registers
 constexpr int kMaxDoubleBlockThreads = 256;  // of 255 registers: float64 is for checks, not for speed
 constexpr int kMaxClusterBlocks = 8;         // more are not portable
-// Chunks of student and teacher that a thread holds in 32 registers.
-constexpr int chunks_in_registers(DType dtype) { return size_of(dtype) == 2 ? 4 : dtype == DType::kFloat32 ? 2 : 0; }
+
+// Rings.
+constexpr int kPieceBytes = 16;
+constexpr int kMaxRingRows = 8;  // slots
+constexpr int kRingRowsBefore90 = 2;
+constexpr int kRingSharedBytes = 4352;  // in front of the slots
+// Pieces of a thread, where values of each class are kept: 40 pairs of logits, or fewer where more of a class are kept
+// or more is to be done with them.
+template <class D>
+constexpr int ring_pieces(DType dtype) {
+  const int kept = D::Gradient::kKept < 2 ? 2 : D::Gradient::kKept;
+  const bool is_crowded = D::kMixtureSums > 0 || !(D::kKeepsExp || D::kRawLogits);
+  return (is_crowded ? 64 : 80) / kept / (kPieceBytes / int(size_of(dtype)));
+}
 
 // Of many rows, their numbers are added up in two steps.
 constexpr int64_t kRowsPerTile = 4096;  // 8 a thread

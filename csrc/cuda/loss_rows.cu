@@ -2,36 +2,23 @@
 // tells how and why. team.h has the threads of a row, storage.h its memory, passes.h the passes over it, halves.h the
 // two halves that they make; this file goes over the rows.
 //
-// What is fused, in units of one row of V elements: where the team's registers hold the row, memory sees two reads and
-// one write of each element. Otherwise the row is read again in every pass, three times or, with a mixture pass, four
-// times; of these the L2 serves all but the first.
+// These are the general kernels, for any layout and mixture of types: a row is read again in every pass, three times
+// or, with a mixture pass, four times; of these the L2 serves all but the first. Dense rows of one type have
+// ring_rows.cu, which reads them once.
 //
-// Compiled once for each way to hold a row, for every divergence:
-//
-//     REPTILE_EXT_LAUNCHER    REPTILE_EXT_VALUE    REPTILE_EXT_STORAGE
-//     launch_float32          float                kFloat32               rows in registers
-//     launch_bfloat16         float                kBFloat16
-//     launch_float16          float                kFloat16
-//     launch_any_float        float                kAny                   any layout and mixture of types below float64
-//     launch_any_double       double               kAny                   float64 on either side
+// Compiled twice: as launch_any_float (REPTILE_EXT_VALUE float), and as launch_any_double for float64 on either side.
 
 #include "halves.h"
 
 namespace reptile_ext {
 namespace {
 
-template <class D, class V, Storage kStorage>
+template <class D, class V>
 REPTILE_EXT_KERNEL(sizeof(V) == 8 ? kMaxDoubleBlockThreads : kMaxBlockThreads)
 loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   Exchange<V>& exchange = shared_memory<Exchange<V>>();
   const LossProblem& p = device.problem;
-  Call<V> call;
-  call.k_s = V((D::kRawLogits ? 1 : kLog2E) / p.student_temperature);
-  call.k_t = V((D::kRawLogits ? 1 : kLog2E) / p.teacher_temperature);
-  call.beta = V(p.beta);
-  call.one_minus_beta = V(p.one_minus_beta);
-  call.hard = p.hard_weight > 0;
-  call.smooth = p.label_smoothing > 0;
+  const Call<V> call(p, D::kRawLogits);
 
   Team<V> team;
   team.exchange = &exchange;
@@ -48,16 +35,15 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   for (int64_t base = block_rank() / plan.cluster_blocks * rows_per_block; base < p.num_rows; base += stride) {
     TeamRow row;
     row.n = base + thread_rank() / plan.team_threads;
-    row.next = is_in_warp ? p.num_rows : row.n + stride;
     const bool exists = row.n < p.num_rows;
     row.counts = exists && row_counts(device, row.n);
-    row.is_broken = row.counts && has_wrong_label<kStorage>(p, row.n);
+    row.is_broken = row.counts && has_wrong_label(p, row.n);
     row.label = p.labels && row.counts && !row.is_broken ? load(p.labels + row.n) : -1;
     const Place place(p, exists ? row.n : 0);
-    if (exists && !row.counts) write_ignored<kStorage>(p, team, place, row.n);
+    if (exists && !row.counts) write_ignored(p, team, place, row.n);
     if (!is_in_warp && !row.counts) continue;  // the whole team agrees, and no other waits for it
-    typename RowOf<V, kStorage>::Type source(p, place);
-    loss_of_row<D, V, kStorage>(device, call, team, source, place, row);
+    MemoryRow<V> source(p, place);
+    loss_of_row<D, V>(device, call, team, source, place, row);
   }
   if (plan.cluster_blocks > 1) sync_cluster();  // nobody leaves while a peer may still write to its memory
 }
@@ -67,8 +53,8 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
 const char* REPTILE_EXT_LAUNCHER(const DeviceLoss& loss, const Plan& plan, void* stream) {
   const char* error = nullptr;
   with_divergence<REPTILE_EXT_VALUE>(loss.problem.divergence, [&](auto d) {
-    error = launch(&loss_kernel<decltype(d), REPTILE_EXT_VALUE, Storage::REPTILE_EXT_STORAGE>, plan.grid_blocks,
-                   plan.block_threads, plan.cluster_blocks, stream, loss, plan);
+    error = launch(&loss_kernel<decltype(d), REPTILE_EXT_VALUE>,
+                   {plan.grid_blocks, plan.block_threads, plan.cluster_blocks}, stream, loss, plan);
   });
   return error;
 }

@@ -22,18 +22,9 @@ namespace {
 
 constexpr int kBlockChunks = 16;
 
-// What is the same for all rows of a call, in the arithmetic's type.
-template <class V>
-struct Call {
-  V k_s, k_t;  // what differences of logits are multiplied with: log2 e / temperature
-  V beta, one_minus_beta;
-  bool hard, smooth;
-};
-
 // The row that a team is at.
 struct TeamRow {
   int64_t n;
-  int64_t next;    // the team's next row, or num_rows
   bool counts;     // false: an ignored row, or none. Nothing of it is read; its team takes part in exchanges alone
   bool is_broken;  // its label is no class: all of its results are NaN
   int64_t label;   // −1: none, or not a class at hand
@@ -172,7 +163,7 @@ REPTILE_EXT_DEVICE void mixture_pass(const Call<V>& call, Team<V>& team, const S
 }
 
 // Writes the gradient, once. A thread writes the chunks that it has read, so in place nobody reads what was written.
-template <class D, Storage kStorage, class V, class Source>
+template <class D, class V, class Source>
 REPTILE_EXT_DEVICE void last_pass(const Operand& gradient, const Call<V>& call, const Team<V>& team,
                                   const Source& source, const Place& place, const TeamRow& row,
                                   const RowStats<D, V>& stats,
@@ -206,7 +197,7 @@ REPTILE_EXT_DEVICE void last_pass(const Operand& gradient, const Call<V>& call, 
         if (v == row.label) g[i] = g[i] - numbers[At::kHit];
       }
     }
-    store_gradient<kStorage>(gradient, place, chunk, g);
+    store_gradient(gradient, place, chunk, g);
   });
 }
 

@@ -4,13 +4,13 @@
 // the same distance from such a boundary, chunks are counted from the boundary, and only the chunks at the row's ends
 // are taken element by element. Classes that are not there read as −inf on both sides, which counts for nothing.
 //
-// A row is held in one of two ways, and passes are written once, over either:
-//
-//     RegisterRow    read once; the team's registers hold it as it lies in memory
-//     MemoryRow      read again in every pass, most of it from the L2: any layout, any mixture of types
+// MemoryRow is read again in every pass, most of it from the L2: any layout, any mixture of types. Dense rows are read
+// once, by ring_rows.cu.
 #pragma once
 
 #include "team.h"
+
+#include "../divergence.h"
 
 namespace reptile_ext {
 namespace {
@@ -46,15 +46,6 @@ REPTILE_EXT_DEVICE void store_class(const Operand& operand, int64_t at, V x) {
 }
 
 // ------------------------------------------------------------------------------------------------- a chunk at a time
-
-// How a kernel's rows lie in memory, where that is known when it is compiled; kAny: it is not, and they are read again
-// in every pass.
-enum class Storage { kAny, kFloat32, kBFloat16, kFloat16 };
-constexpr DType dtype_of(Storage storage) {
-  return storage == Storage::kBFloat16  ? DType::kBFloat16
-         : storage == Storage::kFloat16 ? DType::kFloat16
-                                        : DType::kFloat32;
-}
 
 // A chunk as it lies in memory, 16 bytes after 16 bytes.
 template <int kWords>
@@ -163,20 +154,43 @@ REPTILE_EXT_DEVICE const char* address(const Operand& operand, int64_t element) 
 }
 
 // A chunk of the gradient: whole if it is one, and only classes that are there.
-template <Storage kStorage, class V>
+template <class V>
 REPTILE_EXT_DEVICE void store_gradient(const Operand& gradient, const Place& place, int64_t chunk,
                                        const V (&g)[kChunk]) {
   const int64_t first_class = place.first_class(chunk);
   if constexpr (sizeof(V) == 4) {
     if (place.is_whole(chunk)) {
       char* to = const_cast<char*>(address<V>(gradient, place.gradient + first_class));
-      return store_chunk(to, kStorage == Storage::kAny ? gradient.dtype : dtype_of(kStorage), g);
+      return store_chunk(to, gradient.dtype, g);
     }
   }
   for (int i = 0; i < kChunk; ++i) {
     const int64_t v = first_class + i;
     if (v >= 0 && v < place.vocab_size) store_class(gradient, place.gradient + v * gradient.class_stride, g[i]);
   }
+}
+
+// A gradient of 0 from class `from` on, by threads of which this is one of `threads`; of a dense row.
+REPTILE_EXT_DEVICE void clear_row(const LossProblem& p, int64_t row, int64_t from, int thread, int threads) {
+  const int64_t size = int64_t(size_of(p.gradient.dtype));
+  char* const begin = static_cast<char*>(p.gradient.data) + (row * p.gradient.row_strides[0] + from) * size;
+  char* const end = begin + (p.gradient_size - from) * size;
+  // What lies before the first boundary of 16 bytes and behind the last one by bytes of the type, the rest at once.
+  char* const first = begin + (16 - uintptr_t(begin) % 16) % 16;
+  const auto by_classes = [&](char* at, char* to) {
+    for (at += thread * size; at < to; at += threads * size) {
+      if (size == 2) {
+        store(reinterpret_cast<uint16_t*>(at), uint16_t(0));
+      } else {
+        store(reinterpret_cast<uint32_t*>(at), uint32_t(0));
+      }
+    }
+  };
+  if (first >= end) return by_classes(begin, end);
+  char* const last = end - uintptr_t(end) % 16;
+  by_classes(begin, first);
+  for (char* at = first + int64_t(thread) * 16; at < last; at += int64_t(threads) * 16) store_128(at, Bits128{});
+  by_classes(last, end);
 }
 
 // A gradient of 0 from class `from` on.
@@ -197,94 +211,36 @@ struct MemoryRow {
   const Place& place;
 
   REPTILE_EXT_DEVICE MemoryRow(const LossProblem& problem, const Place& place) : p(problem), place(place) {}
-  REPTILE_EXT_DEVICE void fetch(const Team<V>&) {}
 
   // visit(chunk, student, teacher) for the chunks of this thread.
   template <class Visit>
   REPTILE_EXT_DEVICE void each(const Team<V>& team, Visit visit) const {
     for (int64_t c = team.global_rank(); c < place.num_chunks; c += team.size()) {
       V s[kChunk], t[kChunk];
-      const bool whole = place.is_whole(c);
-      read(p.student, place.student, c, whole, s);
-      read(p.teacher, place.teacher, c, whole, t);
+      if (place.is_whole(c)) {  // of one type; both loads are under way before the first is waited for
+        const char* const student = address<V>(p.student, place.student + place.first_class(c));
+        const char* const teacher = address<V>(p.teacher, place.teacher + place.first_class(c));
+        if (size_of(p.student.dtype) == 2) {
+          read<1>(student, teacher, s, t);
+        } else {
+          read<2>(student, teacher, s, t);
+        }
+      } else {
+        load_elements(p.student, place.student, place, c, s);
+        load_elements(p.teacher, place.teacher, place, c, t);
+      }
       visit(c, s, t);
     }
   }
 
  private:
-  REPTILE_EXT_DEVICE void read(const Operand& operand, int64_t row, int64_t chunk, bool whole, V (&x)[kChunk]) const {
-    const char* from = address<V>(operand, row + place.first_class(chunk));
-    if (whole && size_of(operand.dtype) == 2) {
-      Raw<1> raw;
-      raw.load(from, true);
-      widen(raw, operand.dtype, x);
-    } else if (whole) {
-      Raw<2> raw;
-      raw.load(from, true);
-      widen(raw, operand.dtype, x);
-    } else {
-      load_elements(operand, row, place, chunk, x);
-    }
-  }
-};
-
-// A row that is read once, all of it before the first pass, so that all its loads are under way at once. The types and
-// the number of chunks are the kernel's own: no array is indexed by what is not a constant, and so all lie in
-// registers.
-template <Storage kStorage>
-struct RegisterRow {
-  static constexpr DType kDType = dtype_of(kStorage);
-  static constexpr int kWords = int(size_of(kDType)) / 2, kChunks = chunks_in_registers(kDType);
-  const LossProblem& p;
-  const Place& place;
-  Raw<kWords> student[kChunks], teacher[kChunks];
-
-  REPTILE_EXT_DEVICE RegisterRow(const LossProblem& problem, const Place& place) : p(problem), place(place) {}
-
-  REPTILE_EXT_DEVICE void fetch(const Team<float>& team) {
-    REPTILE_EXT_UNROLL
-    for (int i = 0; i < kChunks; ++i) {
-      const int64_t c = team.global_rank() + int64_t(i) * team.size();
-      if (place.is_whole(c)) {
-        student[i].load(address<float>(p.student, place.student + place.first_class(c)), false);
-        teacher[i].load(address<float>(p.teacher, place.teacher + place.first_class(c)), false);
-      } else {
-        gather(p.student, place.student, c, student[i]);
-        gather(p.teacher, place.teacher, c, teacher[i]);
-      }
-    }
-  }
-
-  template <class Visit>
-  REPTILE_EXT_DEVICE void each(const Team<float>& team, Visit visit) const {
-    REPTILE_EXT_UNROLL
-    for (int i = 0; i < kChunks; ++i) {
-      float s[kChunk], t[kChunk];
-      widen(student[i], kDType, s);
-      widen(teacher[i], kDType, t);
-      visit(team.global_rank() + int64_t(i) * team.size(), s, t);
-    }
-  }
-
- private:
-  // A chunk at an end of the row, or beyond it: −inf, in the row's own type, where no class is.
-  REPTILE_EXT_DEVICE void gather(const Operand& operand, int64_t row, int64_t chunk, Raw<kWords>& raw) const {
-    constexpr int kBytes = 2 * kWords;
-    const uint32_t masked = kBytes == 4 ? 0xff800000u : kDType == DType::kBFloat16 ? 0xff80u : 0xfc00u;
-    REPTILE_EXT_UNROLL
-    for (int i = 0; i < kChunk; ++i) {
-      const int64_t v = place.first_class(chunk) + i;
-      uint32_t bits = masked;
-      if (v >= 0 && v < place.vocab_size) {
-        if (kBytes == 4) {
-          bits = load(static_cast<const uint32_t*>(operand.data) + row + v);
-        } else {
-          bits = load(static_cast<const uint16_t*>(operand.data) + row + v);
-        }
-      }
-      uint32_t& word = raw.word[i * kBytes / 16].word[i * kBytes / 4 % 4];
-      word = kBytes == 4 ? bits : i % 2 == 0 ? bits : word | bits << 16;
-    }
+  template <int kWords>
+  REPTILE_EXT_DEVICE void read(const char* student, const char* teacher, V (&s)[kChunk], V (&t)[kChunk]) const {
+    Raw<kWords> raw_s, raw_t;
+    raw_s.load(student, true);
+    raw_t.load(teacher, true);
+    widen(raw_s, p.student.dtype, s);
+    widen(raw_t, p.teacher.dtype, t);
   }
 };
 
@@ -295,32 +251,20 @@ REPTILE_EXT_DEVICE bool row_counts(const DeviceLoss& device, int64_t n) {
   return !p.labels || load(p.labels + n) != device.ignore_index;
 }
 
-// Has the next row of a team in the L2 by the time it is wanted: its whole chunks, each block a share of them. By the
-// team's last thread, whose warp has the least to do. Rows of less than a block need none: many are read at once.
+// What is the same for all rows of a call, in the arithmetic's type.
 template <class V>
-REPTILE_EXT_DEVICE void prefetch_row(const DeviceLoss& device, const Team<V>& team, int64_t row) {
-  const LossProblem& p = device.problem;
-  if (team.rank != team.threads - 1 || row >= p.num_rows || !row_counts(device, row)) return;
-  const Place place(p, row);
-  if (!place.aligned) return;
-  const int64_t first = place.shift > 0 ? 1 : 0;
-  const int64_t end = (place.vocab_size + place.shift) / kChunk;  // whole chunks
-  const int64_t share = (end - first + team.blocks - 1) / team.blocks;
-  const int64_t from = first + share * team.block;
-  const int64_t count = end - from < share ? end - from : share;
-  if (count <= 0) return;
-  const uint32_t bytes = uint32_t(count * kChunk * int64_t(size_of(p.student.dtype)));
-  prefetch_to_l2(address<V>(p.student, place.student + place.first_class(from)), bytes);
-  prefetch_to_l2(address<V>(p.teacher, place.teacher + place.first_class(from)), bytes);
-}
+struct Call {
+  V k_s, k_t;  // what differences of logits are multiplied with: log2 e / temperature
+  V beta, one_minus_beta;
+  bool hard, smooth;
 
-template <class V, Storage kStorage>
-struct RowOf {
-  using Type = RegisterRow<kStorage>;
-};
-template <class V>
-struct RowOf<V, Storage::kAny> {
-  using Type = MemoryRow<V>;
+  REPTILE_EXT_DEVICE Call(const LossProblem& p, bool raw_logits)
+      : k_s(V((raw_logits ? 1 : kLog2E) / p.student_temperature)),
+        k_t(V((raw_logits ? 1 : kLog2E) / p.teacher_temperature)),
+        beta(V(p.beta)),
+        one_minus_beta(V(p.one_minus_beta)),
+        hard(p.hard_weight > 0),
+        smooth(p.label_smoothing > 0) {}
 };
 
 }  // namespace

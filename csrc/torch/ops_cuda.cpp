@@ -284,19 +284,3 @@ extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_p
   return reptile_ext::properties_of(device, unused);
 }
 #endif
-
-// For tests and `reptile doctor`, through ctypes: the plan that contiguous logits of a shape get. `numbers` becomes
-// threads of a team in a block, blocks of a cluster, threads of a block, blocks.
-extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_plan(
-    int64_t num_rows, int64_t vocab_size, int dtype, int num_multiprocessors, int has_clusters, int64_t* numbers) {
-  reptile_ext::LossProblem p;
-  p.num_rows = num_rows;
-  p.vocab_size = p.gradient_size = vocab_size;
-  p.student.dtype = p.teacher.dtype = p.gradient.dtype = reptile_ext::DType(dtype);
-  const reptile_ext::Plan plan = reptile_ext::plan_of(p, {num_multiprocessors, has_clusters != 0});
-  numbers[0] = plan.team_threads;
-  numbers[1] = plan.cluster_blocks;
-  numbers[2] = plan.block_threads;
-  numbers[3] = plan.grid_blocks;
-  return reptile_ext::name_of(plan);
-}

@@ -34,6 +34,108 @@ void span_beyond_the_end() {  // as if what is left were whole
   const uintptr_t first = (uintptr_t(memory) + 15) / 16 * 16;
   load_128(reinterpret_cast<const void*>(first + uintptr_t(16 * thread_rank())));
 }
+// Rings with one slot or two of 64 bytes of rows in device memory.
+struct Ring {
+  Phase full, told;
+  alignas(16) float slot[2][16];
+  float x[4];
+};
+Ring& ring_of_one_phase() {
+  Ring& ring = *reinterpret_cast<Ring*>(dynamic_shared(sizeof(Ring)));
+  if (thread_rank() == 0) {
+    init_phase(&ring.full);
+    init_phase(&ring.told);
+    fence_phases();
+  }
+  sync_cluster();
+  return ring;
+}
+const float* row(int n) { return reinterpret_cast<const float*>((uintptr_t(memory) + 15) / 16 * 16) + 4 * n; }
+void order(Ring& ring, int slot, int n, uint32_t expected = 64) {
+  if (thread_rank() != 0) return;
+  expect_bytes(&ring.full, expected);
+  copy_bulk(ring.slot[slot], row(n), 64, &ring.full);
+}
+void copy_read_before_its_phase() {
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 0);
+  sync_block();
+  load_shared(&ring.slot[0][thread_rank() % 16]);
+  wait_for(&ring.full, 0);
+}
+void phase_of_the_wrong_parity() {  // as if the phase before had ended
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 0);
+  wait_for(&ring.full, 1);
+  load_shared(&ring.slot[0][thread_rank() % 16]);
+}
+void slot_ordered_while_it_is_read() {
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 0);
+  wait_for(&ring.full, 0);
+  if (thread_rank() == 1) sync_warp();
+  order(ring, 0, 4);  // no barrier before
+  if (thread_rank() != 1 && thread_rank() < 32) sync_warp();
+  load_shared(&ring.slot[0][thread_rank() % 16]);
+}
+void too_few_bytes_expected() {
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 0, 48);
+  wait_for(&ring.full, 0);
+}
+void too_many_bytes_expected() {
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 0, 80);
+  wait_for(&ring.full, 0);
+}
+void copy_that_nobody_waits_for() {
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 0);
+}
+void copy_beyond_the_row() {
+  Ring& ring = ring_of_one_phase();
+  order(ring, 0, 15);
+}
+void misaligned_copy() {
+  Ring& ring = ring_of_one_phase();
+  if (thread_rank() == 0) copy_bulk(ring.slot[0] + 1, row(0), 48, &ring.full);
+}
+void phase_without_init() {
+  Ring& ring = *reinterpret_cast<Ring*>(dynamic_shared(sizeof(Ring)));
+  sync_cluster();
+  if (thread_rank() == 0) expect_bytes(&ring.full, 64);
+}
+void told_and_read_at_once() {  // by st.async; its phase has not ended
+  Ring& ring = ring_of_one_phase();
+  if (thread_rank() == 0) {
+    expect_bytes(&ring.told, 16);
+    tell_128(ring.x, 1 - cluster_rank(), Bits128{{1, 2, 3, 4}}, &ring.told);
+  }
+  sync_cluster();
+  load_shared(&ring.x[0]);
+}
+void own_copy_read_too_early() {  // cp.async; the group before the last one alone is waited for
+  Ring& ring = ring_of_one_phase();
+  if (thread_rank() >= 8) return;
+  copy_128(&ring.slot[0][0] + 4 * thread_rank(), row(thread_rank()));
+  end_copies();
+  wait_for_copies<1>();
+  load_shared(&ring.slot[0][0] + 4 * thread_rank());
+}
+void right_ring() {
+  Ring& ring = ring_of_one_phase();
+  for (int n = 0; n < 4; ++n) {
+    order(ring, n % 2, n);
+    wait_for(&ring.full, uint32_t(n) & 1);
+    load_shared(&ring.slot[n % 2][thread_rank() % 16]);
+    if (thread_rank() == 0) expect_bytes(&ring.told, 16);
+    if (thread_rank() == 1) tell_128(ring.x, 1 - cluster_rank(), Bits128{{1, 2, 3, uint32_t(n)}}, &ring.told);
+    wait_for(&ring.told, uint32_t(n) & 1);
+    if (bits_of(load_shared(&ring.x[3])) != uint32_t(n)) host::stop("what a peer told");
+    sync_cluster();
+  }
+}
+
 void peer_too_early() { of_peer(&shared_memory<Shared>().x[0], 1); }
 void no_such_peer() { of_peer(&shared_memory<Shared>().x[0], 2); }
 void right() {
@@ -63,7 +165,7 @@ void quotients() {
 
 const char* run(void (*kernel)()) {
   host::ranges = {{uintptr_t(memory), uintptr_t(memory + kThreads)}};
-  return launch(kernel, 2, kThreads, 2, nullptr);
+  return launch(kernel, {2, kThreads, 2}, nullptr);
 }
 
 }  // namespace
@@ -81,5 +183,17 @@ EXPORT(span_beyond_the_end)
 EXPORT(shuffle_of_some)
 EXPORT(peer_too_early)
 EXPORT(no_such_peer)
+EXPORT(copy_read_before_its_phase)
+EXPORT(phase_of_the_wrong_parity)
+EXPORT(slot_ordered_while_it_is_read)
+EXPORT(too_few_bytes_expected)
+EXPORT(too_many_bytes_expected)
+EXPORT(copy_that_nobody_waits_for)
+EXPORT(copy_beyond_the_row)
+EXPORT(misaligned_copy)
+EXPORT(phase_without_init)
+EXPORT(told_and_read_at_once)
+EXPORT(own_copy_read_too_early)
+EXPORT(right_ring)
 EXPORT(quotients)
 EXPORT(right)

@@ -19,7 +19,12 @@ class OnDevice {
     host::ranges.clear();
     host::order = settings.order;
   }
-  DeviceProperties properties() const { return {settings.num_multiprocessors, settings.has_clusters}; }
+  DeviceProperties properties() const {
+    DeviceProperties found;
+    found.num_multiprocessors = settings.num_multiprocessors;
+    found.set_generation(settings.has_clusters);
+    return found;
+  }
   void names(const void* begin, size_t bytes) const {
     if (begin) host::ranges.emplace_back(uintptr_t(begin), uintptr_t(begin) + bytes);
   }
@@ -36,9 +41,10 @@ extern "C" __attribute__((visibility("default"))) void reptile_ext_host(int num_
   reptile_ext::settings = {num_multiprocessors, has_clusters != 0, reptile_ext::host::Order(order)};
 }
 
-// How many loads of 16 bytes there were since the last time.
-extern "C" __attribute__((visibility("default"))) int64_t reptile_ext_host_whole_loads() {
-  const int64_t found = reptile_ext::host::whole_loads;
-  reptile_ext::host::whole_loads = 0;
-  return found;
+// How many there were since the last time: loads of 16 bytes, exponentials in float32, bytes that copies brought.
+extern "C" __attribute__((visibility("default"))) void reptile_ext_host_counts(int64_t* numbers) {
+  namespace host = reptile_ext::host;
+  const int64_t found[] = {host::whole_loads, host::exponentials, host::bulk_bytes};
+  for (int i = 0; i < 3; ++i) numbers[i] = found[i];
+  host::whole_loads = host::exponentials = host::bulk_bytes = 0;
 }

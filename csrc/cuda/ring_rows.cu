@@ -1,0 +1,548 @@
+// Loss and gradient of dense rows: every logit is read once and two exponentials a pair are taken, which registers keep
+// until the gradient is written. docs/cuda.md tells how and why; ring.h has the ring and the exchange.
+//
+// A row's threads, each the same pieces in every pass over shared memory or registers:
+//
+//     maxima         of what a warp has: its reference points
+//     first pass     the divergence's sums from these points; the exponentials are kept
+//     exchange       sums and reference points of all warps, and so the row's; the ring's slot is free
+//     hard labels    Σ e_1 and its like, and an exchange of them; the slot is free only at the end of the row
+//     mixture pass   of the divergences that have one, from what was kept, and an exchange of its sums
+//     gradient       from what was kept
+//
+// The loss takes logarithms in double precision, which nobody waits for: a warp computes those of 32 rows at a time.
+//
+// Compiled once for each dtype (REPTILE_EXT_LAUNCHER, REPTILE_EXT_DTYPE), for the divergences that have `move`.
+
+#include "ring.h"
+
+namespace reptile_ext {
+namespace {
+
+// Where a block's share of a row lies.
+template <DType kDType>
+struct Share {
+  using Piece = PieceOf<kDType>;
+  int shift;                 // classes from the boundary of 16 bytes before the row to the row; alike for all operands
+  int count;                 // pieces, fewer than `most` where the row begins nearer to its boundary
+  int64_t student, teacher;  // bytes from the operands' first element to the first piece
+
+  REPTILE_EXT_DEVICE Share(const LossProblem& p, const Plan& plan, int64_t first, int most, int64_t n) {
+    student = n * p.student.row_strides[0] * Piece::kSize;
+    teacher = n * p.teacher.row_strides[0] * Piece::kSize;
+    shift = 0;
+    count = most;
+    if (!plan.rows_at_boundaries) {
+      shift = int((uintptr_t(p.student.data) + uintptr_t(student)) % kPieceBytes) / Piece::kSize;
+      const int64_t pieces = (p.vocab_size + shift + Piece::kClasses - 1) / Piece::kClasses - first;
+      count = pieces < 0 ? 0 : pieces < most ? int(pieces) : most;
+    }
+    const int64_t from = first * kPieceBytes - shift * Piece::kSize;
+    student += from;
+    teacher += from;
+  }
+};
+
+// An exponent that is too large to count on.
+constexpr float kHuge = 1e38f;
+REPTILE_EXT_DEVICE bool is_huge(float x) { return x > kHuge || x < -kHuge; }
+
+// Loss of the rows that are done, one a lane.
+template <class D>
+REPTILE_EXT_DEVICE void finish_rows(const DeviceLoss& device, const RingShared& shared, int count, bool hard) {
+  using G = typename D::Gradient;
+  const LossProblem& p = device.problem;
+  const int lane = thread_rank() % kWarp;
+  if (lane >= count) return;
+  const float* const numbers = shared.done + lane * kDoneNumbers;
+  double sums[kNumSums] = {}, mixture[kNumMixtureSums] = {};
+  for (int i = 0; i < D::kSums; ++i) sums[i] = double(load_shared(numbers + i));
+  for (int i = 0; i < D::kMixtureSums; ++i) {
+    mixture[i] = double(load_shared(numbers + kMaxSums + 4 + i)) / sums[0];
+  }
+  Row<double> of_row{sums, mixture, p.beta, p.one_minus_beta, 0, 0, 0, 0, 0};
+  double unused[G::kCoefficients];
+  double value = D::finish(of_row, 1.0, unused);
+  if (value < 0) value = 0;  // rounding alone; a NaN stays
+  double loss = p.soft_scale * value;
+  if (hard) {
+    double of_label[4];
+    for (int i = 0; i < 4; ++i) of_label[i] = double(load_shared(numbers + kMaxSums + i));
+    const double a_label = (of_label[3] - double(load_shared(numbers + kDoneNumbers - 1))) * kLog2E;
+    loss += p.hard_weight * hard_label(of_label[0], of_label[1], of_label[2], a_label, p.label_smoothing, 1.0).loss;
+  }
+  const int32_t n = load_shared(&shared.done_row[lane]);
+  store(p.row_losses + n, (p.weights ? load(p.weights + n) : 1.0) * loss);
+}
+
+template <class D, DType kDType, bool kBulk, bool kKeeps>
+REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan) {
+  using G = typename D::Gradient;
+  using Piece = PieceOf<kDType>;
+  constexpr int kClasses = Piece::kClasses, kPieces = ring_pieces<D>(kDType);
+  const LossProblem& p = device.problem;
+  char* const memory = dynamic_shared(plan.shared_bytes);
+  RingTeam team;
+  team.shared = reinterpret_cast<RingShared*>(memory);
+  team.rank = thread_rank();
+  team.threads = plan.block_threads;
+  team.blocks = plan.cluster_blocks;
+  team.block = plan.cluster_blocks > 1 ? cluster_rank() : 0;
+  RingShared& shared = *team.shared;
+  const int threads = team.threads, rank = team.rank, warp_begin = team.warp() * kWarp;
+
+  const Call<float> call(p, D::kRawLogits);
+  const bool hard = !kKeeps && call.hard;
+
+  // The block's share of every row, and its ring: a slot is `slot_bytes` of the student and as many of the teacher.
+  const int64_t first = int64_t(plan.share) * team.block;
+  const int64_t left = plan.pieces - first;
+  const int most = left < 0 ? 0 : left < plan.share ? int(left) : plan.share;
+  const int slot_bytes = (plan.share + threads - 1) / threads * threads * kPieceBytes;
+  char* const ring = memory + kRingSharedBytes;
+  const int stride = int(num_blocks()) / team.blocks, begin = int(block_rank()) / team.blocks;
+
+  // −inf where no copy will write, and phases.
+  for (int i = 0; i < plan.ring_rows * 2 * slot_bytes / kPieceBytes; i += threads) {
+    if (i % (slot_bytes / kPieceBytes) + rank >= most)
+      store_shared_128(ring + (i + rank) * kPieceBytes, Piece::masked());
+  }
+  if constexpr (kBulk) {
+    if (rank == 0) {
+      for (int i = 0; i < plan.ring_rows; ++i) init_phase(&shared.full[i]);
+      for (Phase& phase : shared.told) init_phase(&phase);
+      fence_phases();
+    }
+  }
+  if (team.blocks > 1) {
+    sync_cluster();  // before a peer tells something
+  } else {
+    sync_block();
+  }
+
+  // Finds the team's next row that counts, and then orders its copies, into a slot that nobody reads any more. By one
+  // thread, or by each for its own pieces; apart, as the one takes registers and waits for memory.
+  struct {
+    int n, slot;
+  } next{begin - stride, 0};  // of each thread, where each orders
+  const auto find_next = [&] {
+    if (kBulk && rank != 0) return;
+    mark<kMarkOneWarp>();
+    int n = kBulk ? load_shared(&shared.next.n) : next.n;
+    if (n == kNoRow) return;
+    do n += stride;
+    while (n < p.num_rows && !row_counts(device, n));
+    if (n >= p.num_rows) n = kNoRow;
+    next.n = n;
+    if (rank != 0) return;
+    store_shared(&shared.next.n, n);
+    if (n == kNoRow) return;
+    double scale = p.gradient_scale * (p.weights ? load(p.weights + n) : 1.0);
+    if (device.divisor) scale /= load(device.divisor);
+    if (p.grad_output) scale *= load(p.grad_output + (p.grad_output_is_uniform ? 0 : n));
+    const int64_t label = p.labels ? load(p.labels + n) : -1;
+    if (p.labels && (label < 0 || label >= p.vocab_size)) scale = kNaN;
+    store_shared(&shared.next.soft_scale, float(scale * p.soft_scale / p.student_temperature));
+    store_shared(&shared.next.hard_scale, float(scale * p.hard_weight));
+    store_shared(&shared.next.label, label);
+  };
+  const auto order_next = [&] {
+    if (kBulk && rank != 0) return;
+    mark<kMarkOneWarp>();
+    const int n = kBulk ? load_shared(&shared.next.n) : next.n,
+              to_slot = kBulk ? load_shared(&shared.next_slot) : next.slot;
+    next.slot = to_slot + 1 == plan.ring_rows ? 0 : to_slot + 1;
+    if (rank == 0) {
+      RingRow& row = shared.rows[to_slot];
+      store_shared(&row.n, n);
+      if (n != kNoRow) {
+        store_shared(&row.soft_scale, load_shared(&shared.next.soft_scale));
+        store_shared(&row.hard_scale, load_shared(&shared.next.hard_scale));
+        store_shared(&row.label, load_shared(&shared.next.label));
+      }
+      store_shared(&shared.next_slot, next.slot);
+    }
+    if (n != kNoRow) {
+      const Share<kDType> from(p, plan, first, most, n);
+      char* const to = ring + to_slot * 2 * slot_bytes;
+      const char* const student = static_cast<const char*>(p.student.data) + from.student;
+      const char* const teacher = static_cast<const char*>(p.teacher.data) + from.teacher;
+      if constexpr (kBulk) {
+        const uint32_t bytes = uint32_t(from.count * kPieceBytes);
+        expect_bytes(&shared.full[to_slot], 2 * bytes);
+        if (bytes > 0) {
+          copy_bulk(to, student, bytes, &shared.full[to_slot]);
+          copy_bulk(to + slot_bytes, teacher, bytes, &shared.full[to_slot]);
+        }
+      } else {
+        for (int i = rank; i < from.count; i += threads) {
+          copy_128(to + i * kPieceBytes, student + i * kPieceBytes);
+          copy_128(to + slot_bytes + i * kPieceBytes, teacher + i * kPieceBytes);
+        }
+      }
+    }
+    if constexpr (!kBulk) end_copies();
+  };
+  if (rank == 0) {
+    store_shared(&shared.next.n, next.n);
+    store_shared(&shared.next_slot, 0);
+    store_shared(&shared.num_done, 0);
+  }
+  for (int i = 0; i < plan.ring_rows; ++i) {
+    find_next();
+    order_next();
+  }
+  find_next();
+
+  // Ignored rows, of which nothing is read.
+  if (p.labels || p.weights) {
+    for (int n = begin; n < p.num_rows; n += stride) {
+      if (row_counts(device, n)) continue;
+      if (team.is_first()) store(p.row_losses + n, 0.0);
+      if (p.gradient.data) clear_row(p, n, 0, team.block * threads + rank, team.blocks * threads);
+    }
+  }
+  sync_block();
+
+  // Threads that have a piece at an end of the row, where some of its classes may be of other rows.
+  const bool has_ends = !plan.rows_at_boundaries || p.vocab_size % kClasses != 0;
+  const bool is_at_an_end =
+      has_ends &&
+      ((first == 0 && rank == 0) || (first + most + 1 >= plan.pieces && most > 0 &&
+                                     (rank == (most - 1) % threads || rank == (most > 1 ? most - 2 : 0) % threads)));
+
+  int slot = 0;
+  uint32_t parity = 0;
+  for (;;) {
+    const RingRow& row = shared.rows[slot];
+    const int n = load_shared(&row.n);
+    if (n == kNoRow) break;
+    const Share<kDType> share(p, plan, first, most, n);
+    char* const at = ring + slot * 2 * slot_bytes + rank * kPieceBytes;
+    if constexpr (kBulk) {
+      wait_for(&shared.full[slot], parity);
+    } else {
+      wait_for_copies<kRingRowsBefore90 - 1>();
+    }
+    if (++slot == plan.ring_rows) {
+      slot = 0;
+      parity ^= 1;
+    }
+    if (is_at_an_end) {
+      mark<kMarkRare>();
+      for (int i = rank; i < most; i += threads) {
+        const int64_t from = (first + i) * kClasses - share.shift;
+        if (from >= 0 && from + kClasses <= p.vocab_size) continue;
+        for (int operand = 0; operand < 2; ++operand) {
+          char* const piece = at + operand * slot_bytes + (i - rank) * kPieceBytes;
+          if (i < share.count) {
+            Piece::mask(piece, from, p.vocab_size);
+          } else {
+            store_shared_128(piece, Piece::masked());
+          }
+        }
+      }
+      fence_copies();  // what lies there now is overwritten by a copy
+    }
+
+    // Visits this thread's pieces, if any of its warp's is of the share; lanes beyond it find −inf.
+    const auto each = [&](auto visit) {
+      if constexpr (kKeeps) {
+        REPTILE_EXT_UNROLL
+        for (int k = 0; k < kPieces; ++k) {
+          if (warp_begin + k * threads < most) visit(k);
+        }
+      } else {
+        REPTILE_EXT_NO_UNROLL
+        for (int k = 0; warp_begin + k * threads < most; ++k) {
+          mark<kMarkPieces>();
+          visit(k);
+        }
+      }
+    };
+    const auto read = [&](int k, int operand) {
+      return load_shared_any_128(at + operand * slot_bytes + k * threads * kPieceBytes);
+    };
+
+    const float soft_scale = load_shared(&row.soft_scale);
+
+    float m[2] = {0, 0};
+    if (!D::kRawLogits || hard) {
+      typename Piece::Most most_s, most_t;
+      each([&](int k) {
+        most_s.take(read(k, 0));
+        most_t.take(read(k, 1));
+      });
+      m[0] = most_s.value();
+      m[1] = most_t.value();
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        for (float& x : m) x = any_max(x, shuffle_xor(x, mask));
+      }
+    }
+    // Exponents from the warp's point. Where exponentials are kept, points too are exponents: one instruction less, and
+    // one rounding, for a class.
+    constexpr bool kInExponents = kKeeps && !D::kRawLogits;
+    const float largest[2] = {m[0], m[1]};
+    float point[2];
+    for (int side = 0; side < 2; ++side) {
+      if (kInExponents) m[side] = m[side] * (side == 0 ? call.k_s : call.k_t);
+      point[side] = D::kRawLogits || largest[side] == negative_infinity<float>() ? 0.0f : m[side];
+    }
+    if (kInExponents && (is_huge(point[0]) || is_huge(point[1]))) {
+      // Such logits are equal or differ by more than any exponent holds.
+      mark<kMarkRare>();
+      for (int side = 0; side < 2; ++side) {
+        if (!is_huge(point[side]) || largest[side] == -negative_infinity<float>()) continue;
+        each([&](int k) { Piece::where_largest(at + side * slot_bytes + k * threads * kPieceBytes, largest[side]); });
+        m[side] = m[side] < 0 ? -kHuge : kHuge;
+        point[side] = 0;
+      }
+      fence_copies();
+    }
+    const auto exponent = [&](float z, int side) {
+      const float k = side == 0 ? call.k_s : call.k_t;
+      return kKeeps ? fma(z, k, -point[side]) : (z - point[side]) * k;
+    };
+
+    float kept[kKeeps ? kPieces : 1][kKeeps ? kClasses : 1][G::kKept], x[D::kSums];
+    for (float& sum : x) sum = 0;
+    each([&](int k) {
+      float s[kClasses], t[kClasses];
+      Piece::widen(read(k, 0), s);
+      Piece::widen(read(k, 1), t);
+      for (int i = 0; i < kClasses; ++i) {
+        const float a = exponent(s[i], 0), b = exponent(t[i], 1);
+        float of_class[D::kKept];
+        D::first(a, b, D::exponential(a), D::exponential(b), x, of_class);
+        if constexpr (kKeeps) {
+          for (int j = 0; j < G::kKept; ++j) kept[k][i][j] = of_class[j];
+        }
+      }
+    });
+    sum_in_warp(x, kWarp);
+    Move<float> by;
+    const auto nothing = [] {};
+    team.exchange(
+        m, x,
+        [&](const auto& sets) {
+          join_sets<D>(sets, kInExponents ? 1.0f : call.k_s, kInExponents ? 1.0f : call.k_t, m, x, by);
+        },
+        [&] {
+          if (kKeeps) order_next();
+        });
+    if constexpr (!D::kRawLogits) x[0] = x[0] + ((m[0] - m[0]) + (m[1] - m[1]));  // no class, or one of +inf: NaN
+
+    float of_label[4] = {0, 0, 0, 0};  // Σ e_1, Σ a_1 and number of the classes that are not masked; the label's logit
+    if (hard) {
+      mark<kMarkRare>();
+      const int64_t label = load_shared(&row.label);
+      each([&](int k) {
+        float s[kClasses];
+        Piece::widen(read(k, 0), s);
+        for (int i = 0; i < kClasses; ++i) {
+          const float a = (s[i] - m[0]) * float(kLog2E);
+          of_label[0] = of_label[0] + exp2(a);
+          if (call.smooth) {
+            of_label[1] = of_label[1] + where_not_masked(s[i], a);
+            of_label[2] = of_label[2] + where_not_masked(s[i], 1.0f);
+          }
+          const int64_t v = (first + rank + k * threads) * kClasses - share.shift + i;
+          if (v == label) of_label[3] = s[i];
+        }
+      });
+      sum_in_warp(of_label, kWarp);
+      float unused[2] = {0, 0};
+      team.exchange(unused, of_label, [&](const auto& sets) { add_sets(sets, of_label); }, nothing);
+    }
+
+    // A class again, from the row's points, where nothing was kept.
+    const float row_s = D::kRawLogits ? 0.0f : m[0], row_t = D::kRawLogits ? 0.0f : m[1];
+    const auto from_row = [&](float s, float t, float(&of_class)[G::kKept]) {
+      const float a = (s - row_s) * call.k_s, b = (t - row_t) * call.k_t;
+      float unused[D::kSums] = {}, found[D::kKept];
+      D::first(a, b, D::exponential(a), D::exponential(b), unused, found);
+      for (int j = 0; j < G::kKept; ++j) of_class[j] = found[j];
+    };
+    [[maybe_unused]] float ratio = 1;
+    [[maybe_unused]] const auto mix = [&](float(&of_class)[G::kKept], float(&sums)[D::kMixtureSums + 1]) {
+      if constexpr (D::kMixtureSums > 0) {
+        const float q = of_class[0], other = of_class[1] * ratio;
+        float added[D::kMixtureSums];
+        for (int i = 0; i < D::kMixtureSums; ++i) added[i] = sums[i];
+        D::mix(q, other, other - q, call.beta, call.one_minus_beta, added, of_class);
+        for (int i = 0; i < D::kMixtureSums; ++i) sums[i] = added[i];
+      }
+    };
+    float mixture[D::kMixtureSums + 1] = {};
+    if constexpr (D::kMixtureSums > 0) {
+      ratio = quotient(x[0], x[1]);
+      each([&](int k) {
+        float s[kClasses], t[kClasses];
+        if constexpr (!kKeeps) {
+          Piece::widen(read(k, 0), s);
+          Piece::widen(read(k, 1), t);
+        }
+        for (int i = 0; i < kClasses; ++i) {
+          float again[G::kKept];
+          if constexpr (kKeeps) {
+            kept[k][i][0] = kept[k][i][0] * by.f_s;
+            kept[k][i][1] = kept[k][i][1] * by.f_t;
+          } else {
+            from_row(s[i], t[i], again);
+          }
+          float(&of_class)[G::kKept] = kKeeps ? kept[k][i] : again;
+          mix(of_class, mixture);
+        }
+      });
+      sum_in_warp(mixture, kWarp);
+      float unused[2] = {0, 0};
+      team.exchange(unused, mixture, [&](const auto& sets) { add_sets(sets, mixture); }, nothing);
+    }
+
+    // The row's loss, some rows later.
+    if (team.block == 0 && team.warp() == team.warps() - 1) {
+      mark<kMarkOneWarp>();
+      if (team.lane() == 0) {
+        const int done = load_shared(&shared.num_done);
+        float* const to = shared.done + done * kDoneNumbers;
+        for (int i = 0; i < D::kSums; ++i) store_shared(to + i, soft_scale == soft_scale ? x[i] : float(kNaN));
+        for (int i = 0; i < D::kMixtureSums; ++i) store_shared(to + kMaxSums + 4 + i, mixture[i]);
+        if (hard) {
+          for (int i = 0; i < 4; ++i) store_shared(to + kMaxSums + i, of_label[i]);
+          store_shared(to + kDoneNumbers - 1, m[0]);
+        }
+        store_shared(&shared.done_row[done], n);
+      }
+    }
+
+    if (p.gradient.data) {
+      bool is_nan = soft_scale != soft_scale;
+      for (float sum : x) is_nan = is_nan || sum != sum;
+      for (int i = 0; i < D::kMixtureSums; ++i) {
+        is_nan = is_nan || mixture[i] != mixture[i];
+        mixture[i] = mixture[i] * reciprocal(x[0]);
+      }
+      Row<float> of_row{x, mixture, float(p.beta), float(p.one_minus_beta), 0, 0, 0, 0, 0};
+      float k[G::kCoefficients];
+      const float value = D::finish(of_row, soft_scale, k);
+      if (D::kRawLogits) is_nan = is_nan || value != value;
+      const bool is_unbounded = D::kUnbounded >= 0 && of_row.unbounded == float(kInf);
+      if constexpr (kKeeps && !D::kRawLogits && D::kMixtureSums == 0) {
+        if constexpr (D::kUnbounded >= 0) {
+          if (is_unbounded || by.f_s == 0) {  // no finite gradient; or no mass in this warp's classes
+            mark<kMarkRare>();
+            each([&](int piece) {
+              for (auto& of_class : kept[piece]) {
+                if (by.f_s == 0) of_class[0] = 0;
+                of_class[D::kUnbounded] = 0;
+              }
+            });
+            by.d_s = by.d_t = 0;
+          }
+        }
+        D::move_kept(by, k);
+      }
+      for (float& coefficient : k) coefficient = is_nan ? float(kNaN) : coefficient;
+      HardFactors<float> factors{};
+      const int64_t label = hard ? load_shared(&row.label) : -1;
+      if (hard) {
+        mark<kMarkRare>();
+        factors = hard_factors(of_label[0], of_label[2], float(p.label_smoothing), load_shared(&row.hard_scale));
+      }
+
+      char* const to = static_cast<char*>(p.gradient.data) + n * p.gradient.row_strides[0] * Piece::kSize +
+                       (first + rank) * kPieceBytes - share.shift * Piece::kSize;
+      const int begin_whole = rank - (first == 0 && share.shift > 0);
+      const int64_t end = (p.vocab_size + share.shift) / kClasses - first;
+      const uint32_t num_whole = uint32_t((end < most ? int(end) : most) + (begin_whole - rank));
+      each([&](int piece) {
+        float g[kClasses];
+        if constexpr (kKeeps) {
+          for (int i = 0; i < kClasses; ++i) g[i] = G::gradient(kept[piece][i], k);
+        } else {
+          float s[kClasses], t[kClasses];
+          Piece::widen(read(piece, 0), s);
+          Piece::widen(read(piece, 1), t);
+          for (int i = 0; i < kClasses; ++i) {
+            float of_class[G::kKept], unused[D::kMixtureSums + 1] = {};
+            from_row(s[i], t[i], of_class);
+            if constexpr (D::kMixtureKeeps) mix(of_class, unused);
+            if constexpr (D::kUnbounded >= 0) {
+              if (is_unbounded) of_class[D::kUnbounded] = 0;
+            }
+            g[i] = G::gradient(of_class, k);
+            if (!hard) continue;
+            mark<kMarkRare>();
+            g[i] = g[i] + exp2((s[i] - m[0]) * float(kLog2E)) * factors.to_q1;
+            if (call.smooth) g[i] = g[i] - where_not_masked(s[i], factors.uniform);
+            const int64_t v = (first + rank + piece * threads) * kClasses - share.shift + i;
+            if (v == label) g[i] = g[i] - factors.hit;
+          }
+        }
+        const Bits128 raw = Piece::narrow(g);
+        if (uint32_t(begin_whole + piece * threads) < num_whole) {
+          store_128(to + piece * threads * kPieceBytes, raw);
+        } else if (const int i = rank + piece * threads; i < share.count) {
+          mark<kMarkRare>();
+          store_classes<kDType>(to + piece * threads * kPieceBytes, raw, (first + i) * kClasses - share.shift,
+                                p.vocab_size);
+        }
+      });
+      if (p.gradient_size > p.vocab_size) {
+        mark<kMarkRare>();
+        clear_row(p, n, p.vocab_size, team.block * threads + rank, team.blocks * threads);
+      }
+    }
+    if constexpr (!kKeeps) {
+      sync_block();
+      order_next();
+      if (plan.ring_rows == 1) sync_block();  // all read at once what is ordered here
+    }
+    find_next();
+    if (team.block == 0 && team.warp() == team.warps() - 1) {
+      mark<kMarkOneWarp>();
+      sync_warp();
+      const int done = load_shared(&shared.num_done) + 1;
+      sync_warp();
+      if (done == kWarp) {
+        mark<kMarkOneIn32>();
+        finish_rows<D>(device, shared, done, hard);
+      }
+      if (team.lane() == 0) store_shared(&shared.num_done, done == kWarp ? 0 : done);
+      sync_warp();
+    }
+  }
+  if (team.block == 0 && team.warp() == team.warps() - 1) {
+    finish_rows<D>(device, shared, load_shared(&shared.num_done), hard);
+  }
+  if (team.blocks > 1) sync_cluster();  // nobody leaves while a peer may still tell it something
+}
+
+// Devices before sm_90 have no code with bulk copies, later ones none without.
+template <class D, DType kDType, bool kBulk, bool kKeeps>
+REPTILE_EXT_LONE_KERNEL(kMaxBlockThreads)
+ring_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, REPTILE_EXT_ARGUMENT Plan plan) {
+  if constexpr (has_code_for(kBulk)) rows_of_team<D, kDType, kBulk, kKeeps>(device, plan);
+}
+
+}  // namespace
+
+const char* REPTILE_EXT_LAUNCHER(const DeviceLoss& loss, const Plan& plan, void* stream) {
+  const char* error = nullptr;
+  with_divergence<float>(loss.problem.divergence, [&](auto d) {
+    if constexpr (decltype(d)::kMoves) {
+      constexpr DType kDType = DType::REPTILE_EXT_DTYPE;
+      using F = decltype(d);
+      const auto kernel = plan.has_bulk_copies
+                              ? plan.keeps ? &ring_kernel<F, kDType, true, true> : &ring_kernel<F, kDType, true, false>
+                          : plan.keeps ? &ring_kernel<F, kDType, false, true>
+                                       : &ring_kernel<F, kDType, false, false>;
+      LaunchShape shape{plan.grid_blocks, plan.block_threads, plan.cluster_blocks, plan.shared_bytes};
+      error = limit_to_resident(kernel, shape);
+      if (!error) error = launch(kernel, shape, stream, loss, plan);
+    }
+  });
+  return error;
+}
+
+}  // namespace reptile_ext
