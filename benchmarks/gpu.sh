@@ -102,7 +102,7 @@ for vocab in (1000, 4096, 32000, 50257, 128256, 151936):
     print(vocab, reptile_ext.distillation_loss(s, t, temperature=2.0).item())
     del s, t
 P
-  local profiler=(ncu --kernel-name regex:loss_kernel --metrics "$metrics" --csv)
+  local profiler=(ncu --kernel-name regex:"(loss|ring)_kernel" --metrics "$metrics" --csv)
   [ "$device" = cuda ] || profiler=()
   keep profile.txt "${profiler[@]}" python "$work/one.py" "$device"
 }
