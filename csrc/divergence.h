@@ -97,6 +97,15 @@ REPTILE_EXT_FN T log_of_quotient(T z, T w, T z_minus_1, T w_minus_1) {
   return twice_atanh((z_minus_1 - w_minus_1) * reciprocal(z + w));
 }
 
+// Z_s / Z_t.
+template <class T>
+REPTILE_EXT_FN T ratio_of(T z, T w) {
+  return z / w;
+}
+#if defined(REPTILE_EXT_DEVICE)
+REPTILE_EXT_DEVICE float ratio_of(float z, float w) { return quotient(z, w); }
+#endif
+
 // What `finish` knows of a row.
 template <class T>
 struct Row {
@@ -453,7 +462,7 @@ struct Tvd : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
-    k[0] = row.z_s() / row.z_t();  // as in the mixture pass: the sign must come out the same
+    k[0] = ratio_of(row.z_s(), row.z_t());  // as in the mixture pass: the sign must come out the same
     k[1] = scale * T(0.5) * row.over_z_s();
     k[2] = row.mixture[1];
     return T(0) - max(T(-1), T(-0.5) * row.mixture[0]);  // at most 1

@@ -96,6 +96,17 @@ def test_a_cuda_graph_repeats_it(vocab_size: int) -> None:
     assert torch.equal(static.grad, right[1])
 
 
+def test_shapes_one_after_the_other() -> None:
+    """What shared memory a kernel may have is the function's own: a small shape must not leave less for a large one."""
+    sizes = (50_257, 4096, 50_257, 1000, 128_256, 4096, 200_000, 50_257)
+    for vocab_size in sizes:
+        student, teacher, labels = problem(3, vocab_size)
+        for keywords in ({}, {"hard_weight": 0.5}):
+            found = loss_of(student, teacher, labels, **keywords)
+            right = loss_of(student.cpu(), teacher.cpu(), labels.cpu(), **keywords)
+            torch.testing.assert_close(found.cpu(), right, rtol=1e-5, atol=1e-5)
+
+
 def test_it_runs_on_the_current_stream() -> None:
     """What is written to the logits on a side stream just before is what the loss sees."""
     student, teacher, labels = problem(64, 32_000)

@@ -274,12 +274,17 @@ def test_rows_that_are_far_apart(configure: Configure) -> None:
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "hellinger"])
-@pytest.mark.parametrize("vocab_size", [700, 3001])
-def test_logits_that_no_exponent_holds(configure: Configure, vocab_size: int, divergence: str) -> None:
-    """Masks by the dtype's smallest number, of some classes, a whole warp's, all of a row; and rows of the largest."""
+@pytest.mark.parametrize(
+    ("vocab_size", "mask"), [(700, None), (3001, None), (3001, -1e4), (3001, -1e10), (3001, -1e30)]
+)
+def test_logits_that_no_exponent_holds(
+    configure: Configure, vocab_size: int, mask: float | None, divergence: str
+) -> None:
+    """Masks by large numbers, None: the dtype's smallest, of some classes, a whole warp's, all of a row; and rows of
+    the largest. What is left of m · k when it is rounded must not become an exponent."""
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = make_logits("random", 5, vocab_size, dtype)
-        smallest = torch.finfo(dtype).min
+        smallest = mask or torch.finfo(dtype).min
         for z in (student, teacher):
             z[0, 1::2] = smallest
             z[1, 5:] = smallest

@@ -63,6 +63,8 @@ REPTILE_EXT_DEVICE T* of_peer(T* shared, int) {
 #endif
 
 REPTILE_EXT_DEVICE void sync_warp() { __syncwarp(); }
+// A bit for each lane of the warp.
+REPTILE_EXT_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 // Says how often what follows runs, to who counts instructions (tests/cuda/budget.py); not where time matters.
 enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps, kMarkPieces };
@@ -142,14 +144,18 @@ REPTILE_EXT_DEVICE void expect_bytes(Phase* phase, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(phase)), "r"(bytes)
                : "memory");
 }
-REPTILE_EXT_DEVICE void wait_for(Phase* phase, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra AGAIN;\n}" ::"r"(shared_address(phase)),
-      "r"(parity)
-      : "memory");
-}
+#define REPTILE_EXT_WAIT(scope)                            \
+  asm volatile(                                            \
+      "{\n.reg .pred done;\n"                              \
+      "AGAIN: mbarrier.try_wait.parity.acquire." scope     \
+      ".shared::cta.b64 done, [%0], %1;\n"                 \
+      "@!done bra AGAIN;\n}" ::"r"(shared_address(phase)), \
+      "r"(parity)                                          \
+      : "memory")
+REPTILE_EXT_DEVICE void wait_for(Phase* phase, uint32_t parity) { REPTILE_EXT_WAIT("cta"); }
+// ... for what peers have told; empties the L1.
+REPTILE_EXT_DEVICE void wait_for_peers(Phase* phase, uint32_t parity) { REPTILE_EXT_WAIT("cluster"); }
+#undef REPTILE_EXT_WAIT
 REPTILE_EXT_DEVICE void copy_bulk(void* shared, const void* device, uint32_t bytes, Phase* phase) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
@@ -173,6 +179,7 @@ REPTILE_EXT_DEVICE void init_phase(Phase*) {}
 REPTILE_EXT_DEVICE void fence_phases() {}
 REPTILE_EXT_DEVICE void expect_bytes(Phase*, uint32_t) {}
 REPTILE_EXT_DEVICE void wait_for(Phase*, uint32_t) {}
+REPTILE_EXT_DEVICE void wait_for_peers(Phase*, uint32_t) {}
 REPTILE_EXT_DEVICE void copy_bulk(void*, const void*, uint32_t, Phase*) {}
 REPTILE_EXT_DEVICE void fence_copies() {}
 REPTILE_EXT_DEVICE void tell_128(void*, int, const Bits128&, Phase*) {}
@@ -301,8 +308,14 @@ const char* limit_to_resident(void (*kernel)(Parameters...), LaunchShape& shape)
     }
   }
   Known found{function, device, shape.threads, shape.cluster_blocks, shape.shared_bytes, 0};
+  // As much as there is: what is allowed is the function's own, for every later launch of any shape by any thread.
+  int most = 0;
+  cudaFuncAttributes attributes = {};
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, function);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - int(attributes.sharedSizeBytes));
   }
   int count = 0;
   if (error == cudaSuccess && shape.cluster_blocks > 1) {

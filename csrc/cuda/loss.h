@@ -69,7 +69,7 @@ constexpr int kMaxClusterBlocks = 8;         // more are not portable
 constexpr int kPieceBytes = 16;
 constexpr int kMaxRingRows = 8;  // slots
 constexpr int kRingRowsBefore90 = 2;
-constexpr int kRingSharedBytes = 4352;  // in front of the slots
+constexpr int kRingSharedBytes = 5120;  // in front of the slots
 // Pieces of a thread, where values of each class are kept: 40 pairs of logits, or fewer where more of a class are kept
 // or more is to be done with them.
 template <class D>

@@ -34,8 +34,8 @@ Distance distance_of(const Operand& operand) {
 
 // A ring, if the problem and the device allow it.
 bool plan_ring(const LossProblem& p, const DeviceProperties& device, Plan& plan) {
-  if (p.part != Part::kLoss || p.num_row_dims > 1 || p.num_rows > INT32_MAX || p.vocab_size < kSmallestRing ||
-      !moves(p.divergence))
+  if (p.part != Part::kLoss || p.num_row_dims > 1 || p.num_rows > INT32_MAX - (1 << 20) ||
+      p.vocab_size < kSmallestRing || !moves(p.divergence))
     return false;
   if (p.student.dtype != p.teacher.dtype || p.student.dtype == DType::kFloat64) return false;
   if (p.student.class_stride != 1 || p.teacher.class_stride != 1) return false;

@@ -24,11 +24,11 @@ constexpr int kNumbers = 12;  // of a set: two reference points, up to five sums
 constexpr int kDoneNumbers = kMaxSums + 4 + kNumMixtureSums + 1;
 static_assert(2 * kMaxWarps <= kWarp && 2 + kMaxSums <= kNumbers);
 
-constexpr int32_t kNoRow = INT32_MIN;
+constexpr int32_t kNoRow = INT32_MIN, kIgnoredRow = kNoRow + 1;
 
 // What the thread that orders a row's copies finds out about it, for those that will read them.
 struct RingRow {
-  int32_t n;                     // or kNoRow
+  int32_t n;                     // or kNoRow, or kIgnoredRow
   float soft_scale, hard_scale;  // of the gradient; NaN if the label is no class, which breaks the row
   int64_t label;
 };
@@ -36,8 +36,11 @@ struct RingRow {
 // In front of the ring in a block's shared memory.
 struct alignas(16) RingShared {
   RingRow rows[kMaxRingRows];
-  RingRow next;       // whose copies will be ordered next
-  int32_t next_slot;  // and the slot that it will have
+  RingRow next[kWarp];  // the team's next rows
+  int32_t next_at;      // of these, whose copies will be ordered next
+  int32_t has_next;     // whether there is one
+  int32_t next_first;   // the first that they do not hold
+  int32_t next_slot;    // and the slot that it will have
   Phase full[kMaxRingRows];
   Phase told[2];
   float of_warp[2][kMaxWarps * kNumbers];
@@ -106,7 +109,7 @@ struct RingTeam {
           for (int q = 0; q < kQuads; ++q) tell_128(sets + block * kNumbers + 4 * q, lane(), quad(m, x, q), told);
         }
       }
-      wait_for(told, parity);
+      wait_for_peers(told, parity);
       join(Sets<kMaxClusterBlocks>{sets, blocks, block});
     }
   }

@@ -43,8 +43,8 @@ struct Share {
   }
 };
 
-// An exponent that is too large to count on.
-constexpr float kHuge = 1e38f;
+// An exponent whose own rounding is not far below 1; and one that still has a neighbour.
+constexpr float kHuge = 0x1p30f, kLargest = 1e38f;
 REPTILE_EXT_DEVICE bool is_huge(float x) { return x > kHuge || x < -kHuge; }
 
 // Loss of the rows that are done, one a lane.
@@ -121,44 +121,67 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
   }
 
   // Finds the team's next row that counts, and then orders its copies, into a slot that nobody reads any more. By one
-  // thread, or by each for its own pieces; apart, as the one takes registers and waits for memory.
+  // thread, to which its warp says what 32 rows' labels and weights say, a lane a row: memory is waited for once in 32
+  // rows. Or by each thread for its own pieces.
   struct {
     int n, slot;
   } next{begin - stride, 0};  // of each thread, where each orders
-  const auto find_next = [&] {
-    if (kBulk && rank != 0) return;
-    mark<kMarkOneWarp>();
-    int n = kBulk ? load_shared(&shared.next.n) : next.n;
-    if (n == kNoRow) return;
-    do n += stride;
-    while (n < p.num_rows && !row_counts(device, n));
-    if (n >= p.num_rows) n = kNoRow;
-    next.n = n;
-    if (rank != 0) return;
-    store_shared(&shared.next.n, n);
-    if (n == kNoRow) return;
+  const auto describe = [&](int n, RingRow& row) {
+    const bool counts = n < p.num_rows && row_counts(device, n);
+    store_shared(&row.n, n >= p.num_rows ? kNoRow : counts ? n : kIgnoredRow);
+    if (!counts) return;
     double scale = p.gradient_scale * (p.weights ? load(p.weights + n) : 1.0);
     if (device.divisor) scale /= load(device.divisor);
     if (p.grad_output) scale *= load(p.grad_output + (p.grad_output_is_uniform ? 0 : n));
     const int64_t label = p.labels ? load(p.labels + n) : -1;
     if (p.labels && (label < 0 || label >= p.vocab_size)) scale = kNaN;
-    store_shared(&shared.next.soft_scale, float(scale * p.soft_scale / p.student_temperature));
-    store_shared(&shared.next.hard_scale, float(scale * p.hard_weight));
-    store_shared(&shared.next.label, label);
+    store_shared(&row.soft_scale, float(scale * p.soft_scale / p.student_temperature));
+    store_shared(&row.hard_scale, float(scale * p.hard_weight));
+    store_shared(&row.label, label);
+  };
+  const auto find_next = [&] {
+    if constexpr (kBulk) {
+      if (team.warp() != 0) return;
+      mark<kMarkOneWarp>();
+      sync_warp();
+      int at = load_shared(&shared.next_at) + 1;
+      while (at == kWarp || load_shared(&shared.next[at].n) == kIgnoredRow) {
+        mark<kMarkOneIn32>();
+        if (++at < kWarp) continue;
+        at = 0;
+        sync_warp();  // all lanes have read the last ones
+        const int of_first = load_shared(&shared.next_first);
+        describe(of_first + team.lane() * stride, shared.next[team.lane()]);
+        sync_warp();
+        if (rank == 0) store_shared(&shared.next_first, of_first + kWarp * stride);
+        sync_warp();
+      }
+      const int found = load_shared(&shared.next[at].n);
+      sync_warp();
+      if (rank == 0) store_shared(&shared.next_at, found == kNoRow ? at - 1 : at);
+      if (rank == 0) store_shared(&shared.has_next, int32_t(found != kNoRow));
+      sync_warp();
+    } else if (next.n != kNoRow) {
+      do next.n += stride;
+      while (next.n < p.num_rows && !row_counts(device, next.n));
+      if (next.n >= p.num_rows) next.n = kNoRow;
+      if (rank == 0) describe(next.n == kNoRow ? int(p.num_rows) : next.n, shared.next[0]);
+    }
   };
   const auto order_next = [&] {
     if (kBulk && rank != 0) return;
     mark<kMarkOneWarp>();
-    const int n = kBulk ? load_shared(&shared.next.n) : next.n,
-              to_slot = kBulk ? load_shared(&shared.next_slot) : next.slot;
+    RingRow& found = shared.next[kBulk ? load_shared(&shared.next_at) : 0];
+    const int n = !kBulk ? next.n : load_shared(&shared.has_next) ? load_shared(&found.n) : kNoRow;
+    const int to_slot = kBulk ? load_shared(&shared.next_slot) : next.slot;
     next.slot = to_slot + 1 == plan.ring_rows ? 0 : to_slot + 1;
     if (rank == 0) {
       RingRow& row = shared.rows[to_slot];
       store_shared(&row.n, n);
       if (n != kNoRow) {
-        store_shared(&row.soft_scale, load_shared(&shared.next.soft_scale));
-        store_shared(&row.hard_scale, load_shared(&shared.next.hard_scale));
-        store_shared(&row.label, load_shared(&shared.next.label));
+        store_shared(&row.soft_scale, load_shared(&found.soft_scale));
+        store_shared(&row.hard_scale, load_shared(&found.hard_scale));
+        store_shared(&row.label, load_shared(&found.label));
       }
       store_shared(&shared.next_slot, next.slot);
     }
@@ -184,7 +207,8 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     if constexpr (!kBulk) end_copies();
   };
   if (rank == 0) {
-    store_shared(&shared.next.n, next.n);
+    store_shared(&shared.next_at, kWarp - 1);
+    store_shared(&shared.next_first, begin);
     store_shared(&shared.next_slot, 0);
     store_shared(&shared.num_done, 0);
   }
@@ -194,12 +218,17 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
   }
   find_next();
 
-  // Ignored rows, of which nothing is read.
+  // Ignored rows, of which nothing is read: a lane looks at a row, and its warp clears what all lanes have found.
   if (p.labels || p.weights) {
-    for (int n = begin; n < p.num_rows; n += stride) {
-      if (row_counts(device, n)) continue;
-      if (team.is_first()) store(p.row_losses + n, 0.0);
-      if (p.gradient.data) clear_row(p, n, 0, team.block * threads + rank, team.blocks * threads);
+    const int all_lanes = team.blocks * threads, first_lane = team.block * threads + warp_begin;
+    for (int64_t of_warp = first_lane; begin + of_warp * stride < p.num_rows; of_warp += all_lanes) {
+      const int64_t n = begin + (of_warp + team.lane()) * stride;
+      const bool is_ignored = n < p.num_rows && !row_counts(device, n);
+      if (is_ignored) store(p.row_losses + n, 0.0);
+      const uint32_t ignored = ballot(is_ignored);
+      for (int lane = 0; lane < kWarp && p.gradient.data; ++lane) {
+        if (ignored >> lane & 1) clear_row(p, begin + (of_warp + lane) * stride, 0, team.lane(), kWarp);
+      }
     }
   }
   sync_block();
@@ -282,23 +311,25 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     // Exponents from the warp's point. Where exponentials are kept, points too are exponents: one instruction less, and
     // one rounding, for a class.
     constexpr bool kInExponents = kKeeps && !D::kRawLogits;
-    const float largest[2] = {m[0], m[1]};
-    float point[2];
-    for (int side = 0; side < 2; ++side) {
-      if (kInExponents) m[side] = m[side] * (side == 0 ? call.k_s : call.k_t);
-      point[side] = D::kRawLogits || largest[side] == negative_infinity<float>() ? 0.0f : m[side];
-    }
-    if (kInExponents && (is_huge(point[0]) || is_huge(point[1]))) {
-      // Such logits are equal or differ by more than any exponent holds.
+    float point[2] = {0, 0};
+    const auto set_point = [&](int side, float k) {
+      const float largest = m[side];
+      if (kInExponents) m[side] = largest * k;
+      if (D::kRawLogits || largest == negative_infinity<float>()) return;
+      point[side] = m[side];
+      if (!kInExponents || !is_huge(point[side]) || largest == -negative_infinity<float>()) return;
+      // Such logits are equal, or so far apart that the smaller has no mass.
       mark<kMarkRare>();
-      for (int side = 0; side < 2; ++side) {
-        if (!is_huge(point[side]) || largest[side] == -negative_infinity<float>()) continue;
-        each([&](int k) { Piece::where_largest(at + side * slot_bytes + k * threads * kPieceBytes, largest[side]); });
-        m[side] = m[side] < 0 ? -kHuge : kHuge;
-        point[side] = 0;
+      REPTILE_EXT_NO_UNROLL
+      for (int i = rank; i - rank + warp_begin < most; i += threads) {
+        Piece::where_largest(at + side * slot_bytes + (i - rank) * kPieceBytes, largest);
       }
       fence_copies();
-    }
+      m[side] = m[side] < -kLargest ? -kLargest : m[side] > kLargest ? kLargest : m[side];
+      point[side] = 0;
+    };
+    set_point(0, call.k_s);
+    set_point(1, call.k_t);
     const auto exponent = [&](float z, int side) {
       const float k = side == 0 ? call.k_s : call.k_t;
       return kKeeps ? fma(z, k, -point[side]) : (z - point[side]) * k;
@@ -375,7 +406,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     };
     float mixture[D::kMixtureSums + 1] = {};
     if constexpr (D::kMixtureSums > 0) {
-      ratio = quotient(x[0], x[1]);
+      ratio = ratio_of(x[0], x[1]);
       each([&](int k) {
         float s[kClasses], t[kClasses];
         if constexpr (!kKeeps) {
@@ -453,7 +484,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       char* const to = static_cast<char*>(p.gradient.data) + n * p.gradient.row_strides[0] * Piece::kSize +
                        (first + rank) * kPieceBytes - share.shift * Piece::kSize;
       const int begin_whole = rank - (first == 0 && share.shift > 0);
-      const int64_t end = (p.vocab_size + share.shift) / kClasses - first;
+      const int64_t end = (p.vocab_size + share.shift) / kClasses - first;  // rows are so long that it is not negative
       const uint32_t num_whole = uint32_t((end < most ? int(end) : most) + (begin_whole - rank));
       each([&](int piece) {
         float g[kClasses];

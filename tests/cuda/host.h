@@ -311,6 +311,12 @@ T* of_peer(T* p, int rank) {
   if (host::current->cluster->barrier.generation == 0) host::stop("a peer's memory before all blocks have begun");
   return reinterpret_cast<T*>(peer.shared() + offset);
 }
+inline uint32_t ballot(bool x) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= uint32_t(shuffle_from(x ? 1.0f : 0.0f, lane) != 0) << lane;
+  return bits;
+}
+
 template <class T>
 T load_shared(const T* p) {
   const auto [block, offset] = host::find_shared(p, sizeof(T));
@@ -382,6 +388,7 @@ inline void wait_for(Phase* phase, uint32_t parity) {
   f.parity = parity;
   swapcontext(&f.context, &f.cluster->scheduler);
 }
+inline void wait_for_peers(Phase* phase, uint32_t parity) { wait_for(phase, parity); }
 inline host::Copy copy_of(void* shared, size_t bytes) {
   const auto [block, offset] = host::find_shared(shared, bytes);
   if (uintptr_t(shared) % 16 || bytes % 16 || bytes == 0) host::stop("a misaligned copy");
