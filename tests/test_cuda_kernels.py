@@ -139,9 +139,9 @@ SHAPES = {
     "a row a thread": (70, 10, True),
     "one class": (5, 1, True),
     "part of a warp": (40, 333, True),
-    "a ring, a warp": (20, 777, True),
+    "a ring, a warp": (40, 777, True),
     "a ring, a block": (5, 3001, True),
-    "a ring, a cluster": (3, 20_489, True),
+    "a ring, a cluster": (5, 21_001, True),
     "a ring before sm_90": (5, 3001, False),
     "from memory": (2, 21_003, False),
 }
