@@ -697,17 +697,6 @@ REPTILE_EXT_HOST_FN void with_divergence(Divergence kind, Visitor&& visit) {
   }
 }
 
-constexpr bool moves(Divergence kind) {
-  switch (kind) {
-#define REPTILE_EXT_CASE(name, Functor) \
-  case Divergence::k##Functor:          \
-    return Functor<float>::kMoves;
-    REPTILE_EXT_DIVERGENCES(REPTILE_EXT_CASE)
-#undef REPTILE_EXT_CASE
-  }
-  return false;
-}
-
 constexpr bool needs_labels(Divergence kind) {
   switch (kind) {
 #define REPTILE_EXT_CASE(name, Functor) \

@@ -67,7 +67,7 @@ REPTILE_EXT_DEVICE void sync_warp() { __syncwarp(); }
 REPTILE_EXT_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 
 // Says how often what follows runs, to who counts instructions (tests/cuda/budget.py); not where time matters.
-enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps, kMarkPieces };
+enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps };
 template <int kMark>
 REPTILE_EXT_DEVICE void mark() {
   asm volatile("pmevent %0;" ::"n"(kMark));

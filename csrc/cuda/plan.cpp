@@ -35,8 +35,9 @@ Distance distance_of(const Operand& operand) {
 // A ring, if the problem and the device allow it.
 bool plan_ring(const LossProblem& p, const DeviceProperties& device, Plan& plan) {
   if (p.part != Part::kLoss || p.num_row_dims > 1 || p.num_rows > INT32_MAX - (1 << 20) ||
-      p.vocab_size < kSmallestRing || !moves(p.divergence))
+      p.vocab_size < kSmallestRing) {
     return false;
+  }
   if (p.student.dtype != p.teacher.dtype || p.student.dtype == DType::kFloat64) return false;
   if (p.student.class_stride != 1 || p.teacher.class_stride != 1) return false;
   const Distance distance = distance_of(p.student);
@@ -48,7 +49,10 @@ bool plan_ring(const LossProblem& p, const DeviceProperties& device, Plan& plan)
   plan.pieces = (p.vocab_size + (plan.rows_at_boundaries ? 0 : classes - 1) + classes - 1) / classes;
   plan.has_bulk_copies = device.has_clusters;
   int kept_pieces = 0;
-  with_divergence<float>(p.divergence, [&](auto d) { kept_pieces = ring_pieces<decltype(d)>(p.student.dtype); });
+  with_divergence<float>(p.divergence, [&](auto d) {
+    if (decltype(d)::kMoves) kept_pieces = ring_pieces<decltype(d)>(p.student.dtype);
+  });
+  if (kept_pieces == 0) return false;
   // With a hard label a further exponential, and what goes with it, would not fit beside what is kept.
   for (plan.keeps = !(p.hard_weight > 0);; plan.keeps = false) {
     for (plan.cluster_blocks = 1; plan.cluster_blocks <= (device.has_clusters ? kMaxClusterBlocks : 1);

@@ -76,7 +76,6 @@ struct RingTeam {
   REPTILE_EXT_DEVICE int lane() const { return rank % kWarp; }
   REPTILE_EXT_DEVICE int warp() const { return rank / kWarp; }
   REPTILE_EXT_DEVICE int warps() const { return threads / kWarp; }
-  REPTILE_EXT_DEVICE bool is_first() const { return rank == 0 && block == 0; }
 
   // x and, from points m of its own, of all threads: join(sets) makes one of the sets of a step. `released`
   // runs once all threads of the block have come here.

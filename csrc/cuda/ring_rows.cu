@@ -283,10 +283,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
         }
       } else {
         REPTILE_EXT_NO_UNROLL
-        for (int k = 0; warp_begin + k * threads < most; ++k) {
-          mark<kMarkPieces>();
-          visit(k);
-        }
+        for (int k = 0; warp_begin + k * threads < most; ++k) visit(k);
       }
     };
     const auto read = [&](int k, int operand) {

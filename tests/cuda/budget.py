@@ -51,7 +51,8 @@ ISSUED_PER_CYCLE = 4 * WARP  # by one multiprocessor, thread instructions
 #     2       by one warp of a block, once in 32 rows
 #     3       where a row has a cluster; then what the branch skips is not counted
 #     4       where a block has more than one warp; likewise
-#     5       for each piece of a warp beyond those that are unrolled: the body of a loop
+#     5       for each piece of a warp beyond those that are unrolled: the body of a loop. Of a kernel that keeps
+#             nothing, and so unrolls nothing, loops without a mark are these
 #     8 + k   by the warps that have piece k; k < 7, and for any k `pmevent.mask 0x8000 + k`. Without such marks,
 #             branches in a row around code that does the same are taken for pieces
 RARE, ONE_WARP, ONE_IN_32, CLUSTER, WARPS, LOOP = range(6)
@@ -67,13 +68,13 @@ KINDS = {
     "barriers_per_row": r"BAR\b|SYNCS\S*TRYWAIT|UCGABAR_WAIT\b",
 }
 
-# Of bfloat16. The aim is 40 at 256,000 and 60 for jsd, which are not reached: these hold what is.
+# Of bfloat16. The aim is 40 for reverse_kl at 256,000 and 60 for jsd, which are not reached: these hold what is.
 LIMITS = {
     divergence: dict(zip(VOCABULARIES, limits, strict=True))
     for divergence, limits in {
-        "forward_kl": (60, 45, 32, 32, 32, 32, 40, 41),
-        "reverse_kl": (60, 45, 32, 32, 32, 32, 40, 44),
-        "jsd": (80, 75, 78, 78, 78, 78, 120, 115),
+        "forward_kl": (60, 45, 32, 32, 32, 32, 40, 40),
+        "reverse_kl": (60, 45, 32, 32, 32, 32, 40, 42),
+        "jsd": (76, 73, 77, 78, 77, 77, 119, 113),
     }.items()
 }
 EXPONENTIALS_LIMIT, EXPONENTIALS_UP_TO = 2.1, 163_000
@@ -213,7 +214,10 @@ class Kernel:
                 self.regions.append((PIECE + k, loop - self._reach(self.header, {b})))
         for header, blocks in inner.items():
             by_one = any(blocks <= region for mark, region in self.regions if mark in (ONE_WARP, ONE_IN_32))
-            if not by_one and not self._has_known_trips(blocks):
+            if not keeps and not by_one and not self._has_known_trips(blocks):
+                self.marks[header].add(LOOP)  # nothing is unrolled there: the rows' loops are those over pieces
+                self.regions.append((LOOP, blocks))
+            elif not by_one and not self._has_known_trips(blocks):
                 raise SystemExit(f"{name}: the loop at {header:#x} has no mark: is it rare (0) or of pieces (5)?")
 
     def _bare_pieces(self) -> list[tuple[int, int]]:

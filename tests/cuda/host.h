@@ -291,7 +291,7 @@ inline void sync_warp() {
   host::Fiber& f = *host::current;
   host::wait(f.cluster->blocks[size_t(f.block)].warps[size_t(f.thread / 32)]);
 }
-enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps, kMarkPieces };
+enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps };
 template <int kMark>
 void mark() {}
 
