@@ -31,7 +31,8 @@
 // Almost every gradient has one of two forms. With g = ∂f/∂x, T_s ∂D/∂s = g − q Σ g, and so
 //
 //     Difference    a·q − b·p
-//     Centred       k_0 q (u − C), C = Σ q u: the mean under q is taken off, which is what g − q Σ g does to g = q u
+//     Centred       q (k_0 u + k_1), k_1 = −k_0 C, C = Σ q u: the mean under q is taken off, which is what g − q Σ g
+//                   does to g = q u
 //
 // V brings +, −, ·, fma, max, exp2, reciprocal, smallest_normal and
 //
@@ -39,8 +40,7 @@
 //     add_product_where_positive(acc, e, d)      acc + e · where_positive(e, d)
 //     where_not_masked(z, d)                     d where z > −inf (or NaN), else 0
 //     with_sign_of(d, x)                         x, −x or 0 as d is positive, negative or 0
-//     log_of_ratio(w, w − 1)                     log w, from w − 1 where that is small, and so exactly 0 at 0; finite
-//     at w = 0
+//     log2_of_ratio(w, w − 1)                    log2 w, w > 0, from w − 1 where that is small, and so exactly 0 at 0
 //     twice_atanh(u)                             log ((1 + u) / (1 − u)), |u| ≤ ⅓: log (z / w) of u = (z − w) /
 //     (z + w); of rows of two classes alone, whose sums are from 1 to 2
 //
@@ -182,7 +182,17 @@ struct Difference {
 template <class V>
 struct Centred {
   static constexpr int kKept = 2, kCoefficients = 2;
-  static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] * (kept[1] - k[1]); }
+  static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * fma(kept[1], k[0], k[1]); }
+  template <class T>
+  static REPTILE_EXT_FN void set(T k_0, T centre, T (&k)[2]) {
+    k[0] = k_0;
+    k[1] = T(0) - k_0 * centre;
+  }
+  // Where u moves by d.
+  static REPTILE_EXT_FN void move_kept(V d, V f_s, V (&k)[2]) {
+    k[1] = fma(k[0], d, k[1]) * f_s;
+    k[0] = k[0] * f_s;
+  }
 };
 
 // ------------------------------------------------------------------------------------------- Kullback and Leibler's
@@ -228,22 +238,20 @@ struct ReverseKl : Defaults {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
     kept[1] = where_positive(kept[0], a - b);
-    sums[2] = fma(kept[0], kept[1], sums[2]);
+    sums[2] = add_product_where_positive(sums[2], kept[0], a - b);
   }
   static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
     sums[2] = move_sum(sums[2], sums[0], by.f_s, by.d_s - by.d_t);
     move_exponentials(by, sums);
   }
   static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) {
-    k[0] = k[0] * by.f_s;
-    k[1] = k[1] - (by.d_s - by.d_t);
+    Centred<V>::move_kept(by.d_s - by.d_t, by.f_s, k);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T centre = row.sums[2] * row.over_z_s();
     row.unbounded = centre;
-    k[0] = scale * T(kLn2) * row.over_z_s();
-    k[1] = row.if_bounded(centre);
+    Centred<V>::set(scale * T(kLn2) * row.over_z_s(), row.if_bounded(centre), k);
     return T(kLn2) * centre - row.log_z_s_to_z_t();
   }
 };
@@ -253,7 +261,7 @@ template <class V>
 struct SymmetricKl : Defaults {
   using Gradient = SymmetricKl;
   static constexpr bool kMoves = true;
-  static constexpr int kSums = 4, kKept = 3, kCoefficients = 4, kUnbounded = 2;
+  static constexpr int kSums = 4, kKept = 3, kCoefficients = 3, kUnbounded = 2;
   static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
@@ -268,25 +276,23 @@ struct SymmetricKl : Defaults {
     move_exponentials(by, sums);
   }
   static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[kCoefficients]) {
-    k[0] = k[0] * by.f_s;
+    k[0] = fma(k[2], by.d_s - by.d_t, k[0]) * by.f_s;
     k[1] = k[1] * by.f_t;
     k[2] = k[2] * by.f_s;
-    k[3] = k[3] - (by.d_s - by.d_t);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
     const T centre = row.sums[3] * row.over_z_s();
     const T difference = row.log_z_s_to_z_t();
     row.unbounded = centre;
-    k[0] = scale * row.one_minus_beta * row.over_z_s();
     k[1] = scale * row.one_minus_beta * row.over_z_t();
     k[2] = scale * row.beta * T(kLn2) * row.over_z_s();
-    k[3] = row.if_bounded(centre);
+    k[0] = scale * row.one_minus_beta * row.over_z_s() - k[2] * row.if_bounded(centre);
     return row.one_minus_beta * (T(kLn2) * row.sums[2] * row.over_z_t() + difference) +
            row.beta * (T(kLn2) * centre - difference);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
-    return (kept[0] * k[0] - kept[1] * k[1]) + kept[0] * k[2] * (kept[2] - k[3]);
+    return kept[0] * fma(kept[2], k[2], k[0]) - kept[1] * k[1];
   }
 };
 
@@ -330,22 +336,18 @@ struct MirroredSoftCrossEntropy : Defaults {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
     kept[1] = where_positive(kept[0], b);
-    sums[2] = fma(kept[0], kept[1], sums[2]);
+    sums[2] = add_product_where_positive(sums[2], kept[0], b);
   }
   static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
     sums[2] = move_sum(sums[2], sums[0], by.f_s, by.d_t);
     move_exponentials(by, sums);
   }
-  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) {
-    k[0] = k[0] * by.f_s;
-    k[1] = k[1] - by.d_t;
-  }
+  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) { Centred<V>::move_kept(by.d_t, by.f_s, k); }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T centre = row.sums[2] * row.over_z_s();
     row.unbounded = T(0) - centre;
-    k[0] = (T(0) - scale) * T(kLn2) * row.over_z_s();
-    k[1] = row.if_bounded(centre);
+    Centred<V>::set((T(0) - scale) * T(kLn2) * row.over_z_s(), row.if_bounded(centre), k);
     return row.log_z_t() - T(kLn2) * centre;
   }
 };
@@ -357,7 +359,7 @@ struct MirroredSoftCrossEntropy : Defaults {
 //
 //     p / m = 1 + (1−β) z          q / m = 1 − β z
 //
-// and both have their logarithm from log_of_ratio. Near equality, where a difference of logarithms would be all
+// and both have their logarithm from log2_of_ratio. Near equality, where a difference of logarithms would be all
 // rounding error, these are as good as z is; so are the limits β → 0 and β → 1.
 
 template <class V>
@@ -371,75 +373,77 @@ struct MixtureDefaults : Defaults {
     kept[0] = e_s;
     kept[1] = e_t;
   }
-  // 1 / m; where m is too small to divide by, p and q have next to no mass.
-  static REPTILE_EXT_FN V over(V m) { return reciprocal(max(smallest_normal(m), m)); }
-  // The first sum; log_of_ratio may have swallowed a NaN that the second has, through z.
+  // 1 / m of m = w_p p + w_q q. The smallest number, which otherwise is lost in rounding, keeps it divisible where p
+  // and q have no mass, and a ratio of them, p / m or q / m, from a logarithm of −inf.
+  static REPTILE_EXT_FN V over_mixture(V p, V w_p, V q, V w_q) {
+    return reciprocal(fma(w_p, p, fma(w_q, q, smallest_normal(q))));
+  }
+  static REPTILE_EXT_FN V to_mixture(V p, V over_m) { return fma(p, over_m, smallest_normal(p)); }
+  // The first sum; log2_of_ratio may have swallowed a NaN that the second has, through z.
   template <class T>
   static REPTILE_EXT_FN T unless_broken(const Row<T>& row) {
-    return row.mixture[0] + (row.mixture[1] - row.mixture[1]);
+    return T(kLn2) * row.mixture[0] + (row.mixture[1] - row.mixture[1]);
   }
 };
 
 // Generalised Jensen-Shannon, β Σ p (y − log m) + (1−β) Σ q (x − log m), 0 < β < 1.
-//     mixture   K_p = Σ p log(p/m), K_q = Σ q log(q/m)
-//     value     β K_p + (1−β) K_q
-//     gradient  (1−β) q (log(q/m) − K_q)
+//     mixture   K_p = Σ p log2(p/m), K_q = Σ q log2(q/m)
+//     value     ln 2 · (β K_p + (1−β) K_q)
+//     gradient  (1−β) ln 2 · q (log2(q/m) − K_q)
 template <class V>
 struct Jsd : MixtureDefaults<V> {
   static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
-    const V over_m = Jsd::over(fma(beta, p, one_minus_beta * q));
+    const V over_m = Jsd::over_mixture(p, beta, q, one_minus_beta);
     const V z = p_minus_q * over_m;
-    const V log_p = log_of_ratio(p * over_m, one_minus_beta * z);
-    const V log_q = log_of_ratio(q * over_m, (V(0) - beta) * z);
-    sums[0] = fma(p, log_p, sums[0]);
-    sums[1] = fma(q, log_q, sums[1]);
-    kept[1] = log_q;
+    const V log2_p = log2_of_ratio(Jsd::to_mixture(p, over_m), one_minus_beta * z);
+    const V log2_q = log2_of_ratio(Jsd::to_mixture(q, over_m), (V(0) - beta) * z);
+    sums[0] = fma(p, log2_p, sums[0]);
+    sums[1] = fma(q, log2_q, sums[1]);
+    kept[1] = log2_q;
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale * row.one_minus_beta * row.over_z_s();
-    k[1] = row.mixture[1];
-    return row.beta * row.mixture[0] + row.one_minus_beta * row.mixture[1];
+    Centred<V>::set(scale * row.one_minus_beta * T(kLn2) * row.over_z_s(), row.mixture[1], k);
+    return T(kLn2) * (row.beta * row.mixture[0] + row.one_minus_beta * row.mixture[1]);
   }
 };
 
 // Skewed KL, Σ p (y − log m), m = β p + (1−β) q, 0 < β < 1.
-//     mixture   Σ p log(p/m), Σ q z
+//     mixture   Σ p log2(p/m), Σ q z
 //     gradient  −(1−β) (p q / m − q Σ p q / m) = −(1−β)² q (z − Σ q z)
 template <class V>
 struct SkewKl : MixtureDefaults<V> {
   static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
-    const V over_m = SkewKl::over(fma(beta, p, one_minus_beta * q));
+    const V over_m = SkewKl::over_mixture(p, beta, q, one_minus_beta);
     const V z = p_minus_q * over_m;
-    sums[0] = fma(p, log_of_ratio(p * over_m, one_minus_beta * z), sums[0]);
+    sums[0] = fma(p, log2_of_ratio(SkewKl::to_mixture(p, over_m), one_minus_beta * z), sums[0]);
     sums[1] = fma(q, z, sums[1]);
     kept[1] = z;
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta * row.over_z_s();
-    k[1] = row.mixture[1];
+    const T k_0 = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta * row.over_z_s();
+    Centred<V>::set(k_0, row.mixture[1], k);
     return MixtureDefaults<V>::unless_broken(row);
   }
 };
 
 // Skewed reverse KL, Σ q (x − log m), m = β q + (1−β) p, 0 < β < 1.
-//     mixture   Σ q log(q/m), Σ q u with u = log(q/m) + β (1−β) z
-//     gradient  q (u − Σ q u):   ∂f/∂x = q (log(q/m) + 1 − β q/m), and q/m = 1 − (1−β) z
+//     mixture   Σ q log2(q/m), Σ q u with u = log2(q/m) + log2 e · β (1−β) z
+//     gradient  ln 2 · q (u − Σ q u):   ∂f/∂x = q (log(q/m) + 1 − β q/m), and q/m = 1 − (1−β) z
 template <class V>
 struct SkewReverseKl : MixtureDefaults<V> {
   static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V beta, V one_minus_beta, V (&sums)[2], V (&kept)[2]) {
-    const V over_m = SkewReverseKl::over(fma(beta, q, one_minus_beta * p));
+    const V over_m = SkewReverseKl::over_mixture(q, beta, p, one_minus_beta);
     const V z = p_minus_q * over_m;
-    const V log_q = log_of_ratio(q * over_m, (V(0) - one_minus_beta) * z);
-    kept[1] = fma(beta * one_minus_beta, z, log_q);
-    sums[0] = fma(q, log_q, sums[0]);
+    const V log2_q = log2_of_ratio(SkewReverseKl::to_mixture(q, over_m), (V(0) - one_minus_beta) * z);
+    kept[1] = fma(beta * one_minus_beta * V(kLog2E), z, log2_q);
+    sums[0] = fma(q, log2_q, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale * row.over_z_s();
-    k[1] = row.mixture[1];
+    Centred<V>::set(scale * T(kLn2) * row.over_z_s(), row.mixture[1], k);
     return MixtureDefaults<V>::unless_broken(row);
   }
 };

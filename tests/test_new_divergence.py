@@ -32,7 +32,7 @@ EDITS = {
 template <class V>
 struct ChiSquared : MixtureDefaults<V> {
   static REPTILE_EXT_FN void mix(V q, V p, V p_minus_q, V /*beta*/, V /*one_minus_beta*/, V (&sums)[2], V (&kept)[2]) {
-    const V w = p_minus_q * ChiSquared::over(p + q);
+    const V w = p_minus_q * ChiSquared::over_mixture(p, V(1), q, V(1));
     kept[1] = V(0) - fma(V(0.5f) * w, w, w);
     sums[0] = fma(p_minus_q, w, sums[0]);
     sums[1] = fma(q, kept[1], sums[1]);

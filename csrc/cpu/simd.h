@@ -21,28 +21,27 @@
 
 namespace {
 
-// log w for w ≥ 0, and w − 1 as exactly as the caller knows it, which counts where it is small; finite at w = 0. Where
-// w − 1 is small, w's exponent is 0, unless w is a quotient of denormal numbers.
-inline Float log_of_ratio(Float w, Float w_minus_1) {
+// log2 w for normal w > 0, and w − 1 as exactly as the caller knows it, which counts where it is small.
+inline Float log2_of_ratio(Float w, Float w_minus_1) {
   Float f, k;
   split(w, f, k);
   const Float t = where_small(w_minus_1, w_minus_1, f - Float(1)), t2 = t * t;
-  if constexpr (kHasDenormals) k = where_small(w_minus_1, Float(0), k);
-  Float even = Float(kLog1pf[8]), odd = Float(kLog1pf[7]);  // two chains: half the time until the result
-  for (int i = 6; i >= 0; i -= 2) even = fma(even, t2, Float(kLog1pf[i]));
-  for (int i = 5; i >= 1; i -= 2) odd = fma(odd, t2, Float(kLog1pf[i]));
-  return fma(k, Float(0.693147181f), fma(t2, odd, t * even));
+  k = where_small(w_minus_1, Float(0), k);                // w may be another number of those that are nearly 0
+  Float even = Float(kLog2f[8]), odd = Float(kLog2f[7]);  // two chains: half the time until the result
+  for (int i = 6; i >= 0; i -= 2) even = fma(even, t2, Float(kLog2f[i]));
+  for (int i = 5; i >= 1; i -= 2) odd = fma(odd, t2, Float(kLog2f[i]));
+  return k + fma(t2, odd, t * even);
 }
-inline Double log_of_ratio(Double w, Double w_minus_1) {
+inline Double log2_of_ratio(Double w, Double w_minus_1) {
   Double f, k;
   split(w, f, k);
   const Double t = where_small(w_minus_1, w_minus_1, f - Double(1));
-  if constexpr (kHasDenormals) k = where_small(w_minus_1, Double(0), k);
+  k = where_small(w_minus_1, Double(0), k);
   const Double s = t * reciprocal(t + Double(2));
   const Double s2 = s * s;
   Double p = Double(kAtanhd[6]);
   for (int i = 5; i >= 0; --i) p = fma(p, s2, Double(kAtanhd[i]));
-  return fma(k, Double(0.693147180559945309417), fma(s * s2, p, s + s));
+  return k + fma(s * s2, p, s * Double(kTwoLog2E));
 }
 
 // log ((1 + u) / (1 − u)) for |u| ≤ ⅓; exactly 0 at 0.

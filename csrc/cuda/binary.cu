@@ -58,8 +58,8 @@ struct Lane {
     return Lane(s.v < infinity && t.v < infinity ? x.v : T(kNaN));
   }
   REPTILE_EXT_DEVICE friend Lane twice_atanh(Lane u) { return Lane(reptile_ext::twice_atanh(u.v)); }
-  REPTILE_EXT_DEVICE friend Lane log_of_ratio(Lane w, Lane w_minus_1) {
-    return Lane(reptile_ext::log_of_ratio(w.v, w_minus_1.v));
+  REPTILE_EXT_DEVICE friend Lane log2_of_ratio(Lane w, Lane w_minus_1) {
+    return Lane(reptile_ext::log2_of_ratio(w.v, w_minus_1.v));
   }
 };
 
@@ -211,7 +211,7 @@ binary_kernel(REPTILE_EXT_ARGUMENT DeviceBinary device) {
   V sum = V(0);
   const auto visit = [&](const auto span) {
     constexpr int kCount = decltype(span)::kSize;
-    V s[kCount], t[kCount], y[kCount], weight[kCount];
+    V s[kCount], t[kCount], y[kCount] = {}, weight[kCount];
     for (int i = 0; i < kCount; ++i) weight[i] = V(1);
     span.load(p.student, false, s);
     if (soft) span.load(p.teacher, false, t);

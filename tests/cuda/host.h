@@ -45,6 +45,8 @@ inline thread_local std::vector<std::pair<uintptr_t, uintptr_t>> ranges;  // of 
 inline thread_local int64_t whole_loads = 0;                              // of 16 bytes, since somebody set it to 0
 inline thread_local int64_t exponentials = 0;                             // as well
 inline thread_local int64_t bulk_bytes = 0;                               // as well
+inline thread_local int64_t launches = 0;                                 // as well
+inline thread_local bool all_arrived = false;  // the last block of a launch has counted itself
 // Who goes on when several threads could.
 enum class Order {
   kInTurn,     // the next, so that all advance together
@@ -291,7 +293,7 @@ inline void sync_warp() {
   host::Fiber& f = *host::current;
   host::wait(f.cluster->blocks[size_t(f.block)].warps[size_t(f.thread / 32)]);
 }
-enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps };
+enum Mark { kMarkRare, kMarkOneWarp, kMarkOneIn32, kMarkCluster, kMarkWarps, kMarkOnce = 7 };
 template <int kMark>
 void mark() {}
 
@@ -346,6 +348,16 @@ inline Bits128 load_128_again(const void* p) { return load_128(p); }
 inline void store_128(void* p, const Bits128& x) {
   host::check_device(p, 16, 16);
   std::memcpy(p, &x, 16);
+}
+inline bool arrive_last(uint32_t* arrived, uint32_t count) {
+  host::check_device(arrived, 4, 4);
+  if (*arrived >= count) host::stop("more blocks than there are have counted themselves");
+  return host::all_arrived = ++*arrived == count;
+}
+inline double load_of_other_block(const double* p) {
+  host::check_device(p, 8, 8);
+  if (!host::all_arrived) host::stop("what other blocks have stored is read before all have");
+  return *p;
 }
 inline Bits128 load_shared_any_128(const void* p) {
   if (uintptr_t(p) % 16) host::stop("misaligned access of 16 bytes of shared memory");
@@ -511,6 +523,8 @@ inline double log_of(double x) { return std::log(x); }
 inline double log1p_of(double x) { return std::log1p(x); }
 inline float sqrt_of(float x) { return std::sqrt(x); }
 inline double sqrt_of(double x) { return std::sqrt(x); }
+inline float magnitude(float x) { return std::fabs(x); }
+inline double magnitude(double x) { return std::fabs(x); }
 inline float times_sign_of(float x, float s) { return std::signbit(s) ? -x : x; }
 inline double times_sign_of(double x, double s) { return std::signbit(s) ? -x : x; }
 
@@ -521,6 +535,8 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
     return "an impossible launch";
   }
   auto call = [&] { kernel(Parameters(arguments)...); };
+  host::all_arrived = false;
+  ++host::launches;
   for (int64_t first = 0; first < shape.blocks; first += shape.cluster_blocks) {
     host::Cluster cluster;
     cluster.blocks.resize(size_t(shape.cluster_blocks));
@@ -536,6 +552,10 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
       return error.c_str();
     }
   }
+  return nullptr;
+}
+inline const char* set_bytes_to_zero(void* p, size_t bytes, void*) {
+  std::memset(p, 0, bytes);
   return nullptr;
 }
 template <class... Parameters>

@@ -9,8 +9,6 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = true;
-// Whether exp2 may give denormal numbers; else these are 0.
-constexpr bool kHasDenormals = false;
 
 struct Float {
   using Scalar = float;

@@ -9,8 +9,6 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = true;
-// Whether exp2 may give denormal numbers; else these are 0.
-constexpr bool kHasDenormals = true;
 
 struct Float {
   using Scalar = float;
@@ -70,7 +68,6 @@ inline Float reciprocal(Float a) {
 }
 // w = f · 2^k with f in [¾, 1½). Of 0, the smallest normal number's.
 inline void split(Float w, Float& f, Float& k) {
-  w = max(smallest_normal(w), w);  // 0 has an exponent of −inf
   f.v = _mm512_getmant_ps(w.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
   k.v = _mm512_getexp_ps(_mm512_mul_ps(w.v, _mm512_set1_ps(4.0f / 3)));
 }

@@ -7,8 +7,6 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = false;
-// Whether exp2 may give denormal numbers; else these are 0.
-constexpr bool kHasDenormals = false;
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t FloatBits __attribute__((vector_size(16)));

@@ -83,14 +83,13 @@ constexpr double kExp2d[12] = {1.0,
                                1.025321230405209001e-7,
                                6.5595298355172712178e-9,
                                6.2634652734225902742e-10};
-// Coefficients of log(1 + t) / t on [−¼, ½], ascending, the first exactly 1; minimax of the relative error, 2.8e-8
-// before rounding.
-constexpr float kLog1pf[9] = {1.0f,         -0.500000606f, 0.333335486f,  -0.249934423f, 0.199770773f,
-                              -0.16822811f, 0.149839154f,  -0.120673714f, 0.0541325287f};
-// Coefficients of (2 atanh s − 2 s) / s³ in s² for |s| ≤ (√2 − 1) / (√2 + 1), ascending; 1.2e-18.
-constexpr double kAtanhd[7] = {0.66666666666667344128, 0.39999999999414675746, 0.28571428742388012491,
-                               0.22222198573157717871, 0.18183564327007024527, 0.15314050539471847141,
-                               0.1479594974650411203};
+// Coefficients of log2(1 + t) / t on [−¼, ½], ascending; minimax of the relative error, 2.8e-8 before rounding.
+constexpr float kLog2f[9] = {1.44269502f,   -0.721348405f, 0.48090145f,   -0.360579163f, 0.288208306f,
+                             -0.242701858f, 0.216172189f,  -0.174095377f, 0.0780967325f};
+// Coefficients of (2 atanh s − 2 s) / (s³ ln 2) in s² for |s| ≤ (√2 − 1) / (√2 + 1), ascending; 1.2e-18.
+constexpr double kAtanhd[7] = {0.96179669392598532, 0.57707801634714095, 0.41219858557755579, 0.32059855679144439,
+                               0.26233338080258495, 0.22093504769218988, 0.21346043324523797};
+constexpr double kTwoLog2E = 2.8853900817779268;
 // Coefficients of 2 atanh u / u in u² for |u| ≤ ⅓, ascending, the first exactly 2; minimax of the relative error
 // (Remez, 60 digits), 4.0e-9 and 1.2e-18 before rounding.
 constexpr float kTwiceAtanhf[5] = {2.0f, 0.66666317f, 0.4002491f, 0.279606f, 0.28178334f};
