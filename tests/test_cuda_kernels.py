@@ -63,8 +63,8 @@ def library(build_folder: Callable[[str], AbstractContextManager[Path]]) -> ctyp
 
 
 def counts(library: ctypes.CDLL) -> list[int]:
-    """Loads of 16 bytes, exponentials in float32, and bytes that copies brought, since the last call."""
-    numbers = (ctypes.c_int64 * 3)()
+    """Loads of 16 bytes, exponentials in float32, bytes that copies brought, and launches, since the last call."""
+    numbers = (ctypes.c_int64 * 4)()
     library.reptile_ext_host_counts(numbers)
     return list(numbers)
 
@@ -151,7 +151,7 @@ every_shape = pytest.mark.parametrize(("rows", "vocab_size", "clusters"), SHAPES
 def plan(
     library: ctypes.CDLL, rows: int, vocab_size: int, dtype: torch.dtype, clusters: bool, divergence: str = "forward_kl"
 ) -> tuple[Any, ...]:
-    numbers = (ctypes.c_int64 * 9)()
+    numbers = (ctypes.c_int64 * 10)()
     code = (torch.float32, torch.bfloat16, torch.float16, torch.float64).index(dtype)
     kind = tuple(reptile_ext._C.divergences()).index(divergence)
     name = library.reptile_ext_cuda_plan(
@@ -162,7 +162,8 @@ def plan(
 
 def test_the_plans_of_known_shapes(library: ctypes.CDLL) -> None:
     """Name, threads of a team in a block, blocks of a cluster, threads of a block, blocks; of a ring, pieces of a row
-    and of a block, and rows in the ring; of 132 multiprocessors."""
+    and of a block, and rows under way; of 132 multiprocessors. And, at the end, how many pieces of an operand a block's
+    ring has room for."""
     bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
     ring = "a ring, a row a "
     for (rows, vocab_size, dtype, clusters), expected in {
@@ -176,8 +177,8 @@ def test_the_plans_of_known_shapes(library: ctypes.CDLL) -> None:
         (8192, 128_256, bf16, True): (ring + "cluster", 416, 8, 416, 128, 16_032, 2004, 3),
         (8192, 151_936, bf16, True): (ring + "cluster", 480, 8, 480, 128, 18_992, 2374, 2),
         (8192, 163_000, bf16, True): (ring + "cluster", 512, 8, 512, 128, 20_375, 2547, 2),
-        (8192, 256_000, bf16, True): (ring + "cluster", 512, 8, 512, 128, 32_000, 4000, 1),
-        (8192, 300_000, bf16, True): (ring + "cluster", 480, 8, 480, 128, 37_500, 4688, 1),
+        (8192, 256_000, bf16, True): (ring + "cluster", 512, 8, 512, 128, 32_000, 4000, 2),
+        (8192, 300_000, bf16, True): (ring + "cluster", 480, 8, 480, 128, 37_500, 4688, 2),
         (8192, 500_000, bf16, True): ("a row a cluster", 512, 8, 512, 128),
         (8192, 32_000, f32, True): (ring + "cluster", 224, 4, 224, 128, 8000, 2000, 3),
         (8192, 16_000, bf16, False): (ring + "block", 416, 1, 416, 132, 2000, 2000, 2),
@@ -188,6 +189,9 @@ def test_the_plans_of_known_shapes(library: ctypes.CDLL) -> None:
         found = plan(library, rows, vocab_size, dtype, clusters)
         assert found[: len(expected)] == expected, (rows, vocab_size, dtype, clusters)
         assert found[8] <= (227 if clusters else 163) << 10
+    # 13 stages and 14, of which a row takes 8 and 10: the others are the next row's first.
+    assert plan(library, 8192, 256_000, bf16, True)[10] == 13 * 512
+    assert plan(library, 8192, 300_000, bf16, True)[10] == 14 * 480
     names = {
         plan(library, rows, vocab_size, dtype, clusters)[0]
         for rows, vocab_size, clusters in SHAPES.values()
@@ -222,11 +226,41 @@ def test_kinds_of_logits(configure: Configure, rows: int, vocab_size: int, clust
 @pytest.mark.parametrize("vocab_size", [65_537, 131_072, 151_936, 163_831, 200_001, 256_000])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_the_largest_clusters(configure: Configure, vocab_size: int, divergence: str) -> None:
-    """With exponentials that are kept, and without; and rings of one row."""
+    """With exponentials that are kept, and without."""
     student, teacher = make_logits("random", 3, vocab_size, torch.bfloat16)
     check(student, teacher, make_labels(3, vocab_size), divergence=divergence)
     if vocab_size % 2:
         check(student, teacher, make_labels(3, vocab_size), hard_weight=0.5, divergence=divergence)
+
+
+# 13 stages of which a row takes 8; 16 and 10; 14 and 10, of rows that begin anywhere; 13 and 13, no room for the next.
+WRAPPED = {
+    "8 of 13": (256_000, torch.bfloat16),
+    "10 of 16": (128_256, torch.float32),
+    "10 of 14": (299_999, torch.bfloat16),
+    "all": (425_001, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_rows_that_wrap_around_in_their_ring(configure: Configure, name: str) -> None:
+    """Rings with no room for two rows, which six rows go round; also with hard labels and ignored rows, without a
+    gradient, and with the gradient written over the logits."""
+    vocab_size, dtype = WRAPPED[name]
+    configure(1)
+    student, teacher = make_logits("random", 6, vocab_size, dtype)
+    labels = make_labels(6, vocab_size)
+    check(student, teacher, labels, divergence="reverse_kl")
+    labels[0] = labels[3] = -100
+    check(student, teacher, labels, hard_weight=0.5, label_smoothing=0.1, divergence="jsd")
+    results = []
+    for inplace in (False, True):
+        s = student.clone().requires_grad_()
+        loss = reptile_ext.distillation_loss(s * 1, teacher, labels, inplace=inplace)
+        results.append((loss.detach(), *torch.autograd.grad(loss, s)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with torch.no_grad():
+        assert torch.equal(reptile_ext.distillation_loss(student, teacher, labels), results[0][0])
 
 
 # Rows enough for each team to go round its ring several times.
@@ -309,7 +343,7 @@ def test_exponentials_and_bytes_are_those_of_the_plan(configure: Configure, libr
             logits = torch.zeros(2, vocab_size, dtype=dtype)
             counts(library)
             of(logits, logits.clone(), None, None, None, None, *numbers, True)
-            _, exponentials, copied = counts(library)
+            _, exponentials, copied, _ = counts(library)
             _, *found = plan(library, 2, vocab_size, dtype, True)
             assert copied == 2 * 2 * vocab_size * size
             expected = budget.exponentials_of(budget.Plan(*found), vocab_size, size) * vocab_size
@@ -445,6 +479,26 @@ def test_many_rows_are_added_up_in_tiles(configure: Configure, rows: int) -> Non
     torch.testing.assert_close(f(student, teacher, labels, weight=weight, denominator=5.0), each.sum() / 5)
     nobody = torch.full_like(labels, -100)
     assert f(student, teacher, nobody, weight=weight) == 0
+
+
+@every_shape
+def test_the_loss_takes_one_launch(
+    configure: Configure, library: ctypes.CDLL, rows: int, vocab_size: int, clusters: bool
+) -> None:
+    """Loss, gradient and the sum over the rows; one more counts what a mean with labels is divided by."""
+    configure(1, clusters)
+    student, teacher = make_logits("random", rows, vocab_size, torch.float32)
+    labels, of = make_labels(rows, vocab_size), reptile_ext.distillation_loss
+    counts(library)
+    for expected, keywords in (
+        (1, {}),
+        (1, {"labels": labels, "reduction": "sum"}),
+        (2, {"labels": labels}),
+        (2, {"denominator": torch.tensor(3.0)}),
+        (2, {"reduction": "none"}),
+    ):
+        of(student, teacher, **keywords)
+        assert counts(library)[3] == expected, keywords
 
 
 @every_shape
@@ -1011,6 +1065,8 @@ BROKEN = {
     "told_and_read_at_once": "shared memory is read before it is written",
     "own_copy_read_too_early": "shared memory is read before it is written",
     "right_ring": "",
+    "others_read_too_early": "what other blocks have stored is read before all have",
+    "arrived_is_not_cleared": "more blocks than there are have counted themselves",
     "quotients": "",
     "right": "",
 }

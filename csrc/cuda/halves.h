@@ -40,7 +40,7 @@ REPTILE_EXT_DEVICE PartNumbers numbers_of(const LossProblem& p, Part part) {
     case Part::kMixtureSums:
       return {p.mixture_sums, kNumMixtureSums};
     default:
-      return {p.row_losses, 1};
+      return {p.row_losses, p.row_losses ? 1 : 0};  // none where the kernel adds them up
   }
 }
 
@@ -193,7 +193,12 @@ REPTILE_EXT_DEVICE void row_gradient(const DeviceLoss& device, const Call<V>& ca
       numbers[At::kUniform] = V(hard.uniform);
       numbers[At::kHit] = V(hard.hit);
     }
-    if (team.block == 0) store(p.row_losses + row.n, weight() * loss);
+    if (team.block == 0 && device.sum) {
+      double* const so_far = team.exchange->losses + thread_rank() / team.threads;
+      store_shared(so_far, load_shared(so_far) + weight() * loss);
+    } else if (team.block == 0) {
+      store(p.row_losses + row.n, weight() * loss);
+    }
   }
   if (!p.gradient.data) return;
   team.broadcast(numbers);

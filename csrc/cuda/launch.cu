@@ -49,14 +49,9 @@ divisor_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const double* denominator
   double total = 0;
   for (int64_t n = thread_rank(); n < p.num_rows; n += block_threads()) total += weight_of(device, n);
   total = sum_of(block, total);
-  if (thread_rank() == 0) store(out, total == 0 ? 1.0 : denominator ? load(denominator) : total);
-}
-
-REPTILE_EXT_DEVICE void store_loss(void* out, bool is_double, int64_t at, double x) {
-  if (is_double) {
-    store(static_cast<double*>(out) + at, x);
-  } else {
-    store(static_cast<float*>(out) + at, float(x));
+  if (thread_rank() == 0) {
+    store(out, total == 0 ? 1.0 : denominator ? load(denominator) : total);
+    if (device.arrived) store(device.arrived, uint32_t(0));
   }
 }
 
@@ -140,6 +135,7 @@ const char* sum_tiles(const DeviceLoss& loss, bool of_losses, double* tiles, Dev
   of_tiles.problem.num_rows = num_row_tiles(loss.problem.num_rows);
   of_tiles.problem.gradient_scale = loss.problem.gradient_scale;
   of_tiles.divisor = loss.divisor;
+  of_tiles.arrived = loss.arrived;
   of_tiles.problem.weights = of_tiles.problem.row_losses = tiles;
   return launch(&tile_sums_kernel, {of_tiles.problem.num_rows, kMaxBlockThreads}, stream, loss, of_losses, tiles);
 }
@@ -153,6 +149,8 @@ const char* launch_divisor(const DeviceLoss& loss, const double* denominator, do
   const char* error = sum_tiles(loss, false, tiles, of_tiles, stream);
   return error ? error : launch(&divisor_kernel, {1, kMaxBlockThreads}, stream, of_tiles, denominator, out);
 }
+
+const char* set_to_zero(uint32_t* number, void* stream) { return set_bytes_to_zero(number, sizeof(*number), stream); }
 
 const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, double* tiles, void* out, void* stream) {
   if (!each && loss.problem.num_rows > kRowsPerTile) {

@@ -11,6 +11,14 @@ struct DeviceLoss {
   int64_t ignore_index = -100;
   // One number that gradient_scale is divided by, or null; launch_divisor's kernel writes it.
   const double* divisor = nullptr;
+
+  // Where the loss goes if it is the sum of the rows' losses, times gradient_scale / divisor: the kernel of the rows
+  // adds it up itself, and row_losses is not used. Each block has a number in `of_blocks`; the last one to count itself
+  // in `arrived`, which has to be 0, adds these up.
+  void* sum = nullptr;
+  bool sum_is_double = false;
+  double* of_blocks = nullptr;
+  uint32_t* arrived = nullptr;
 };
 
 // How a problem is divided among threads. A team of threads shares a row: part of a warp (many rows a block), a block,
@@ -30,6 +38,11 @@ struct Plan {
   int64_t pieces = 0;  // of a row, where it begins farthest behind a boundary of 16 bytes
   int share = 0;
   int ring_rows = 0;
+  // Pieces of one operand, whole stages, which are a piece of every thread of a block: of a row, and of the ring. Where
+  // the ring has no room for ring_rows, which are two, rows wrap around in it, and so many pieces of the next row are
+  // copied ahead, the rest when this row has made room.
+  int row_pieces = 0, ring_pieces = 0, pieces_ahead = 0;
+  int side_bytes = 0;  // of ring_pieces
   int shared_bytes = 0;
   bool has_bulk_copies = false;
   bool keeps = false;               // exponentials, in registers; else they are taken again in every pass over the ring
@@ -67,16 +80,15 @@ constexpr int kMaxClusterBlocks = 8;         // more are not portable
 
 // Rings.
 constexpr int kPieceBytes = 16;
-constexpr int kMaxRingRows = 8;  // slots
+constexpr int kMaxRingRows = 8;
 constexpr int kRingRowsBefore90 = 2;
-constexpr int kRingSharedBytes = 5120;  // in front of the slots
-// Pieces of a thread, where values of each class are kept: 40 pairs of logits, or fewer where more of a class are kept
-// or more is to be done with them.
+constexpr int kRingSharedBytes = 5376;  // in front of the stages
+// Pieces of a thread, where values of each class are kept: 40 pairs of logits, or fewer where more of a class are kept,
+// or where so many small pieces, and all that a mixture needs, are too much.
 template <class D>
 constexpr int ring_pieces(DType dtype) {
   const int kept = D::Gradient::kKept < 2 ? 2 : D::Gradient::kKept;
-  const bool is_crowded = D::kMixtureSums > 0 || !(D::kKeepsExp || D::kRawLogits);
-  return (is_crowded ? 64 : 80) / kept / (kPieceBytes / int(size_of(dtype)));
+  return (D::kMixtureSums > 0 && size_of(dtype) == 4 ? 72 : 80) / kept / (kPieceBytes / int(size_of(dtype)));
 }
 
 // Of many rows, their numbers are added up in two steps.
@@ -87,7 +99,9 @@ constexpr int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kRowsPerT
 //
 // The sum of problem.weights without ignored rows, in a fixed order: what a mean is divided by, or `denominator` if
 // there is one; 1 if no row counts. `out` is one number. `tiles` is memory for num_row_tiles of them.
+// It sets `arrived` to 0, too, if there is one.
 const char* launch_divisor(const DeviceLoss& loss, const double* denominator, double* tiles, double* out, void* stream);
+const char* set_to_zero(uint32_t* number, void* stream);
 // From row_losses to the loss, float32 or float64: their sum or, `each`, all of them, times gradient_scale / divisor.
 const char* launch_losses(const DeviceLoss& loss, bool each, bool is_double, double* tiles, void* out, void* stream);
 // The problem's part: loss and gradient, or row stats.

@@ -28,6 +28,7 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
   team.block = plan.cluster_blocks > 1 ? cluster_rank() : 0;
   const bool is_in_warp = plan.team_threads <= kWarp;
 
+  if (device.sum && team.rank == 0) store_shared(exchange.losses + thread_rank() / team.threads, 0.0);
   if (plan.cluster_blocks > 1) sync_cluster();  // a peer's memory is there once it has begun
   const int64_t rows_per_block = plan.rows_per_block();
   const int64_t stride = num_blocks() / plan.cluster_blocks * rows_per_block;
@@ -46,6 +47,12 @@ loss_kernel(REPTILE_EXT_ARGUMENT DeviceLoss device, const Plan plan) {
     loss_of_row<D, V>(device, call, team, source, place, row);
   }
   if (plan.cluster_blocks > 1) sync_cluster();  // nobody leaves while a peer may still write to its memory
+  if (!device.sum) return;
+  sync_block();
+  if (team.block == 0 && thread_rank() < kWarp) {
+    add_up_losses(device, exchange.losses, int(rows_per_block), block_rank() / plan.cluster_blocks,
+                  num_blocks() / plan.cluster_blocks);
+  }
 }
 
 }  // namespace

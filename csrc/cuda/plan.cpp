@@ -64,22 +64,27 @@ bool plan_ring(const LossProblem& p, const DeviceProperties& device, Plan& plan)
         const int64_t pieces = (share + kMaxBlockThreads - 1) / kMaxBlockThreads;
         threads = (share + 32 * pieces - 1) / (32 * pieces) * 32;
       }
-      const int64_t slot = 2 * kPieceBytes * ((share + threads - 1) / threads) * threads;
+      const int64_t stages = (share + threads - 1) / threads, stage = 2 * kPieceBytes * threads, slot = stages * stage;
       // As many blocks a multiprocessor as its registers hold, or fewer, until a ring of two rows fits each; where no
-      // cluster is large enough for two, one.
+      // cluster is large enough for two, of one row and what fits beside it.
       const bool is_largest = plan.cluster_blocks == kMaxClusterBlocks && !plan.keeps;
-      int64_t at_once = kThreadsInRegisters / threads, rows = 0;
+      int64_t at_once = kThreadsInRegisters / threads, rows = 0, room = 0;
       if (at_once > kMostBlocksAtOnce) at_once = kMostBlocksAtOnce;
       for (; at_once > 0; --at_once) {
         const int64_t all = device.shared_all / at_once - 1024;
-        rows = ((all < device.shared_block ? all : device.shared_block) - kRingSharedBytes) / slot;
+        room = (all < device.shared_block ? all : device.shared_block) - kRingSharedBytes;
+        rows = room / slot;
         if (rows >= 2 || (is_largest && at_once == 1 && rows == 1)) break;
       }
       if (at_once == 0) continue;
       plan.share = int(share);
       plan.team_threads = plan.block_threads = int(threads);
-      plan.ring_rows = !device.has_clusters ? kRingRowsBefore90 : rows < kMaxRingRows ? int(rows) : kMaxRingRows;
-      plan.shared_bytes = int(kRingSharedBytes + plan.ring_rows * slot);
+      plan.ring_rows = !device.has_clusters || rows < 2 ? 2 : rows < kMaxRingRows ? int(rows) : kMaxRingRows;
+      plan.row_pieces = int(stages * threads);
+      plan.ring_pieces = rows < 2 ? int(room / stage * threads) : plan.ring_rows * plan.row_pieces;
+      plan.pieces_ahead = rows < 2 ? plan.ring_pieces - plan.row_pieces : plan.row_pieces;
+      plan.side_bytes = plan.ring_pieces * kPieceBytes;
+      plan.shared_bytes = kRingSharedBytes + 2 * plan.side_bytes;
       int64_t resident = device.num_multiprocessors * at_once;
       if (plan.cluster_blocks > 1) {
         resident = device.num_multiprocessors / kGroup * (kGroup * at_once / plan.cluster_blocks);
@@ -147,7 +152,8 @@ const char* name_of(const Plan& plan) {
 
 // For tests, tests/cuda/budget.py and `reptile doctor`, through ctypes: the plan that contiguous logits of a shape get.
 // `numbers` becomes threads of a team in a block, blocks of a cluster, threads of a block, blocks; of a ring, pieces of
-// a row, a block's share of them, rows in the ring, bytes of shared memory, and whether exponentials are kept.
+// a row, a block's share of them, rows in the ring, bytes of shared memory, whether exponentials are kept, and the
+// ring's pieces.
 extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_plan(
     int64_t num_rows, int64_t vocab_size, int dtype, int divergence, int num_multiprocessors, int has_clusters,
     int64_t* numbers) {
@@ -163,8 +169,9 @@ extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_p
   device.num_multiprocessors = num_multiprocessors;
   device.set_generation(has_clusters != 0);
   const Plan plan = plan_of(p, device);
-  const int64_t found[] = {plan.team_threads, plan.cluster_blocks, plan.block_threads, plan.grid_blocks, plan.pieces,
-                           plan.share,        plan.ring_rows,      plan.shared_bytes,  plan.keeps};
-  for (int i = 0; i < 9; ++i) numbers[i] = found[i];
+  const int64_t found[] = {plan.team_threads, plan.cluster_blocks, plan.block_threads, plan.grid_blocks,
+                           plan.pieces,       plan.share,          plan.ring_rows,     plan.shared_bytes,
+                           plan.keeps,        plan.ring_pieces};
+  for (int i = 0; i < 10; ++i) numbers[i] = found[i];
   return name_of(plan);
 }

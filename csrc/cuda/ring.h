@@ -33,6 +33,12 @@ struct RingRow {
   int64_t label;
 };
 
+// Of the row whose copies were ordered last, what was not copied because another row lay there.
+struct RingRest {
+  const char *student, *teacher;
+  int32_t count, slot, start;
+};
+
 // In front of the ring in a block's shared memory.
 struct alignas(16) RingShared {
   RingRow rows[kMaxRingRows];
@@ -40,15 +46,18 @@ struct alignas(16) RingShared {
   int32_t next_at;      // of these, whose copies will be ordered next
   int32_t has_next;     // whether there is one
   int32_t next_first;   // the first that they do not hold
+  int32_t next_step;    // from one of the team's rows to the next: here, as a register for it would be one too many
   int32_t next_slot;    // and the slot that it will have
+  RingRest rest;
   Phase full[kMaxRingRows];
   Phase told[2];
-  float of_warp[2][kMaxWarps * kNumbers];
-  float of_block[2][kMaxClusterBlocks * kNumbers];
+  alignas(16) float of_warp[2][kMaxWarps * kNumbers];
+  alignas(16) float of_block[2][kMaxClusterBlocks * kNumbers];
   // Rows whose loss is still to be computed, by a warp, a lane each.
   int32_t num_done;
   float done[kWarp * kDoneNumbers];
   int32_t done_row[kWarp];
+  double losses[kWarp];  // added up, of the rows that each of its lanes has computed them of
 };
 static_assert(sizeof(RingShared) <= kRingSharedBytes);
 

@@ -49,7 +49,7 @@ REPTILE_EXT_DEVICE bool is_huge(float x) { return x > kHuge || x < -kHuge; }
 
 // Loss of the rows that are done, one a lane.
 template <class D>
-REPTILE_EXT_DEVICE void finish_rows(const DeviceLoss& device, const RingShared& shared, int count, bool hard) {
+REPTILE_EXT_DEVICE void finish_rows(const DeviceLoss& device, RingShared& shared, int count, bool hard) {
   using G = typename D::Gradient;
   const LossProblem& p = device.problem;
   const int lane = thread_rank() % kWarp;
@@ -72,7 +72,12 @@ REPTILE_EXT_DEVICE void finish_rows(const DeviceLoss& device, const RingShared& 
     loss += p.hard_weight * hard_label(of_label[0], of_label[1], of_label[2], a_label, p.label_smoothing, 1.0).loss;
   }
   const int32_t n = load_shared(&shared.done_row[lane]);
-  store(p.row_losses + n, (p.weights ? load(p.weights + n) : 1.0) * loss);
+  if (p.weights) loss *= load(p.weights + n);
+  if (device.sum) {
+    store_shared(&shared.losses[lane], load_shared(&shared.losses[lane]) + loss);
+  } else {
+    store(p.row_losses + n, loss);
+  }
 }
 
 template <class D, DType kDType, bool kBulk, bool kKeeps>
@@ -80,6 +85,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
   using G = typename D::Gradient;
   using Piece = PieceOf<kDType>;
   constexpr int kClasses = Piece::kClasses, kPieces = ring_pieces<D>(kDType);
+  constexpr int kMixed = D::kMixtureSums > 0 ? D::kMixtureSums : 1;  // an array cannot have none
   const LossProblem& p = device.problem;
   char* const memory = dynamic_shared(plan.shared_bytes);
   RingTeam team;
@@ -94,17 +100,31 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
   const Call<float> call(p, D::kRawLogits);
   const bool hard = !kKeeps && call.hard;
 
-  // The block's share of every row, and its ring: a slot is `slot_bytes` of the student and as many of the teacher.
+  // The block's share of every row, and its ring. Where exponentials are kept, a row has a slot: its pieces of the
+  // student, behind them the teacher's. Else there is a ring of each side, and a row begins where the last one ends.
+  // Where a ring has no room for two rows, it wraps around: what is not copied ahead of the next row is copied over
+  // pieces of this one, as soon as these have been read for the last time.
   const int64_t first = int64_t(plan.share) * team.block;
   const int64_t left = plan.pieces - first;
   const int most = left < 0 ? 0 : left < plan.share ? int(left) : plan.share;
-  const int slot_bytes = (plan.share + threads - 1) / threads * threads * kPieceBytes;
+  const int row_bytes = (plan.share + threads - 1) / threads * threads * kPieceBytes;
+  const int side_bytes = kKeeps ? row_bytes : plan.side_bytes;
+  const bool wraps = !kKeeps && plan.pieces_ahead * kPieceBytes < row_bytes;
   char* const ring = memory + kRingSharedBytes;
+  // Piece i of a row that begins at byte `start`.
+  const auto piece_at = [&](int start, int i, int side) {
+    int at = start + i * kPieceBytes;
+    if (wraps && at >= side_bytes) at -= side_bytes;
+    return ring + at + side * side_bytes;
+  };
+  const auto start_after = [&](int start) {  // of the next row
+    return start + row_bytes < side_bytes ? start + row_bytes : start + row_bytes - side_bytes;
+  };
   const int stride = int(num_blocks()) / team.blocks, begin = int(block_rank()) / team.blocks;
 
   // −inf where no copy will write, and phases.
-  for (int i = 0; i < plan.ring_rows * 2 * slot_bytes / kPieceBytes; i += threads) {
-    if (i % (slot_bytes / kPieceBytes) + rank >= most)
+  for (int i = 0; i < 2 * plan.ring_pieces && !wraps; i += threads) {
+    if (i % (row_bytes / kPieceBytes) + rank >= most)
       store_shared_128(ring + (i + rank) * kPieceBytes, Piece::masked());
   }
   if constexpr (kBulk) {
@@ -120,12 +140,12 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     sync_block();
   }
 
-  // Finds the team's next row that counts, and then orders its copies, into a slot that nobody reads any more. By one
+  // Finds the team's next row that counts, and then orders its copies, over what nobody reads any more. By one
   // thread, to which its warp says what 32 rows' labels and weights say, a lane a row: memory is waited for once in 32
   // rows. Or by each thread for its own pieces.
   struct {
-    int n, slot;
-  } next{begin - stride, 0};  // of each thread, where each orders
+    int n, slot, start;
+  } next{begin - stride, 0, 0};  // of each thread, where each orders
   const auto describe = [&](int n, RingRow& row) {
     const bool counts = n < p.num_rows && row_counts(device, n);
     store_shared(&row.n, n >= p.num_rows ? kNoRow : counts ? n : kIgnoredRow);
@@ -151,9 +171,10 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
         at = 0;
         sync_warp();  // all lanes have read the last ones
         const int of_first = load_shared(&shared.next_first);
-        describe(of_first + team.lane() * stride, shared.next[team.lane()]);
+        const int step = load_shared(&shared.next_step);
+        describe(of_first + team.lane() * step, shared.next[team.lane()]);
         sync_warp();
-        if (rank == 0) store_shared(&shared.next_first, of_first + kWarp * stride);
+        if (rank == 0) store_shared(&shared.next_first, of_first + kWarp * step);
         sync_warp();
       }
       const int found = load_shared(&shared.next[at].n);
@@ -168,6 +189,18 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       if (rank == 0) describe(next.n == kNoRow ? int(p.num_rows) : next.n, shared.next[0]);
     }
   };
+  // Bulk copies of a row's pieces from i to end, to where they may wrap around.
+  const auto copy_pieces = [&](const char* student, const char* teacher, int slot, int start, int i, int end) {
+    const auto copy = [&](int to) {
+      if (i >= to) return;
+      const uint32_t bytes = uint32_t((to - i) * kPieceBytes);
+      copy_bulk(piece_at(start, i, 0), student + i * kPieceBytes, bytes, &shared.full[slot]);
+      copy_bulk(piece_at(start, i, 1), teacher + i * kPieceBytes, bytes, &shared.full[slot]);
+      i = to;
+    };
+    if (wraps && side_bytes - start < end * kPieceBytes) copy((side_bytes - start) / kPieceBytes);
+    copy(end);
+  };
   const auto order_next = [&] {
     if (kBulk && rank != 0) return;
     mark<kMarkOneWarp>();
@@ -175,6 +208,8 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     const int n = !kBulk ? next.n : load_shared(&shared.has_next) ? load_shared(&found.n) : kNoRow;
     const int to_slot = kBulk ? load_shared(&shared.next_slot) : next.slot;
     next.slot = to_slot + 1 == plan.ring_rows ? 0 : to_slot + 1;
+    const int start = kKeeps ? to_slot * 2 * row_bytes : next.start;
+    if constexpr (!kKeeps) next.start = start_after(start);
     if (rank == 0) {
       RingRow& row = shared.rows[to_slot];
       store_shared(&row.n, n);
@@ -185,36 +220,55 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       }
       store_shared(&shared.next_slot, next.slot);
     }
+    [[maybe_unused]] int rest = 0;
     if (n != kNoRow) {
       const Share<kDType> from(p, plan, first, most, n);
-      char* const to = ring + to_slot * 2 * slot_bytes;
       const char* const student = static_cast<const char*>(p.student.data) + from.student;
       const char* const teacher = static_cast<const char*>(p.teacher.data) + from.teacher;
       if constexpr (kBulk) {
-        const uint32_t bytes = uint32_t(from.count * kPieceBytes);
-        expect_bytes(&shared.full[to_slot], 2 * bytes);
-        if (bytes > 0) {
-          copy_bulk(to, student, bytes, &shared.full[to_slot]);
-          copy_bulk(to + slot_bytes, teacher, bytes, &shared.full[to_slot]);
+        expect_bytes(&shared.full[to_slot], uint32_t(2 * from.count * kPieceBytes));
+        const bool has_rest = wraps && plan.pieces_ahead < from.count;
+        copy_pieces(student, teacher, to_slot, start, 0, has_rest ? plan.pieces_ahead : from.count);
+        if (wraps) {
+          store_shared(&shared.rest.student, student);
+          store_shared(&shared.rest.teacher, teacher);
+          store_shared(&shared.rest.slot, to_slot);
+          store_shared(&shared.rest.start, start);
         }
+        rest = from.count;
       } else {
         for (int i = rank; i < from.count; i += threads) {
-          copy_128(to + i * kPieceBytes, student + i * kPieceBytes);
-          copy_128(to + slot_bytes + i * kPieceBytes, teacher + i * kPieceBytes);
+          copy_128(piece_at(start, i, 0), student + i * kPieceBytes);
+          copy_128(piece_at(start, i, 1), teacher + i * kPieceBytes);
         }
       }
     }
-    if constexpr (!kBulk) end_copies();
+    if constexpr (kBulk) {
+      if (wraps) store_shared(&shared.rest.count, int32_t(rest));
+    } else {
+      end_copies();
+    }
   };
+  const auto order_rest = [&] {
+    if (!kBulk || rank != 0) return;
+    mark<kMarkOneWarp>();
+    const int count = load_shared(&shared.rest.count);
+    if (count <= plan.pieces_ahead) return;
+    copy_pieces(load_shared(&shared.rest.student), load_shared(&shared.rest.teacher), load_shared(&shared.rest.slot),
+                load_shared(&shared.rest.start), plan.pieces_ahead, count);
+  };
+  if (team.warp() == team.warps() - 1) store_shared(&shared.losses[team.lane()], 0.0);
   if (rank == 0) {
     store_shared(&shared.next_at, kWarp - 1);
     store_shared(&shared.next_first, begin);
+    store_shared(&shared.next_step, stride);
     store_shared(&shared.next_slot, 0);
     store_shared(&shared.num_done, 0);
   }
   for (int i = 0; i < plan.ring_rows; ++i) {
     find_next();
     order_next();
+    if (wraps && i == 0) order_rest();
   }
   find_next();
 
@@ -224,7 +278,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     for (int64_t of_warp = first_lane; begin + of_warp * stride < p.num_rows; of_warp += all_lanes) {
       const int64_t n = begin + (of_warp + team.lane()) * stride;
       const bool is_ignored = n < p.num_rows && !row_counts(device, n);
-      if (is_ignored) store(p.row_losses + n, 0.0);
+      if (is_ignored && !device.sum) store(p.row_losses + n, 0.0);
       const uint32_t ignored = ballot(is_ignored);
       for (int lane = 0; lane < kWarp && p.gradient.data; ++lane) {
         if (ignored >> lane & 1) clear_row(p, begin + (of_warp + lane) * stride, 0, team.lane(), kWarp);
@@ -233,37 +287,42 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
   }
   sync_block();
 
-  // Threads that have a piece at an end of the row, where some of its classes may be of other rows.
+  // Threads that have a piece at an end of the row, where some of its classes may be of other rows, or none beside
+  // others of their warp where rows wrap around, and so another row's piece may lie.
   const bool has_ends = !plan.rows_at_boundaries || p.vocab_size % kClasses != 0;
   const bool is_at_an_end =
-      has_ends &&
-      ((first == 0 && rank == 0) || (first + most + 1 >= plan.pieces && most > 0 &&
-                                     (rank == (most - 1) % threads || rank == (most > 1 ? most - 2 : 0) % threads)));
+      (has_ends && ((first == 0 && rank == 0) ||
+                    (first + most + 1 >= plan.pieces && most > 0 &&
+                     (rank == (most - 1) % threads || rank == (most > 1 ? most - 2 : 0) % threads)))) ||
+      (wraps && most > 0 && rank / kWarp == (most - 1) % threads / kWarp && rank > (most - 1) % threads);
 
-  int slot = 0;
-  uint32_t parity = 0;
+  // Three in one register, of which there are none to spare: 4 · the slot, 2 · is_at_an_end, the parity of the slots'
+  // phases.
+  int32_t state = is_at_an_end ? 2 : 0;
+  [[maybe_unused]] int next_start = 0;
   for (;;) {
+    const int slot = state >> 2;
     const RingRow& row = shared.rows[slot];
     const int n = load_shared(&row.n);
     if (n == kNoRow) break;
     const Share<kDType> share(p, plan, first, most, n);
-    char* const at = ring + slot * 2 * slot_bytes + rank * kPieceBytes;
+    const int start = kKeeps ? slot * 2 * row_bytes : next_start;
+    if constexpr (!kKeeps) {
+      next_start = start_after(start);
+    }
     if constexpr (kBulk) {
-      wait_for(&shared.full[slot], parity);
+      wait_for(&shared.full[slot], uint32_t(state & 1));
     } else {
       wait_for_copies<kRingRowsBefore90 - 1>();
     }
-    if (++slot == plan.ring_rows) {
-      slot = 0;
-      parity ^= 1;
-    }
-    if (is_at_an_end) {
+    state = slot + 1 == plan.ring_rows ? (state & 3) ^ 1 : state + 4;
+    if (state & 2) {
       mark<kMarkRare>();
-      for (int i = rank; i < most; i += threads) {
+      for (int i = rank; i - team.lane() < most; i += threads) {
         const int64_t from = (first + i) * kClasses - share.shift;
-        if (from >= 0 && from + kClasses <= p.vocab_size) continue;
+        if (i < most && from >= 0 && from + kClasses <= p.vocab_size) continue;
         for (int operand = 0; operand < 2; ++operand) {
-          char* const piece = at + operand * slot_bytes + (i - rank) * kPieceBytes;
+          char* const piece = piece_at(start, i, operand);
           if (i < share.count) {
             Piece::mask(piece, from, p.vocab_size);
           } else {
@@ -274,30 +333,44 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       fence_copies();  // what lies there now is overwritten by a copy
     }
 
-    // Visits this thread's pieces, if any of its warp's is of the share; lanes beyond it find −inf.
+    // Visits this thread's pieces, if any of its warp's is of the share; lanes beyond it find −inf. Of each its number
+    // where they are kept, its number in the share less the thread's, and where it lies: bytes from the row's first, or
+    // from the ring's.
+    const auto from_to = [&](int& offset, int& lies, int end, auto visit) {
+      for (;; lies -= side_bytes) {
+        int until = offset + int(uint32_t(side_bytes - lies) / kPieceBytes);  // the end of the ring
+        if (until > end) until = end;
+        REPTILE_EXT_NO_UNROLL
+        for (; offset < until; offset += threads) {
+          visit(0, offset, lies);
+          lies += threads * kPieceBytes;
+        }
+        if (offset >= end) break;
+        mark<kMarkOnce>();
+      }
+    };
     const auto each = [&](auto visit) {
       if constexpr (kKeeps) {
         REPTILE_EXT_UNROLL
         for (int k = 0; k < kPieces; ++k) {
-          if (warp_begin + k * threads < most) visit(k);
+          if (warp_begin + k * threads < most) visit(k, k * threads, k * threads * kPieceBytes);
         }
       } else {
-        REPTILE_EXT_NO_UNROLL
-        for (int k = 0; warp_begin + k * threads < most; ++k) visit(k);
+        int offset = 0, lies = start;
+        from_to(offset, lies, most - warp_begin, visit);
       }
     };
-    const auto read = [&](int k, int operand) {
-      return load_shared_any_128(at + operand * slot_bytes + k * threads * kPieceBytes);
-    };
+    char* const at = ring + (kKeeps ? start : 0) + rank * kPieceBytes;
+    const auto read = [&](int lies, int side) { return load_shared_any_128(at + side * side_bytes + lies); };
 
     const float soft_scale = load_shared(&row.soft_scale);
 
     float m[2] = {0, 0};
     if (!D::kRawLogits || hard) {
       typename Piece::Most most_s, most_t;
-      each([&](int k) {
-        most_s.take(read(k, 0));
-        most_t.take(read(k, 1));
+      each([&](int, int, int lies) {
+        most_s.take(read(lies, 0));
+        most_t.take(read(lies, 1));
       });
       m[0] = most_s.value();
       m[1] = most_t.value();
@@ -319,7 +392,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       mark<kMarkRare>();
       REPTILE_EXT_NO_UNROLL
       for (int i = rank; i - rank + warp_begin < most; i += threads) {
-        Piece::where_largest(at + side * slot_bytes + (i - rank) * kPieceBytes, largest);
+        Piece::where_largest(piece_at(start, i, side), largest);
       }
       fence_copies();
       m[side] = m[side] < -kLargest ? -kLargest : m[side] > kLargest ? kLargest : m[side];
@@ -334,10 +407,10 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
 
     float kept[kKeeps ? kPieces : 1][kKeeps ? kClasses : 1][G::kKept], x[D::kSums];
     for (float& sum : x) sum = 0;
-    each([&](int k) {
+    each([&](int k, int, int lies) {
       float s[kClasses], t[kClasses];
-      Piece::widen(read(k, 0), s);
-      Piece::widen(read(k, 1), t);
+      Piece::widen(read(lies, 0), s);
+      Piece::widen(read(lies, 1), t);
       for (int i = 0; i < kClasses; ++i) {
         const float a = exponent(s[i], 0), b = exponent(t[i], 1);
         float of_class[D::kKept];
@@ -360,13 +433,14 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
         });
     if constexpr (!D::kRawLogits) x[0] = x[0] + ((m[0] - m[0]) + (m[1] - m[1]));  // no class, or one of +inf: NaN
 
+    int hit = -1;                      // the label's class less the thread's first
     float of_label[4] = {0, 0, 0, 0};  // Σ e_1, Σ a_1 and number of the classes that are not masked; the label's logit
     if (hard) {
       mark<kMarkRare>();
-      const int64_t label = load_shared(&row.label);
-      each([&](int k) {
+      hit = int(load_shared(&row.label) - (first + rank) * kClasses) + share.shift;  // rows are short enough for an int
+      each([&](int, int offset, int lies) {
         float s[kClasses];
-        Piece::widen(read(k, 0), s);
+        Piece::widen(read(lies, 0), s);
         for (int i = 0; i < kClasses; ++i) {
           const float a = (s[i] - m[0]) * float(kLog2E);
           of_label[0] = of_label[0] + exp2(a);
@@ -374,8 +448,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
             of_label[1] = of_label[1] + where_not_masked(s[i], a);
             of_label[2] = of_label[2] + where_not_masked(s[i], 1.0f);
           }
-          const int64_t v = (first + rank + k * threads) * kClasses - share.shift + i;
-          if (v == label) of_label[3] = s[i];
+          if (offset * kClasses + i == hit) of_label[3] = s[i];
         }
       });
       sum_in_warp(of_label, kWarp);
@@ -392,29 +465,49 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       for (int j = 0; j < G::kKept; ++j) of_class[j] = found[j];
     };
     [[maybe_unused]] float ratio = 1;
-    [[maybe_unused]] const auto mix = [&](float(&of_class)[G::kKept], float(&sums)[D::kMixtureSums + 1]) {
+    [[maybe_unused]] const auto mix = [&](float(&of_class)[G::kKept], float(&sums)[kMixed]) {
       if constexpr (D::kMixtureSums > 0) {
-        const float q = of_class[0], other = of_class[1] * ratio;
+        const float q = of_class[0], other = kKeeps ? of_class[1] : of_class[1] * ratio;
         float added[D::kMixtureSums];
         for (int i = 0; i < D::kMixtureSums; ++i) added[i] = sums[i];
         D::mix(q, other, other - q, call.beta, call.one_minus_beta, added, of_class);
         for (int i = 0; i < D::kMixtureSums; ++i) sums[i] = added[i];
       }
     };
-    float mixture[D::kMixtureSums + 1] = {};
+    // For the row's loss, which is computed some rows later.
+    const auto note = [&](auto what) {
+      if (team.block != 0 || team.warp() != team.warps() - 1) return;
+      mark<kMarkOneWarp>();
+      if (team.lane() == 0) {
+        const int done = load_shared(&shared.num_done);
+        what(shared.done + done * kDoneNumbers, &shared.done_row[done]);
+      }
+    };
+    if constexpr (D::kMixtureSums > 0) x[0] = x[0] + (x[1] - x[1]);
+    x[0] = x[0] + (soft_scale - soft_scale);  // NaN of a label that is no class
+    note([&](float* to, int32_t* row_number) {
+      for (int i = 0; i < D::kSums; ++i) store_shared(to + i, x[i]);
+      if (hard) {
+        for (int i = 0; i < 4; ++i) store_shared(to + kMaxSums + i, of_label[i]);
+        store_shared(to + kDoneNumbers - 1, m[0]);
+      }
+      store_shared(row_number, n);
+    });
+    float mixture[kMixed] = {};
     if constexpr (D::kMixtureSums > 0) {
       ratio = ratio_of(x[0], x[1]);
-      each([&](int k) {
+      const float to_p = by.f_t * ratio;  // of equal rows as much as by.f_s, as the ratio is 1
+      each([&](int k, int, int lies) {
         float s[kClasses], t[kClasses];
         if constexpr (!kKeeps) {
-          Piece::widen(read(k, 0), s);
-          Piece::widen(read(k, 1), t);
+          Piece::widen(read(lies, 0), s);
+          Piece::widen(read(lies, 1), t);
         }
         for (int i = 0; i < kClasses; ++i) {
           float again[G::kKept];
           if constexpr (kKeeps) {
             kept[k][i][0] = kept[k][i][0] * by.f_s;
-            kept[k][i][1] = kept[k][i][1] * by.f_t;
+            kept[k][i][1] = kept[k][i][1] * to_p;
           } else {
             from_row(s[i], t[i], again);
           }
@@ -425,27 +518,14 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       sum_in_warp(mixture, kWarp);
       float unused[2] = {0, 0};
       team.exchange(unused, mixture, [&](const auto& sets) { add_sets(sets, mixture); }, nothing);
-    }
-
-    // The row's loss, some rows later.
-    if (team.block == 0 && team.warp() == team.warps() - 1) {
-      mark<kMarkOneWarp>();
-      if (team.lane() == 0) {
-        const int done = load_shared(&shared.num_done);
-        float* const to = shared.done + done * kDoneNumbers;
-        for (int i = 0; i < D::kSums; ++i) store_shared(to + i, soft_scale == soft_scale ? x[i] : float(kNaN));
+      note([&](float* to, int32_t*) {
         for (int i = 0; i < D::kMixtureSums; ++i) store_shared(to + kMaxSums + 4 + i, mixture[i]);
-        if (hard) {
-          for (int i = 0; i < 4; ++i) store_shared(to + kMaxSums + i, of_label[i]);
-          store_shared(to + kDoneNumbers - 1, m[0]);
-        }
-        store_shared(&shared.done_row[done], n);
-      }
+      });
     }
 
     if (p.gradient.data) {
-      bool is_nan = soft_scale != soft_scale;
-      for (float sum : x) is_nan = is_nan || sum != sum;
+      bool is_nan = false;
+      for (int i = 0; i < (D::kMixtureSums > 0 ? 1 : D::kSums); ++i) is_nan = is_nan || x[i] != x[i];
       for (int i = 0; i < D::kMixtureSums; ++i) {
         is_nan = is_nan || mixture[i] != mixture[i];
         mixture[i] = mixture[i] * reciprocal(x[0]);
@@ -459,8 +539,8 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
         if constexpr (D::kUnbounded >= 0) {
           if (is_unbounded || by.f_s == 0) {  // no finite gradient; or no mass in this warp's classes
             mark<kMarkRare>();
-            each([&](int piece) {
-              for (auto& of_class : kept[piece]) {
+            each([&](int k, int, int) {
+              for (auto& of_class : kept[k]) {
                 if (by.f_s == 0) of_class[0] = 0;
                 of_class[D::kUnbounded] = 0;
               }
@@ -472,7 +552,6 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       }
       for (float& coefficient : k) coefficient = is_nan ? float(kNaN) : coefficient;
       HardFactors<float> factors{};
-      const int64_t label = hard ? load_shared(&row.label) : -1;
       if (hard) {
         mark<kMarkRare>();
         factors = hard_factors(of_label[0], of_label[2], float(p.label_smoothing), load_shared(&row.hard_scale));
@@ -483,48 +562,66 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       const int begin_whole = rank - (first == 0 && share.shift > 0);
       const int64_t end = (p.vocab_size + share.shift) / kClasses - first;  // rows are so long that it is not negative
       const uint32_t num_whole = uint32_t((end < most ? int(end) : most) + (begin_whole - rank));
-      each([&](int piece) {
+      const auto write = [&](int number, int offset, int lies) {
         float g[kClasses];
         if constexpr (kKeeps) {
-          for (int i = 0; i < kClasses; ++i) g[i] = G::gradient(kept[piece][i], k);
+          for (int i = 0; i < kClasses; ++i) g[i] = G::gradient(kept[number][i], k);
         } else {
           float s[kClasses], t[kClasses];
-          Piece::widen(read(piece, 0), s);
-          Piece::widen(read(piece, 1), t);
+          Piece::widen(read(lies, 0), s);
+          Piece::widen(read(lies, 1), t);
           for (int i = 0; i < kClasses; ++i) {
-            float of_class[G::kKept], unused[D::kMixtureSums + 1] = {};
+            float of_class[G::kKept], unused[kMixed] = {};
             from_row(s[i], t[i], of_class);
             if constexpr (D::kMixtureKeeps) mix(of_class, unused);
             if constexpr (D::kUnbounded >= 0) {
               if (is_unbounded) of_class[D::kUnbounded] = 0;
             }
             g[i] = G::gradient(of_class, k);
-            if (!hard) continue;
+          }
+          if (hard) {
             mark<kMarkRare>();
-            g[i] = g[i] + exp2((s[i] - m[0]) * float(kLog2E)) * factors.to_q1;
-            if (call.smooth) g[i] = g[i] - where_not_masked(s[i], factors.uniform);
-            const int64_t v = (first + rank + piece * threads) * kClasses - share.shift + i;
-            if (v == label) g[i] = g[i] - factors.hit;
+            for (int i = 0; i < kClasses; ++i) {
+              g[i] = g[i] + exp2((s[i] - m[0]) * float(kLog2E)) * factors.to_q1;
+              if (call.smooth) g[i] = g[i] - where_not_masked(s[i], factors.uniform);
+              if (offset * kClasses + i == hit) g[i] = g[i] - factors.hit;
+            }
           }
         }
         const Bits128 raw = Piece::narrow(g);
-        if (uint32_t(begin_whole + piece * threads) < num_whole) {
-          store_128(to + piece * threads * kPieceBytes, raw);
-        } else if (const int i = rank + piece * threads; i < share.count) {
+        if (uint32_t(begin_whole + offset) < num_whole) {
+          store_128(to + offset * kPieceBytes, raw);
+        } else if (const int i = rank + offset; i < share.count) {
           mark<kMarkRare>();
-          store_classes<kDType>(to + piece * threads * kPieceBytes, raw, (first + i) * kClasses - share.shift,
-                                p.vocab_size);
+          store_classes<kDType>(to + offset * kPieceBytes, raw, (first + i) * kClasses - share.shift, p.vocab_size);
         }
-      });
+      };
+      if constexpr (kKeeps) {
+        each(write);
+      } else {
+        int offset = 0, lies = start;
+        for (bool is_rest = !wraps;; is_rest = true) {
+          int end = is_rest ? row_bytes / kPieceBytes : row_bytes / kPieceBytes - plan.pieces_ahead;
+          if (end > most - warp_begin) end = most - warp_begin;
+          from_to(offset, lies, end, write);
+          if (is_rest) break;
+          mark<kMarkOnce>();
+          sync_block();
+          order_rest();
+        }
+      }
       if (p.gradient_size > p.vocab_size) {
         mark<kMarkRare>();
         clear_row(p, n, p.vocab_size, team.block * threads + rank, team.blocks * threads);
       }
+    } else if (wraps) {
+      mark<kMarkRare>();
+      sync_block();
+      order_rest();
     }
     if constexpr (!kKeeps) {
       sync_block();
       order_next();
-      if (plan.ring_rows == 1) sync_block();  // all read at once what is ordered here
     }
     find_next();
     if (team.block == 0 && team.warp() == team.warps() - 1) {
@@ -542,6 +639,10 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
   }
   if (team.block == 0 && team.warp() == team.warps() - 1) {
     finish_rows<D>(device, shared, load_shared(&shared.num_done), hard);
+    sync_warp();
+    if (device.sum) {
+      add_up_losses(device, shared.losses, kWarp, block_rank() / team.blocks, num_blocks() / team.blocks);
+    }
   }
   if (team.blocks > 1) sync_cluster();  // nobody leaves while a peer may still tell it something
 }

@@ -170,32 +170,47 @@ REPTILE_EXT_DEVICE void store_gradient(const Operand& gradient, const Place& pla
   }
 }
 
-// A gradient of 0 from class `from` on, by threads of which this is one of `threads`; of a dense row.
-REPTILE_EXT_DEVICE void clear_row(const LossProblem& p, int64_t row, int64_t from, int thread, int threads) {
-  const int64_t size = int64_t(size_of(p.gradient.dtype));
-  char* const begin = static_cast<char*>(p.gradient.data) + (row * p.gradient.row_strides[0] + from) * size;
-  char* const end = begin + (p.gradient_size - from) * size;
-  // What lies before the first boundary of 16 bytes and behind the last one by bytes of the type, the rest at once.
-  char* const first = begin + (16 - uintptr_t(begin) % 16) % 16;
-  const auto by_classes = [&](char* at, char* to) {
+// 0 in elements that are neighbours, from element `first` of the gradient's memory to `last`, by threads of which this
+// is one of `threads`.
+REPTILE_EXT_DEVICE void clear_neighbours(const Operand& gradient, int64_t first, int64_t last, int thread,
+                                         int threads) {
+  const int64_t size = int64_t(size_of(gradient.dtype));
+  char* const begin = static_cast<char*>(gradient.data) + first * size;
+  char* const end = begin + (last - first) * size;
+  // What lies before the first boundary of 16 bytes and behind the last one by elements, the rest at once.
+  char* const first_whole = begin + (16 - uintptr_t(begin) % 16) % 16;
+  const auto by_elements = [&](char* at, char* to) {
     for (at += thread * size; at < to; at += threads * size) {
       if (size == 2) {
         store(reinterpret_cast<uint16_t*>(at), uint16_t(0));
       } else {
-        store(reinterpret_cast<uint32_t*>(at), uint32_t(0));
+        for (int i = 0; i < size; i += 4) store(reinterpret_cast<uint32_t*>(at + i), uint32_t(0));
       }
     }
   };
-  if (first >= end) return by_classes(begin, end);
-  char* const last = end - uintptr_t(end) % 16;
-  by_classes(begin, first);
-  for (char* at = first + int64_t(thread) * 16; at < last; at += int64_t(threads) * 16) store_128(at, Bits128{});
-  by_classes(last, end);
+  if (first_whole >= end) return by_elements(begin, end);
+  char* const last_whole = end - uintptr_t(end) % 16;
+  by_elements(begin, first_whole);
+  for (char* at = first_whole + int64_t(thread) * 16; at < last_whole; at += int64_t(threads) * 16) {
+    store_128(at, Bits128{});
+  }
+  by_elements(last_whole, end);
 }
 
-// A gradient of 0 from class `from` on.
+// A gradient of 0 from class `from` on; of a dense row.
+REPTILE_EXT_DEVICE void clear_row(const LossProblem& p, int64_t row, int64_t from, int thread, int threads) {
+  const int64_t begin = row * p.gradient.row_strides[0];
+  clear_neighbours(p.gradient, begin + from, begin + p.gradient_size, thread, threads);
+}
+
+// The same of any row.
 template <class V>
 REPTILE_EXT_DEVICE void clear(const LossProblem& p, const Place& place, const Team<V>& team, int64_t from) {
+  if (from >= p.gradient_size) return;
+  if (p.gradient.class_stride == 1) {
+    return clear_neighbours(p.gradient, place.gradient + from, place.gradient + p.gradient_size, team.global_rank(),
+                            team.size());
+  }
   for (int64_t v = from + team.global_rank(); v < p.gradient_size; v += team.size()) {
     store_class(p.gradient, place.gradient + v * p.gradient.class_stride, V(0));
   }

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = kMaxBlockThreads / kWarp;
+constexpr int kMaxTeams = 256;    // of a block
 constexpr int kMaxExchanged = 8;  // numbers at a time: mse's five sums and the cross entropy's three
 
 // What the threads of a team larger than a warp tell one another. Everything is there twice and used in turn: between
@@ -26,6 +27,7 @@ template <class V>
 struct Exchange {
   V of_warp[2][kMaxWarps * kMaxExchanged];
   V of_block[2][kMaxClusterBlocks * kMaxExchanged];
+  double losses[kMaxTeams];  // of each team of the block, added up over its rows
 };
 
 template <class V>
@@ -108,6 +110,42 @@ REPTILE_EXT_DEVICE double sum_of(Team<double>& team, double x) {
   double sum[1] = {x};
   team.all_reduce(sum, [](double a, double b) { return a + b; });
   return sum[0];
+}
+
+REPTILE_EXT_DEVICE void store_loss(void* out, bool is_double, int64_t at, double x) {
+  if (is_double) {
+    store(static_cast<double*>(out) + at, x);
+  } else {
+    store(static_cast<float*>(out) + at, float(x));
+  }
+}
+
+// The loss, in a launch of its rows' kernel: a warp of each block that has losses, which are `count` numbers in shared
+// memory, adds them up and tells the sum to the warp that is the last of all to come here. In a fixed order: a loss is
+// the same in every run.
+REPTILE_EXT_DEVICE void add_up_losses(const DeviceLoss& device, const double* losses, int count, int64_t block,
+                                      int64_t num_blocks) {
+  const int lane = thread_rank() % kWarp;
+  const auto sum_of_warp = [](double x) {
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) x = x + shuffle_xor(x, mask);
+    return x;
+  };
+  double sum = 0;
+  for (int i = lane; i < count; i += kWarp) sum += load_shared(losses + i);
+  sum = sum_of_warp(sum);
+  bool is_last = false;
+  if (lane == 0) {
+    store(device.of_blocks + block, sum);
+    is_last = arrive_last(device.arrived, uint32_t(num_blocks));
+  }
+  if (ballot(is_last) == 0) return;
+  sync_warp();  // what the first lane may see, all may
+  sum = 0;
+  for (int64_t b = lane; b < num_blocks; b += kWarp) sum += load_of_other_block(device.of_blocks + b);
+  sum = sum_of_warp(sum);
+  const LossProblem& p = device.problem;
+  const double factor = device.divisor ? p.gradient_scale / load(device.divisor) : p.gradient_scale;
+  if (lane == 0) store_loss(device.sum, device.sum_is_double, 0, sum * factor);
 }
 
 }  // namespace

@@ -128,29 +128,40 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   }
 
   const size_t rows = size_t(p.num_rows);
-  // The rows' losses, the divisor, and sums of tiles of rows.
-  const int64_t sizes[1] = {p.num_rows + 1 + num_row_tiles(p.num_rows)};
-  const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
-  p.row_losses = data_of<double>(scratch);
-  place.names(p.row_losses, size_t(sizes[0]) * 8);
-  double* const divisor = p.row_losses + p.num_rows;
-  double* const tiles = divisor + 1;
   const bool none = a.reduction == int64_t(Reduction::kNone), mean = a.reduction == int64_t(Reduction::kMean);
+  const bool adds_up = !none && p.num_rows > 0;  // the kernel of the rows; of no row there is none
+  const Plan plan = plan_of(p, place.properties());
+  // The divisor, how many blocks have ended, sums of tiles of rows, and a loss of each block or of each row.
+  const int64_t num_tiles = num_row_tiles(p.num_rows);
+  const int64_t sizes[1] = {2 + num_tiles + (adds_up ? plan.grid_blocks : p.num_rows)};
+  const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
+  double* const divisor = data_of<double>(scratch);
+  double* const tiles = divisor + 2;
+  place.names(divisor, size_t(sizes[0]) * 8);
+  const int32_t dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  Tensor result = new_tensor(place.device, none ? int64_t(leading.size()) : 0, leading.data(), dtype);
+  place.names(View(result).data, (none ? rows : 1) * (is_double(p) ? 8 : 4));
+  if (adds_up) {
+    loss.sum = View(result).data;
+    loss.sum_is_double = is_double(p);
+    loss.of_blocks = tiles + num_tiles;
+    loss.arrived = reinterpret_cast<uint32_t*>(divisor + 1);
+  } else {
+    p.row_losses = tiles + num_tiles;
+  }
   p.gradient_scale = a.scale;
   if (a.denominator || (mean && (p.labels || p.weights))) {
     const double* denominator = a.denominator ? denominator_data(*a.denominator) : nullptr;
     place.names(denominator, 8);
     check_launch(launch_divisor(loss, denominator, tiles, divisor, place.stream));
     loss.divisor = divisor;
-  } else if (mean && p.num_rows > 0) {
-    p.gradient_scale /= double(p.num_rows);
+  } else {
+    if (mean && p.num_rows > 0) p.gradient_scale /= double(p.num_rows);
+    if (adds_up) check_launch(set_to_zero(loss.arrived, place.stream));
   }
 
-  check_launch(launch_loss(loss, plan_of(p, place.properties()), place.stream));
-  const int32_t dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  Tensor result = new_tensor(place.device, none ? int64_t(leading.size()) : 0, leading.data(), dtype);
-  place.names(View(result).data, (none ? rows : 1) * (is_double(p) ? 8 : 4));
-  check_launch(launch_losses(loss, none, is_double(p), tiles, View(result).data, place.stream));
+  check_launch(launch_loss(loss, plan, place.stream));
+  if (!adds_up) check_launch(launch_losses(loss, none, is_double(p), tiles, View(result).data, place.stream));
   return result;
 }
 

@@ -34,6 +34,17 @@ void span_beyond_the_end() {  // as if what is left were whole
   const uintptr_t first = (uintptr_t(memory) + 15) / 16 * 16;
   load_128(reinterpret_cast<const void*>(first + uintptr_t(16 * thread_rank())));
 }
+uint32_t arrived;
+void others_read_too_early() {  // by the first block that comes
+  if (thread_rank() > 0) return;
+  double* const of_blocks = reinterpret_cast<double*>(memory + uintptr_t(memory) / 4 % 2);
+  store(of_blocks + cluster_rank(), 1.0);
+  arrive_last(&arrived, 2);
+  load_of_other_block(of_blocks + 1);
+}
+void arrived_is_not_cleared() {  // since the last launch
+  if (thread_rank() == 0) arrive_last(&arrived, 1);
+}
 // Rings with one slot or two of 64 bytes of rows in device memory.
 struct Ring {
   Phase full, told;
@@ -164,7 +175,8 @@ void quotients() {
 }
 
 const char* run(void (*kernel)()) {
-  host::ranges = {{uintptr_t(memory), uintptr_t(memory + kThreads)}};
+  arrived = 0;
+  host::ranges = {{uintptr_t(memory), uintptr_t(memory + kThreads)}, {uintptr_t(&arrived), uintptr_t(&arrived + 1)}};
   return launch(kernel, {2, kThreads, 2}, nullptr);
 }
 
@@ -181,6 +193,8 @@ EXPORT(barrier_of_some)
 EXPORT(sum_of_some)
 EXPORT(span_beyond_the_end)
 EXPORT(shuffle_of_some)
+EXPORT(others_read_too_early)
+EXPORT(arrived_is_not_cleared)
 EXPORT(peer_too_early)
 EXPORT(no_such_peer)
 EXPORT(copy_read_before_its_phase)

@@ -53,9 +53,10 @@ ISSUED_PER_CYCLE = 4 * WARP  # by one multiprocessor, thread instructions
 #     4       where a block has more than one warp; likewise
 #     5       for each piece of a warp beyond those that are unrolled: the body of a loop. Of a kernel that keeps
 #             nothing, and so unrolls nothing, loops without a mark are these
+#     7       once a row; so does the loop around it, whose own few instructions count once
 #     8 + k   by the warps that have piece k; k < 7, and for any k `pmevent.mask 0x8000 + k`. Without such marks,
 #             branches in a row around code that does the same are taken for pieces
-RARE, ONE_WARP, ONE_IN_32, CLUSTER, WARPS, LOOP = range(6)
+RARE, ONE_WARP, ONE_IN_32, CLUSTER, WARPS, LOOP, _, ONCE = range(8)
 PIECE = 8
 
 # What is counted, by operation. LD and ST without a space are a peer's shared memory.
@@ -68,13 +69,13 @@ KINDS = {
     "barriers_per_row": r"BAR\b|SYNCS\S*TRYWAIT|UCGABAR_WAIT\b",
 }
 
-# Of bfloat16. The aim is 40 for reverse_kl at 256,000 and 60 for jsd, which are not reached: these hold what is.
+# Of bfloat16. jsd at 256,000, where nothing is kept, is to be 60, too, which is not reached: this holds what is.
 LIMITS = {
     divergence: dict(zip(VOCABULARIES, limits, strict=True))
     for divergence, limits in {
         "forward_kl": (60, 45, 32, 32, 32, 32, 40, 40),
-        "reverse_kl": (60, 45, 32, 32, 32, 32, 40, 42),
-        "jsd": (76, 73, 77, 78, 77, 77, 119, 113),
+        "reverse_kl": (60, 45, 32, 32, 32, 32, 40, 40),
+        "jsd": (60, 60, 60, 60, 60, 60, 60, 87),
     }.items()
 }
 EXPONENTIALS_LIMIT, EXPONENTIALS_UP_TO = 2.1, 163_000
@@ -97,6 +98,7 @@ class Plan:
     ring_rows: int = 0
     shared_bytes: int = 0
     keeps: int = 1  # whether exponentials are kept
+    ring_pieces: int = 0  # pieces of an operand in the ring
 
 
 # ------------------------------------------------------------------------------------------------------ disassembler
@@ -322,7 +324,8 @@ class Kernel:
         """One: a wait, or the threads that ELECT goes through, of which there is one. Or a marked loop's."""
         code = [i for b in loop for i in self.blocks[b]]
         waits = any(self._waits(b) for b in loop) and len(code) < WARP
-        return waits or any(i.base == "ELECT" for i in code) or any(LOOP in self._marks_of(b) for b in loop)
+        marks = set().union(*map(self._marks_of, loop))
+        return waits or any(i.base == "ELECT" for i in code) or LOOP in marks or ONCE in marks
 
     def _weights(self, plan: Plan, pieces: int) -> dict[int, float]:
         """How often a warp runs each block for a row, of which the warp's block has that many pieces."""
@@ -445,7 +448,7 @@ def excesses(table: Table) -> list[str]:
             by_plan = entry.get("exponentials_by_plan", entry["exponentials"])
             if divergence == "forward_kl" and abs(entry["exponentials"] / by_plan - 1) > 0.01:
                 lines.append(f"{what}: {entry['exponentials']:.2f} exponentials a pair, by the plan {by_plan:.2f}")
-            may = EXPONENTIALS_LIMIT if divergence != "jsd" and V <= EXPONENTIALS_UP_TO else math.inf
+            may = EXPONENTIALS_LIMIT if V <= EXPONENTIALS_UP_TO else math.inf
             if entry["exponentials"] > may:
                 lines.append(f"{what}: {entry['exponentials']:.2f} exponentials a pair, allowed {may}")
     return lines

@@ -41,10 +41,11 @@ extern "C" __attribute__((visibility("default"))) void reptile_ext_host(int num_
   reptile_ext::settings = {num_multiprocessors, has_clusters != 0, reptile_ext::host::Order(order)};
 }
 
-// How many there were since the last time: loads of 16 bytes, exponentials in float32, bytes that copies brought.
+// How many there were since the last time: loads of 16 bytes, exponentials in float32, bytes that copies brought,
+// launches.
 extern "C" __attribute__((visibility("default"))) void reptile_ext_host_counts(int64_t* numbers) {
   namespace host = reptile_ext::host;
-  const int64_t found[] = {host::whole_loads, host::exponentials, host::bulk_bytes};
-  for (int i = 0; i < 3; ++i) numbers[i] = found[i];
-  host::whole_loads = host::exponentials = host::bulk_bytes = 0;
+  const int64_t found[] = {host::whole_loads, host::exponentials, host::bulk_bytes, host::launches};
+  for (int i = 0; i < 4; ++i) numbers[i] = found[i];
+  host::whole_loads = host::exponentials = host::bulk_bytes = host::launches = 0;
 }
