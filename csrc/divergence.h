@@ -330,7 +330,6 @@ struct SoftCrossEntropy : Defaults {
 template <class V>
 struct MirroredSoftCrossEntropy : Defaults {
   using Gradient = Centred<V>;
-  static constexpr bool kMoves = true;
   static constexpr int kSums = 3, kKept = 2, kUnbounded = 1;
   static REPTILE_EXT_FN void first(V /*a*/, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
@@ -338,11 +337,6 @@ struct MirroredSoftCrossEntropy : Defaults {
     kept[1] = where_positive(kept[0], b);
     sums[2] = add_product_where_positive(sums[2], kept[0], b);
   }
-  static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) {
-    sums[2] = move_sum(sums[2], sums[0], by.f_s, by.d_t);
-    move_exponentials(by, sums);
-  }
-  static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) { Centred<V>::move_kept(by.d_t, by.f_s, k); }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T centre = row.sums[2] * row.over_z_s();
