@@ -42,7 +42,7 @@ class Products:
 
     def __init__(self, source: LogitsSource, chunks: list[slice], scratch: Scratch) -> None:
         self.source, self.chunks = source, iter(chunks)
-        self.buffer = scratch.cut(*_shape(source, chunks), dtype=source.hidden.dtype) if chunks else None
+        self.buffer = scratch.cut(*_shape(source, chunks), source.hidden.dtype) if chunks else None
         self.chunk = slice(0, 0)
         self.of_chunk: Tensor | None = None
 
@@ -97,8 +97,7 @@ def run_chunks(
     sizes = chunk_sizes(product_bytes, copy_bytes, alike, config.memory_budget, device)
     student_chunks, teacher_chunks, parts = plan(num_rows, sizes, teacher_has_product=product_bytes[1] > 0)
     buffers = ((student, student_chunks), (teacher, teacher_chunks))
-    num_bytes = sum(Scratch.size(*_shape(x, chunks), dtype=x.hidden.dtype) for x, chunks in buffers)
-    scratch = Scratch(num_bytes, device)
+    scratch = Scratch(sum(_shape(x, chunks)[0] * x.product_bytes() for x, chunks in buffers), device)
 
     def loop() -> None:
         students, teachers = (Products(source, chunks, scratch) for source, chunks in buffers)
