@@ -13,9 +13,9 @@ from .. import compat, ops
 
 KEPT_AT_MOST = 256 << 20  # bytes: enough for the smallest chunks of 170,000 classes in 16 bits
 
-# A cache line of a GPU, two of a CPU. Rows of an odd number of classes that lie one behind the other begin anywhere: a
-# product of 16-bit matrices is fast on a GPU where they are multiples of 16 bytes apart (cuBLAS takes other kernels, and
-# no bulk copies, where they are not), and reads and writes whole lines where it is 128.
+# A cache line of a GPU, two of a CPU. Rows of an odd number of classes, one right behind the other, begin anywhere. On
+# a GPU a product of 16-bit matrices is fast where rows are multiples of 16 bytes apart (where they are not, cuBLAS has no
+# bulk copies and takes other kernels), and reads and writes whole lines where it is 128.
 ROW_ALIGNMENT = 128
 
 _kept: list[Tensor] = []
@@ -53,7 +53,9 @@ class Scratch:
     def cut(self, num_rows: int, size: int, dtype: torch.dtype) -> Tensor:
         """A matrix, whose rows are `row_bytes` apart."""
         start, self.used = self.used, self.used + num_rows * row_bytes(size, dtype)
-        return self.bytes[start : self.used].view(dtype).view(num_rows, row_bytes(size, dtype) // dtype.itemsize)[:, :size]
+        return (
+            self.bytes[start : self.used].view(dtype).view(num_rows, row_bytes(size, dtype) // dtype.itemsize)[:, :size]
+        )
 
     def give_back(self) -> None:
         if self.lasts and self.bytes.numel() <= KEPT_AT_MOST:
