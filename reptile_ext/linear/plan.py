@@ -47,11 +47,14 @@ def chunk_sizes(
 
     alike: both the same, so that equal models have equal logits: a product of other rows may be rounded otherwise.
     """
-    if device.type != "cpu":
-        memory = 0 if device.type != "cuda" else torch.cuda.get_device_properties(device).total_memory
-        return gpu_chunk_sizes(product_bytes, copy_bytes, memory_budget, memory)
     of_student, of_teacher = product_bytes
-    budget, at_once = _without_copies(memory_budget or DEFAULT_BUDGET, copy_bytes)
+    budget = memory_budget or (DEFAULT_BUDGET if device.type == "cpu" else memory_of(device) // GPU_BUDGET_SHARE)
+    at_once = max(budget // 4 // copy_bytes, 1) if copy_bytes else sys.maxsize
+    budget -= budget // 4 if copy_bytes else 0
+    if device.type != "cpu":
+        rows = max(budget // (of_student + of_teacher), 1 if memory_budget else SMALLEST_GPU_CHUNK)
+        step = GPU_TILE if rows >= GPU_TILE else 1
+        return ChunkSizes(rows - rows % step, rows - rows % step, at_once, step)
     student, least = STUDENT_ROWS, TEACHER_ROWS[0]
     if memory_budget is not None:
         student, least = max(min(budget // (of_student + of_teacher), STUDENT_ROWS), 1), 1
@@ -61,22 +64,9 @@ def chunk_sizes(
     return ChunkSizes(student, teacher, at_once)
 
 
-def gpu_chunk_sizes(
-    product_bytes: tuple[int, int], copy_bytes: int, memory_budget: int | None, memory: int
-) -> ChunkSizes:
-    """`chunk_sizes` on a GPU of so many bytes of memory: the same of both models."""
-    budget, at_once = _without_copies(memory_budget or memory // GPU_BUDGET_SHARE, copy_bytes)
-    rows = max(budget // sum(product_bytes), 1 if memory_budget else SMALLEST_GPU_CHUNK)
-    step = GPU_TILE if rows >= GPU_TILE else 1
-    rows -= rows % step
-    return ChunkSizes(rows, rows, at_once, step)
-
-
-def _without_copies(budget: int, copy_bytes: int) -> tuple[int, int]:
-    """What is left for products, and how many rows' copies the rest holds, a quarter if there are any."""
-    if not copy_bytes:
-        return budget, sys.maxsize
-    return budget - budget // 4, max(budget // 4 // copy_bytes, 1)
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 class Plan(NamedTuple):

@@ -30,9 +30,8 @@ class KeptRows(NamedTuple):
         """Results of the rows that are computed, among those of all."""
         if x is None:
             return None
-        everything = x.new_zeros(self.num_rows, *x.shape[1:])
-        if self.nan is not None:
-            everything += self.nan.to(x.dtype)
+        nothing = x.new_zeros(()) if self.nan is None else self.nan.to(x.dtype)
+        everything = nothing.expand(self.num_rows, *x.shape[1:]).clone(memory_format=torch.contiguous_format)
         return everything.index_copy_(0, self.numbers, x)
 
 
