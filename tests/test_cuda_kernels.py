@@ -393,9 +393,7 @@ def test_the_linear_loss_as_a_gpu_computes_it(
 
         def gradients(loss: Any, kind: torch.dtype, hard_weight: float = hard_weight, **more: Any) -> list[Tensor]:
             leaves = [z.to(kind).requires_grad_() for z in (x, heads[0])]
-            value = loss(
-                *leaves, y.to(kind), heads[1].to(kind), labels, hard_weight=hard_weight, **keywords, **more
-            )
+            value = loss(*leaves, y.to(kind), heads[1].to(kind), labels, hard_weight=hard_weight, **keywords, **more)
             return [value.detach(), *torch.autograd.grad(value, leaves)]
 
         right = gradients(reference.linear_distillation_loss, torch.float64)

@@ -1245,3 +1245,33 @@ def test_extra_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mode.bytes[torch.float32] == 0
     assert mode.bytes[torch.uint8] == 2 * 2048 * 128_256 * 2
     assert sum(mode.bytes.values()) < 2.2e9
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(("first", "last"), [(20, 23), (0, 1), (22, 23), (5, 5)])
+def test_few_rows_that_are_not_ignored(first: int, last: int, dtype: torch.dtype) -> None:
+    """The last turn of a conversation alone, one row, or none, whose loss is 0 and still has a graph."""
+    labels = torch.full((23,), -100)
+    labels[first:last] = torch.randint(40, (last - first,))
+    case = make_case(dtype)
+    for more in ({}, {"denominator": torch.tensor(0.0 if first == last else 3.0)}, {"reduction": "none"}):
+        keywords = {"labels": labels, "hard_weight": 0.5, "memory_budget": 3000, **more}
+        above = torch.ones(23) if more.get("reduction") == "none" else None
+        wanted = ["student_hidden", "student_weight", "student_bias"]
+        loss, found = gradients(linear_distillation_loss, case, wanted, above, num_rows_in=last - first, **keywords)
+        if first == last:
+            assert (loss == 0).all()
+            assert all((g == 0).all() for g in found)
+            continue
+        assert all((g != 0).any() for g in found)
+        check(case, wanted, above, num_rows_in=last - first, **keywords)
+
+
+def test_a_chunk_beyond_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors without values: sizes, strides and offsets."""
+    config = LinearConfig(make_options(reduction="sum"), 2**40, (None, None), (1.0, 1.0))
+    with Shapes() as mode:
+        run(config, on_meta(20_000, 8, 151_937, torch.bfloat16), (None,) * 3, None, (True, True) + (False,) * 4)
+    assert [shape for shape, *_ in mode.products] == [[20_000, 151_937]] * 2 + [[20_000, 8], [151_937, 8]]
+    assert mode.products[0][1] == (151_936 + 64, 1)
