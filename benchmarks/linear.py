@@ -166,7 +166,8 @@ class Counted(TorchDispatchMode):
             self.bytes["products"] += _bytes(a) + _bytes(b) + written
         else:
             written = [x for x in made if all(x is not y for y in given)] + given[: func._schema.is_mutable]
-            self.bytes[name] += sum(map(_bytes, given + written))
+            read = given[1:] if name == "copy_" else given
+            self.bytes[name] += sum(map(_bytes, read + written))
         return result
 
     def _allocated(self, storage: Any) -> None:

@@ -121,6 +121,13 @@ def test_rows_are_counted_while_the_batch_is_on_the_host(masked: bool, monkeypat
     with Products():
         objective.loss(outputs, objective.teacher_outputs(batch), batch, kept)
     assert products == {kept}
+    if not masked:  # a mask of other things than the rows says nothing about them
+
+        class First(Masked):
+            def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+                return SimpleNamespace(logits=self.head(self.body(self.embedding(input_ids[:, 0]))))
+
+        assert_the_switch_changes_nothing(First(0), First(1), data=data)
     if masked:  # those of no weight may be among them
         weighted = objective.split({**data[0], "sample_weight": torch.tensor([1.0, 0.0, 1.0, 1.0])})
         assert weighted.num_rows_in == kept

@@ -1033,7 +1033,7 @@ def test_rows_are_not_lost_unseen(few: int, reduction: str, dtype: torch.dtype) 
         assert found[0].isnan().all()
 
 
-def test_too_few_rows_in_is_an_error_where_one_can_look() -> None:
+def test_too_few_rows_in_is_an_error_where_one_can_look(monkeypatch: pytest.MonkeyPatch) -> None:
     of_rows, count = ignored_by(True, True)
     case = make_case()
     right = linear_distillation_loss(**case, **of_rows)
@@ -1046,6 +1046,13 @@ def test_too_few_rows_in_is_an_error_where_one_can_look() -> None:
     for loss in (linear_distillation_loss, reference.linear_distillation_loss, criterion):
         with pytest.raises(ValueError, match=f"num_rows_in must be at least .*, {count}; got {count - 1}"):
             loss(**case, **of_rows, num_rows_in=count - 1)
+    # A device without kernels, which has the reference.
+    monkeypatch.setattr(reference, "_has_values_at_hand", lambda x: False)
+    for enough in (count - 1, count):
+        value, found = gradients(
+            reference.linear_distillation_loss, case, ["student_weight"], **of_rows, num_rows_in=enough
+        )
+        assert value.isnan() == found[0].isnan().all() == (enough < count)
 
 
 @pytest.mark.usefixtures("unseen")

@@ -14,8 +14,8 @@ from .. import compat, ops
 KEPT_AT_MOST = 256 << 20  # bytes: enough for the smallest chunks of 170,000 classes in 16 bits
 
 # A cache line of a GPU, two of a CPU. Rows of an odd number of classes, one right behind the other, begin anywhere. On
-# a GPU a product of 16-bit matrices is fast where rows are multiples of 16 bytes apart (where they are not, cuBLAS has no
-# bulk copies and takes other kernels), and reads and writes whole lines where it is 128.
+# a GPU a product of 16-bit matrices is fast where rows are multiples of 16 bytes apart (where they are not, cuBLAS
+# takes other kernels, without bulk copies), and reads and writes whole lines where it is 128.
 ROW_ALIGNMENT = 128
 
 _kept: list[Tensor] = []
