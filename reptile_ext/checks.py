@@ -393,10 +393,11 @@ def check_memory_budget(memory_budget: int | None) -> int | None:
     return number
 
 
-def check_num_rows_in(num_rows_in: int | None, num_rows: int, all_are_in: bool) -> int | None:
+def check_num_rows_in(num_rows_in: int | None, leading: torch.Size, all_are_in: bool) -> int | None:
     """Check the number of rows that are not ignored against the number of all."""
     if num_rows_in is None:
         return None
+    num_rows = math.prod(leading)  # leading.numel() would make a number of a symbol
     # Where a program is traced, it may be a symbol.
     is_number = isinstance(num_rows_in, (int, torch.SymInt)) and not isinstance(num_rows_in, bool)
     number = num_rows_in if is_number else integer_of("num_rows_in", num_rows_in)

@@ -757,7 +757,7 @@ def operator_arguments(needed: str = "110000", **keywords: Any) -> tuple[Any, ..
     case = make_case(torch.float32, rows=5, classes=8)
     reduction = "none" if keywords.get("none") else "sum"
     options = make_options(temperature=2.0, hard_weight=0.5, label_smoothing=0.1, reduction=reduction)
-    config = LinearConfig(options._replace(scale=0.2), 500, (3.0, None), (1.0, 0.5))
+    config = LinearConfig(options._replace(scale=0.2), 500, (3.0, None), (1.0, 0.5), keywords.get("num_rows_in"))
     tensors = [case[name].requires_grad_(need == "1") for name, need in zip(TENSORS, needed, strict=True)]
     if keywords.get("transposed"):
         tensors[:2] = [x.detach().t().contiguous().t().requires_grad_(x.requires_grad) for x in tensors[:2]]
@@ -769,7 +769,9 @@ def operator_arguments(needed: str = "110000", **keywords: Any) -> tuple[Any, ..
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch")
 @pytest.mark.parametrize(
-    "sample", [{}, {"needed": "111111"}, {"none": True}, {"needed": "000000"}, {"transposed": True}], ids=str
+    "sample",
+    [{}, {"needed": "111111"}, {"none": True}, {"needed": "000000"}, {"transposed": True}, {"num_rows_in": 5}],
+    ids=str,
 )
 def test_opcheck(sample: dict[str, Any]) -> None:
     torch.library.opcheck(torch.ops.reptile_ext.linear_distillation_loss, operator_arguments(**sample))
@@ -1109,6 +1111,17 @@ def test_num_rows_in_in_traced_and_transformed_programs() -> None:
             torch.testing.assert_close(found, right)
         with pytest.raises(Exception, match=r"num_rows_in must be at least .*, 23; got 22"):
             compiled(torch.zeros(23, dtype=torch.int64), 22)
+
+    def of_any_size(x: Tensor, y: Tensor, labels: Tensor, num_rows_in: int) -> Tensor:
+        return linear_distillation_loss(x, head, y, teachers, labels, num_rows_in=num_rows_in)
+
+    compiled = torch.compile(of_any_size, fullgraph=True, backend="inductor", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_rows, number in ((23, 20), (17, 17), (31, 2)):
+            some = torch.randn(num_rows, 6), torch.randn(num_rows, 9), torch.randint(40, (num_rows,))
+            some[2][number:] = -100
+            found, right = (torch.autograd.grad(g(*some, number), head)[0] for g in (compiled, of_any_size))
+            torch.testing.assert_close(found, right)
 
     class Model(torch.nn.Module):
         def forward(self, x: Tensor, head: Tensor, labels: Tensor) -> Tensor:
