@@ -12,8 +12,8 @@ from .plan import split
 HALVED = range(384, 768)  # sizes of hidden states whose gradients in 16 bits take half the time in two halves
 CLASSES_OF_A_SUM = 4096
 # The gradient of a 16-bit head is added up in its own memory for so many chunks, by products that add in float32 and
-# round the sum to 16 bits, which has the error of 1.6 roundings; the sums of so many, in float32, in memory of twice
-# that size, which is read and written each time (on a CPU, after every chunk that would be a tenth of all products).
+# round the sum to 16 bits: the error of 1.6 roundings. Such sums are added up in float32. That takes twice the memory
+# again, and to read and write it: on a CPU a tenth of the time of all products, if it were done after every chunk.
 CHUNKS_IN_16_BITS = 4
 
 
