@@ -393,6 +393,30 @@ def check_memory_budget(memory_budget: int | None) -> int | None:
     return number
 
 
+def check_num_rows_in(num_rows_in: int | None, leading: torch.Size, all_are_in: bool) -> int | None:
+    """Check the number of rows that are not ignored against the number of all."""
+    if num_rows_in is None:
+        return None
+    num_rows = math.prod(leading)  # leading.numel() would make a number of a symbol
+    # Where a program is traced, it may be a symbol.
+    is_number = isinstance(num_rows_in, (int, torch.SymInt)) and not isinstance(num_rows_in, bool)
+    number = num_rows_in if is_number else integer_of("num_rows_in", num_rows_in)
+    if number < 0 or number > num_rows:
+        also = ": a count of several micro-batches or processes goes in as denominator" if number > num_rows else ""
+        raise ValueError(f"num_rows_in must be a number of this call's rows, 0 to {num_rows}; got {number}{also}")
+    if all_are_in:
+        check_rows_in(number, num_rows)
+    return number
+
+
+def check_rows_in(num_rows_in: int, found: int) -> None:
+    if num_rows_in < found:
+        raise ValueError(
+            "num_rows_in must be at least the number of rows that are not ignored (by labels, or a weight of 0), "
+            f"{found}; got {num_rows_in}"
+        )
+
+
 def check_linear_shapes(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -182,8 +182,8 @@ class LinearDistillationLoss(_Loss):
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
     The keywords are those of `linear_distillation_loss` without `student_head`, `teacher_head`, `student_bias`,
-    `teacher_bias`, `weight` and `denominator`, which go to the call. They are attributes too, checked when the module
-    is made and when one is set (`criterion.temperature = 2.0`).
+    `teacher_bias`, `weight`, `denominator` and `num_rows_in`, which go to the call. They are attributes too, checked
+    when the module is made and when one is set (`criterion.temperature = 2.0`).
 
     Shapes: hidden states [..., H], heads [V, H], biases [V]; labels, if any, integer [...]; result a scalar, or [...]
     with `reduction="none"`. Dtypes, errors and papers: see `linear_distillation_loss`.
@@ -221,6 +221,7 @@ class LinearDistillationLoss(_Loss):
         teacher_bias: Tensor | None = None,
         weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        num_rows_in: int | None = None,
     ) -> Tensor:
         return linear_distillation_loss(
             student_hidden,
@@ -234,5 +235,6 @@ class LinearDistillationLoss(_Loss):
             teacher_bias=teacher_bias,
             weight=weight,
             denominator=denominator,
+            num_rows_in=num_rows_in,
             **self.keywords,
         )

@@ -17,6 +17,7 @@ from ..checks import (
     check_linear,
     check_linear_shapes,
     check_memory_budget,
+    check_num_rows_in,
     check_rows,
     raise_better,
     refuse_dtensor,
@@ -61,6 +62,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     vocab: str = "error",
+    num_rows_in: int | None = None,
 ) -> Tensor:
     """`distillation_loss` of the logits of two heads, without the logits: rows go through in chunks, both products, the
     fused loss and the products back to hidden states and head, all in the forward pass.
@@ -85,15 +87,21 @@ def linear_distillation_loss(
             rounding, which is checked on four rows in every call; no dropout in train mode. A module that is more than
             a `torch.nn.Linear` is asked what it makes of H + 1 unit vectors, each time.
         labels, weight: of the leading shape. On the CPU, ignored rows are left out of the products too.
+        num_rows_in: how many rows are not ignored, as a number that the host knows, for instance of the labels before
+            they went to the device: `int((labels != ignore_index).sum())`. With it, ignored rows are left out of the
+            products on a GPU too, which cannot be asked without waiting for it. At least as many as there are; rows
+            beyond are ignored ones, and cost their products. Too small a number would lose rows: an error on the CPU,
+            and on a GPU NaN, in the loss and its gradients. It is not what the loss is divided by (`denominator`).
         student_bias, teacher_bias: [V].
         student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
             computed in float32.
         student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
-        memory_budget: bytes for logits, of student and teacher together, copies for softcaps included. None: 120 MiB on
-            the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's (of both 256, if the
-            models may be one and the same), below which products get slow; on a GPU a 128th of its memory, but never
-            less than 2,048 rows of both. On the CPU more than 512 rows of the student's are of no use, and up to
-            256 MiB are kept for the next call (`reptile_ext.release_scratch()` gives them back).
+        memory_budget: bytes for logits, of student and teacher together, copies for softcaps included, a row's rounded
+            up to a multiple of 128. None: 120 MiB on the CPU, but never less than 512 rows of the student's logits and
+            256 of the teacher's (of both 256, if the models may be one and the same), below which products get slow; on
+            a GPU a 128th of its memory, but never less than 2,048 rows of both. On the CPU more than 512 rows of the
+            student's are of no use, and up to 256 MiB are kept for the next call (`reptile_ext.release_scratch()` gives
+            them back).
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -104,7 +112,9 @@ def linear_distillation_loss(
         ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
 
     Gradients go to whichever of the six tensors requires one, the teacher's too; the others' products are not computed.
-    Those of 16-bit heads are added up in float32, on the CPU after every four chunks, whose sum is rounded to 16 bits.
+    Those of 16-bit heads are added up in 16 bits over at most four chunks, by products that add in float32, and over
+    more in float32. (On a GPU, `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` and its float16 twin
+    hold for these products as for any other; this function leaves them as they are.)
     With reduction="none", for float16, and for a trainable teacher, gradients are computed in the backward pass, from
     logits that are computed once more. Under autocast, hidden states and heads are cast as `F.linear` would.
     Derivatives of derivatives, and torch.func, go through logits in full.
@@ -160,6 +170,7 @@ def linear_distillation_loss(
     check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
     leading = student_hidden.shape[:-1]
     check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
+    num_rows_in = check_num_rows_in(num_rows_in, leading, labels is None and weight is None)
 
     student[0] = student[0].reshape(-1, student[0].shape[-1])
     if teacher_weight is not None or _is_matrix(teacher[0]):
@@ -167,7 +178,7 @@ def linear_distillation_loss(
     tensors = (*student, *teacher)
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
     softcaps, scales = (of_student[0], of_teacher[0]), (of_student[1], of_teacher[1])
-    config = LinearConfig(options, budget, softcaps, scales)
+    config = LinearConfig(options, budget, softcaps, scales, num_rows_in)
     if needs_reference(device, "linear_distillation_loss"):
         # A denominator that is a number stays one: its value is checked.
         loss = LinearLoss.reference(config, tensors, (labels, weight, denominator), check_values=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .plan import split
+from .scratch import row_bytes
 
 CLASSES_OF_A_PRODUCT = 1024  # that the CPU computes at a time in float32
 BLOCK = 1024  # rows, columns and inner elements of the products that `_product_in_float32` does at a time
@@ -37,7 +38,7 @@ class LogitsSource(NamedTuple):
 
     def product_bytes(self) -> int:
         """Of a row in the buffer that `product` writes to."""
-        return 0 if self.weight is None else self.num_classes() * self.hidden.dtype.itemsize
+        return 0 if self.weight is None else row_bytes(self.num_classes(), self.hidden.dtype)
 
     def copy_bytes(self, needs_grad: bool) -> int:
         """Of a row in what `logits` and `softcap_slope` allocate."""

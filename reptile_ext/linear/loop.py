@@ -16,6 +16,7 @@ from ..reference import counted_rows
 from .gradients import Gradients
 from .logits import LogitsSource
 from .plan import chunk_sizes, plan
+from .rows import can_look, kept_rows
 from .scratch import Scratch
 
 NONE = REDUCTIONS.index("none")
@@ -28,6 +29,7 @@ class LinearConfig(NamedTuple):
     memory_budget: int | None
     softcaps: tuple[float | None, float | None]  # of student and teacher, as the next
     scales: tuple[float, float]
+    num_rows_in: int | None = None
 
     def sources(self, tensors: tuple[Any, ...]) -> tuple[LogitsSource, LogitsSource]:
         """Of hidden states, head and bias of the student, and of the teacher."""
@@ -42,7 +44,7 @@ class Products:
 
     def __init__(self, source: LogitsSource, chunks: list[slice], scratch: Scratch) -> None:
         self.source, self.chunks = source, iter(chunks)
-        self.buffer = scratch.cut(*_shape(source, chunks), dtype=source.hidden.dtype) if chunks else None
+        self.buffer = scratch.cut(*_shape(source, chunks), source.hidden.dtype) if chunks else None
         self.chunk = slice(0, 0)
         self.of_chunk: Tensor | None = None
 
@@ -97,8 +99,7 @@ def run_chunks(
     sizes = chunk_sizes(product_bytes, copy_bytes, alike, config.memory_budget, device)
     student_chunks, teacher_chunks, parts = plan(num_rows, sizes, teacher_has_product=product_bytes[1] > 0)
     buffers = ((student, student_chunks), (teacher, teacher_chunks))
-    num_bytes = sum(Scratch.size(*_shape(x, chunks), dtype=x.hidden.dtype) for x, chunks in buffers)
-    scratch = Scratch(num_bytes, device)
+    scratch = Scratch(sum(_shape(x, chunks)[0] * x.product_bytes() for x, chunks in buffers), device)
 
     def loop() -> None:
         students, teachers = (Products(source, chunks, scratch) for source, chunks in buffers)
@@ -150,15 +151,10 @@ def _rows_of(x: Tensor | None, part: slice) -> Tensor | None:
 def _may_be_equal(student: LogitsSource, teacher: LogitsSource) -> bool:
     """Whether two models may be one and the same, which has to give a divergence of exactly 0. On a GPU, where looking
     would make the host wait, their chunks are alike anyway."""
-    if teacher.weight is None or student.weight is None or not _can_look(student.hidden):
+    if teacher.weight is None or student.weight is None or not can_look(student.hidden):
         return False
     pairs = ((student.hidden, teacher.hidden), (student.weight, teacher.weight))
     return all(a.dtype == b.dtype and a.shape[1] == b.shape[1] and torch.equal(a[0], b[0]) for a, b in pairs)
-
-
-def _can_look(x: Tensor) -> bool:
-    """Whether values can be read without waiting for a GPU: fakes have none."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def run(
@@ -177,34 +173,26 @@ def run(
         teacher = teacher._replace(row_numbers=numbers)
     if counted is None:
         return run_chunks(config, (student, teacher), constants, grad_output, needed)
-    # Finding the rows that count would make the host wait for a GPU. There ignored rows cost their products.
-    if not _can_look(counted):
-        return run_chunks(config, (student, teacher), constants, grad_output, needed, ~counted)
-    if weight is not None:
+    if weight is not None and can_look(counted):
         check_weight_values(weight)
-    if bool(counted.all()):
-        return run_chunks(config, (student, teacher), constants, grad_output, needed)
+    kept = kept_rows(counted, config.num_rows_in)
+    if kept is None:
+        ignored = None if can_look(counted) else ~counted
+        return run_chunks(config, (student, teacher), constants, grad_output, needed, ignored)
 
-    # Ignored rows are taken away, and put back into the results as zeros.
-    kept = counted.nonzero().squeeze(1)
-
-    def taken(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(0, kept)
-
-    def put_back(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.new_zeros(counted.shape[0], *x.shape[1:]).index_copy_(0, kept, x)
-
-    student = student._replace(hidden=student.hidden.index_select(0, kept))
+    student = student._replace(hidden=kept.hidden_taken(student.hidden))
     if teacher.weight is None:  # logits are not copied
-        teacher = teacher._replace(row_numbers=kept)
+        teacher = teacher._replace(row_numbers=kept.numbers)
     else:
-        teacher = teacher._replace(hidden=teacher.hidden.index_select(0, kept))
-    of_kept: Constants = (taken(labels), taken(weight), denominator)
-    grad_of_kept = taken(grad_output) if grad_output is not None and grad_output.dim() else grad_output
-    loss, gradients = run_chunks(config, (student, teacher), of_kept, grad_of_kept, needed)
+        teacher = teacher._replace(hidden=teacher.hidden.index_select(0, kept.numbers))
+    of_kept: Constants = (kept.taken(labels), kept.taken(weight), denominator)
+    grad_of_kept = kept.taken(grad_output) if grad_output is not None and grad_output.dim() else grad_output
+    loss, gradients = run_chunks(config, (student, teacher), of_kept, grad_of_kept, needed, kept.ignored)
     if config.options.reduction == NONE:
-        loss = put_back(loss)  # type: ignore[assignment]
-    gradients[0] = put_back(gradients[0])
+        loss = kept.put_back(loss)  # type: ignore[assignment]
+    gradients[0] = kept.put_back(gradients[0])
     if teacher.weight is not None:
-        gradients[3] = put_back(gradients[3])
+        gradients[3] = kept.put_back(gradients[3])
+    if kept.nan is not None and kept.numbers.shape[0] == 0:  # no row is there to carry the NaN
+        loss, gradients = loss + kept.nan.to(loss.dtype), [g if g is None else g.add_(kept.nan) for g in gradients]
     return loss, gradients

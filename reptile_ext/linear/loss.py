@@ -31,7 +31,7 @@ class LinearLoss:
     @staticmethod
     def config_of(given: Mapping[str, Any]) -> LinearConfig:
         softcaps, scales = ((given[f"student_{name}"], given[f"teacher_{name}"]) for name in ("softcap", "scale"))
-        return LinearConfig(Options.of_operator(given), given["memory_budget"], softcaps, scales)
+        return LinearConfig(Options.of_operator(given), given["memory_budget"], softcaps, scales, given["num_rows_in"])
 
     @staticmethod
     def gradients_at_once(config: LinearConfig, student_hidden: Tensor, needed: Sequence[bool]) -> tuple[bool, ...]:
@@ -93,7 +93,8 @@ class LinearLoss:
             for source in config.sources(tensors)
         )
         labels, weight, denominator = constants
-        return reference.with_options(student, teacher, labels, weight, denominator, config.options, check_values)
+        loss = reference.with_options(student, teacher, labels, weight, denominator, config.options, check_values)
+        return reference.nan_if_rows_are_lost(loss, counted, config.num_rows_in, check_values)
 
 
 # What `distillation_loss` takes, by its own schema, with hidden states and heads in the place of logits.
@@ -102,7 +103,7 @@ SCHEMA = ", ".join(
         *(f"{kind} {name}" for name, kind in TENSORS.items()),
         *ops.DECLARATIONS[len(ops.MODELS) :],
         *("int? memory_budget", "float? student_softcap", "float? teacher_softcap"),
-        *("float student_scale", "float teacher_scale", "bool[] needed"),
+        *("float student_scale", "float teacher_scale", "SymInt? num_rows_in", "bool[] needed"),
     ]
 )
 
@@ -144,7 +145,7 @@ def operator_arguments(
     needed: Sequence[bool],
 ) -> tuple[Any, ...]:
     numbers = (*ops.numbers(config.options), config.memory_budget, *config.softcaps, *config.scales)
-    return (*tensors, *constants, grad_output, *numbers, list(needed))
+    return (*tensors, *constants, grad_output, *numbers, config.num_rows_in, list(needed))
 
 
 class TracedLinearLoss(LinearLoss):
