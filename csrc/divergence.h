@@ -373,10 +373,10 @@ struct MixtureDefaults : Defaults {
     return reciprocal(fma(w_p, p, fma(w_q, q, smallest_normal(q))));
   }
   static REPTILE_EXT_FN V to_mixture(V p, V over_m) { return fma(p, over_m, smallest_normal(p)); }
-  // The first sum; log2_of_ratio may have swallowed a NaN that the second has, through z.
+  // The value, or NaN: log2_of_ratio may have swallowed one that the second sum has, through z.
   template <class T>
-  static REPTILE_EXT_FN T unless_broken(const Row<T>& row) {
-    return T(kLn2) * row.mixture[0] + (row.mixture[1] - row.mixture[1]);
+  static REPTILE_EXT_FN T unless_broken(const Row<T>& row, T value) {
+    return value + (row.mixture[1] - row.mixture[1]);
   }
 };
 
@@ -418,7 +418,7 @@ struct SkewKl : MixtureDefaults<V> {
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T k_0 = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta * row.over_z_s();
     Centred<V>::set(k_0, row.mixture[1], k);
-    return MixtureDefaults<V>::unless_broken(row);
+    return MixtureDefaults<V>::unless_broken(row, T(kLn2) * row.mixture[0]);
   }
 };
 
@@ -438,7 +438,7 @@ struct SkewReverseKl : MixtureDefaults<V> {
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     Centred<V>::set(scale * T(kLn2) * row.over_z_s(), row.mixture[1], k);
-    return MixtureDefaults<V>::unless_broken(row);
+    return MixtureDefaults<V>::unless_broken(row, T(kLn2) * row.mixture[0]);
   }
 };
 

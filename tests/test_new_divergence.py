@@ -39,9 +39,8 @@ struct ChiSquared : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    k[0] = scale / row.z_s();
-    k[1] = row.mixture[1];
-    return MixtureDefaults<V>::unless_broken(row) * T(0.5);
+    Centred<V>::set(scale * row.over_z_s(), row.mixture[1], k);
+    return MixtureDefaults<V>::unless_broken(row, T(0.5) * row.mixture[0]);
   }
 };
 

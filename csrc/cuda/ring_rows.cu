@@ -467,7 +467,7 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     [[maybe_unused]] float ratio = 1;
     [[maybe_unused]] const auto mix = [&](float(&of_class)[G::kKept], float(&sums)[kMixed]) {
       if constexpr (D::kMixtureSums > 0) {
-        const float q = of_class[0], other = kKeeps ? of_class[1] : of_class[1] * ratio;
+        const float q = of_class[0], other = kKeeps && D::kMixtureKeeps ? of_class[1] : of_class[1] * ratio;
         float added[D::kMixtureSums];
         for (int i = 0; i < D::kMixtureSums; ++i) added[i] = sums[i];
         D::mix(q, other, other - q, call.beta, call.one_minus_beta, added, of_class);
@@ -496,7 +496,8 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
     float mixture[kMixed] = {};
     if constexpr (D::kMixtureSums > 0) {
       ratio = ratio_of(x[0], x[1]);
-      const float to_p = by.f_t * ratio;  // of equal rows as much as by.f_s, as the ratio is 1
+      // Of equal rows as much as by.f_s, as the ratio is 1. Who keeps e_t itself has the ratio among its coefficients.
+      const float to_p = D::kMixtureKeeps ? by.f_t * ratio : by.f_t;
       each([&](int k, int, int lies) {
         float s[kClasses], t[kClasses];
         if constexpr (!kKeeps) {
