@@ -229,6 +229,9 @@ binary_distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.repti
 binary_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.binary_distillation_loss_.default
 scale_elements_: Callable[..., None] = torch.ops.reptile_ext.scale_elements_.default
 
+sparse_distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.sparse_distillation_loss.default
+sparse_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.sparse_distillation_loss_.default
+
 # THE ARGUMENTS of the operators are listed in csrc/torch/arguments.h and nowhere else. All operators but
 # scale_gradient_ and scale_elements_ have these: two models' logits, constants of the loss that are tensors, what the
 # gradient is multiplied by, and numbers.
@@ -308,6 +311,8 @@ _register_fake("scale_gradient_", lambda given: None)
 _register_fake("binary_distillation_loss", _fake_binary_loss_and_gradient)
 _register_fake("binary_distillation_loss_", _fake_binary_loss)
 _register_fake("scale_elements_", lambda given: None)
+_register_fake("sparse_distillation_loss", _fake_loss_and_gradient)
+_register_fake("sparse_distillation_loss_", _fake_loss)
 
 
 def _out_of_place(name: str, arguments: str, in_place: Callable[..., None]) -> Any:

@@ -23,6 +23,8 @@ from .checks import (
     check_divisor_value,
     check_label_values,
     check_pos_weight_values,
+    check_sparse_tensors,
+    check_sparse_values,
     check_target_values,
     check_tensors,
     check_weight_values,
@@ -30,18 +32,26 @@ from .checks import (
 from .options import (
     KERNELS,
     REDUCTIONS,
+    TAILS,
     BinaryKeywords,
     Keywords,
     Options,
+    SparseKeywords,
     make_binary_options,
     make_options,
+    make_sparse_options,
     mirror,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["binary_distillation_loss", "distillation_loss", "linear_distillation_loss"]
+__all__ = [
+    "binary_distillation_loss",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "sparse_distillation_loss",
+]
 
 
 class Rows(NamedTuple):
@@ -489,21 +499,7 @@ def with_options(
     t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
     may_check = check_values and _has_values_at_hand(s)
-    with torch.no_grad():
-        w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
-        counted = w != 0
-        wrong = torch.zeros_like(counted)
-        if weight is not None and may_check:
-            check_weight_values(compat.values_of(w))
-        if labels is not None:
-            labels = labels.reshape(-1).to(torch.int64)
-            counted = counted & (labels != options.ignore_index)
-            wrong = counted & ((labels < 0) | (labels >= vocab_size))
-            if may_check:
-                values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
-                check_label_values(values, values != options.ignore_index, vocab_size, options.ignore_index)
-            labels = torch.where(counted & ~wrong, labels, 0)
-        w = torch.where(counted, w, 0.0)
+    labels, w, counted, wrong = _rows_that_count(s, labels, weight, options, may_check)
 
     # An ignored row is never read: its logits are replaced before any arithmetic, so that a NaN in it cannot come back
     # through 0 · NaN in the gradient.
@@ -513,6 +509,29 @@ def with_options(
     # A wrong label where it could not be an error: that row alone.
     losses = losses * torch.where(wrong, torch.nan, 1.0)
     return _reduced(losses.reshape(leading), w, counted, denominator, options, may_check)
+
+
+@torch.no_grad()
+def _rows_that_count(
+    s: Tensor, labels: Tensor | None, weight: Tensor | None, options: Options, may_check: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Of rows [N, V]: labels that are in range; weights, 0 of ignored rows; which rows count, and which of them have a
+    label out of range."""
+    vocab_size = s.shape[-1]
+    w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(s.dtype)
+    counted = w != 0
+    wrong = torch.zeros_like(counted)
+    if weight is not None and may_check:
+        check_weight_values(compat.values_of(w))
+    if labels is not None:
+        labels = labels.reshape(-1).to(torch.int64)
+        counted = counted & (labels != options.ignore_index)
+        wrong = counted & ((labels < 0) | (labels >= vocab_size))
+        if may_check:
+            values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
+            check_label_values(values, values != options.ignore_index, vocab_size, options.ignore_index)
+        labels = torch.where(counted & ~wrong, labels, 0)
+    return labels, torch.where(counted, w, 0.0), counted, wrong
 
 
 def _has_values_at_hand(x: Tensor) -> bool:
@@ -623,6 +642,140 @@ def binary_distillation_loss(
     options = make_binary_options(**keywords)
     check_binary_tensors(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
     return binary_with_options(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
+
+
+# --------------------------------------------------- sparse teachers: K classes and, of all the others, one number or none
+
+
+class SparseRows(NamedTuple):
+    """The teacher's side of [N, V] rows of the student."""
+
+    ids: Tensor  # [N, K], −1: none
+    y: Tensor  # [N, K] log-probabilities as they were given, −inf where there is no id
+    dropped: Tensor  # [N]: mass of classes that the student does not have
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """logsumexp over the last dimension, kept; −inf of nothing but −inf, with a gradient of 0."""
+    top = z.detach().amax(-1, keepdim=True)
+    none = top == -torch.inf
+    top = torch.where(none, 0.0, top)
+    total = (z - top).exp().sum(-1, keepdim=True)
+    return torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + top)
+
+
+def _few_classes(z: Tensor, teacher: SparseRows, tail: str) -> tuple[Tensor, Tensor]:
+    """Student and teacher as rows of K + 1 classes [N, K + 1]: those that the teacher lists and, last, all the others
+    as one. Logits over T_s, and logarithms of probabilities that do not have to add up to 1; −inf in both where there
+    is no class.
+
+    Merging classes changes no D in which p/q is the same for all of them, and so none where p is 0 ("renormalize").
+    The student's is the logarithm of a sum over the other classes: 1 − Σ q would have no digits left where they have
+    little.
+    """
+    listed = teacher.ids >= 0
+    any_listed = listed.any(-1, keepdim=True)
+    # A place without an id becomes the row's first id once more; a row without any writes class 0 over itself.
+    first = teacher.ids.gather(-1, listed.to(torch.int8).argmax(-1, keepdim=True)).clamp(min=0)
+    ids = torch.where(listed, teacher.ids, first)
+    at_ids = z.gather(-1, ids)
+    others = z.scatter(-1, ids, torch.where(any_listed, -torch.inf, at_ids))
+    of_student = torch.where(listed, at_ids, -torch.inf)
+    nothing = torch.full_like(of_student[:, :1], -torch.inf)
+    of_others, r = nothing, nothing
+    if tail != "restrict":
+        of_others = _log_sum_exp(others)
+    if tail == "bucket":
+        rest = 1 - teacher.dropped - teacher.y.exp().sum(-1)  # below 0 by rounding: p is rescaled
+        are_all = listed.sum(-1) == z.shape[-1]
+        r = torch.where(are_all, 0.0, rest.clamp(min=0)).log().unsqueeze(-1)
+    return torch.cat([of_student, of_others], -1), torch.cat([teacher.y, r], -1)
+
+
+def sparse_row_losses(s: Tensor, teacher: SparseRows, labels: Tensor | None, options: Options) -> Tensor:
+    """ℓ of every row of [N, V] logits of one floating dtype."""
+    losses: Tensor = s.new_zeros(s.shape[0])
+    if options.soft_scale > 0:
+        tail = TAILS[options.tail]
+        # Multiplied with NaN, not filled: a broken row's gradient is NaN in all classes, also where a tail has none.
+        z = s / options.student_temperature
+        z = z * torch.where(z.detach().amax(-1, keepdim=True).isfinite(), 1.0, torch.nan)
+        of_student, of_teacher = _few_classes(z, teacher, tail)
+        of = (options.divergence, options.beta, options.one_minus_beta, 1.0, 1.0)
+        if tail != "zero":
+            losses = _divergence(of_student, of_teacher, None, of)
+        else:  # Σ p (y − x) = P (KL(p / P ‖ q) + log P), and −Σ p x = P (cross entropy of p / P and q)
+            mass = teacher.y.exp().sum(-1) / (1 - teacher.dropped)
+            none = mass == 0
+            of_teacher = torch.where(none.unsqueeze(-1), of_student.detach(), of_teacher)
+            losses = _divergence(of_student, of_teacher, None, of)
+            if options.kernel() == "forward_kl":
+                losses = losses + torch.where(none, 1.0, mass).log()
+            losses = torch.where(none, 0.0, mass) * losses
+        losses = options.soft_scale * losses
+    if options.hard_weight > 0:
+        assert labels is not None
+        losses = losses + options.hard_weight * cross_entropy(s, labels, options.label_smoothing)
+    return losses
+
+
+def sparse_with_options(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    check_values: bool = True,
+) -> Tensor:
+    """`sparse_distillation_loss` of arguments that are checked already; constants' values are if `check_values`."""
+    s = student_logits.movedim(options.dim, -1)
+    leading, vocab_size, k = s.shape[:-1], s.shape[-1], teacher_indices.shape[-1]
+    double = torch.float64 in (s.dtype, teacher_log_probs.dtype)
+    arithmetic = torch.float64 if double else torch.float32
+    s = s.reshape(-1, vocab_size).to(arithmetic)
+    may_check = check_values and _has_values_at_hand(s)
+    labels, w, counted, wrong = _rows_that_count(s, labels, weight, options, may_check)
+    with torch.no_grad():
+        ids = teacher_indices.reshape(-1, k).to(torch.int64)
+        y = teacher_log_probs.reshape(-1, k).to(arithmetic)
+        # Ignored rows are never read: they have class 0 alone, of which the teacher is certain.
+        is_first = torch.arange(k, device=s.device) == 0
+        ids = torch.where(counted.unsqueeze(-1), ids, torch.where(is_first, 0, -1))
+        y = torch.where(counted.unsqueeze(-1), y, 0.0)
+        ordered = ids.sort(-1).values
+        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+        outside = ((ids < -1) | ((ids >= vocab_size) & (not options.truncate))).any(-1)
+        if may_check:
+            check_sparse_values(
+                *(compat.values_of(x) for x in (ids, y, outside, repeated)), vocab_size, options.truncate
+            )
+        wrong = wrong | repeated | outside
+        dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
+        ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)
+        y = torch.where(ids >= 0, y, -torch.inf)
+    s = torch.where(counted.unsqueeze(-1), s, 0.0)
+    losses = torch.where(counted, w * sparse_row_losses(s, SparseRows(ids, y, dropped), labels, options), 0.0)
+    losses = losses * torch.where(wrong, torch.nan, 1.0)
+    return _reduced(losses.reshape(leading), w, counted, denominator, options, may_check)
+
+
+def sparse_distillation_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    **keywords: Unpack[SparseKeywords],
+) -> Tensor:
+    """`reptile_ext.sparse_distillation_loss` in plain PyTorch: same arguments and result, any device, any order of
+    derivative. `inplace` is accepted and has no effect."""
+    options = make_sparse_options(**keywords)
+    check_sparse_tensors(student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
+    return sparse_with_options(student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
 
 
 def _scaled(loss: Tensor, scale: float) -> Tensor:
