@@ -120,9 +120,11 @@ _library = _load()
 # After the library, whose absence `_load` explains, and the version, on which private parts of torch depend.
 from . import _C, compat  # noqa: E402
 
-# Names in the order of the operators' numbers: what there are kernels for, and what becomes of the rows' losses.
+# Names in the order of the operators' numbers: what there are kernels for, what becomes of the rows' losses.
 KERNELS: tuple[str, ...] = _C.divergences()
 REDUCTIONS: tuple[str, ...] = _C.reductions()
+# What becomes of the classes that a sparse teacher does not list.
+TAILS: tuple[str, ...] = _C.tails()
 # How many numbers a row has in each part of its stats: maxima, sums, mixture sums.
 ROW_STATS_SIZES = tuple(_C.row_stats_sizes())
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 
 from .checks import integer_of, is_non_negative, is_temperature, number_of, one_of, pair_of
-from .ops import KERNELS, NUMBERS, REDUCTIONS
+from .ops import KERNELS, NUMBERS, REDUCTIONS, TAILS
 
 __all__ = [
     "BINARY_DIVERGENCES",
@@ -34,8 +34,6 @@ __all__ = [
 
 TEMPERATURE_SCALINGS = ("t2", "none")
 VOCABS = ("error", "truncate")
-# What becomes of the classes that a sparse teacher does not list; in the order of Tail in csrc/rows.h.
-TAILS = ("bucket", "restrict", "renormalize", "zero")
 
 
 # -------------------------------------------------------------------------------------------------- the divergences
@@ -58,8 +56,8 @@ class Divergence(NamedTuple):
     mirror: str | None = None
     mirror_swaps_beta: bool = False  # β of the one is 1 − β of the other
     needs_labels: bool = False
-    # Those of a sparse teacher that it goes with. "renormalize" takes one that is finite where p is 0, and whose classes
-    # may be merged where p/q is the same (every f-divergence's may).
+    # Of a sparse teacher, those that it goes with. "renormalize" takes one that is finite where p is 0, and whose
+    # classes may be merged where p/q is the same (every f-divergence's may).
     tails: tuple[str, ...] = ("bucket", "restrict")
     # Where it is another one's kernel: at some β, and throughout, times a factor.
     limits: Mapping[float, str] = {}
@@ -315,12 +313,10 @@ def check_tail(tail: str, divergence: str, kernel: str) -> int:
     if tail not in tails:
         fitting = ", ".join(repr(name) for name in DIVERGENCES if tail in DIVERGENCE_TABLE[name].tails)
         its = " or ".join(f"tail={name!r}" for name in tails) or "distillation_loss, of the teacher's logits in full"
-        which = (
-            divergence if kernel == divergence or kernel not in DIVERGENCE_TABLE else f"{divergence}, here {kernel},"
-        )
+        limit = f" (at this beta it is {kernel})" if kernel in DIVERGENCE_TABLE[divergence].limits.values() else ""
         raise ValueError(
-            f"divergence={divergence!r} does not go with tail={tail!r}: {which} is not defined by what is left of the "
-            f"teacher; pass one of {fitting}, or use {its}"
+            f"divergence={divergence!r}{limit} does not go with tail={tail!r}: it is infinite, or not defined, by the "
+            f"classes listed alone; pass one of {fitting}, or {its}"
         )
     return number
 

@@ -644,7 +644,7 @@ def binary_distillation_loss(
     return binary_with_options(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
 
 
-# --------------------------------------------------- sparse teachers: K classes and, of all the others, one number or none
+# ----------------------------------------------- sparse teachers: K classes and, of all the others, one number or none
 
 
 class SparseRows(NamedTuple):
@@ -748,9 +748,8 @@ def sparse_with_options(
         repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
         outside = ((ids < -1) | ((ids >= vocab_size) & (not options.truncate))).any(-1)
         if may_check:
-            check_sparse_values(
-                *(compat.values_of(x) for x in (ids, y, outside, repeated)), vocab_size, options.truncate
-            )
+            values = [compat.values_of(x) for x in (ids, y, outside, repeated)]
+            check_sparse_values(values[0], values[1], values[2], values[3], vocab_size, options.truncate)
         wrong = wrong | repeated | outside
         dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
         ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)

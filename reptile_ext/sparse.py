@@ -1,4 +1,4 @@
-"""`sparse_distillation_loss`: a teacher that is K classes a row and their log-probabilities; and what makes such pairs."""
+"""`sparse_distillation_loss`: a teacher of K classes a row and their log-probabilities; and what makes such pairs."""
 
 from __future__ import annotations
 
@@ -207,9 +207,9 @@ def _warn_of_zero() -> None:
         return
     _warned_of_zero = True
     warnings.warn(
-        "tail='zero' leaves out the classes that are not listed without making up for it: the sum of p (y - x) over the "
-        "others is no divergence, goes below 0 where the student gives them more than the teacher does, and is least "
-        "there, not at the teacher; tail='bucket' is 0 at the teacher and never negative",
+        "tail='zero' leaves classes out and does not make up for it: the sum of p (y - x) over those listed is "
+        "no divergence, may be negative, and is least where the student gives them more than the teacher does; "
+        "tail='bucket' is 0 at the teacher and never negative",
         stacklevel=3,
     )
 
@@ -218,7 +218,7 @@ def _warn_of_zero() -> None:
 
 
 def captured_mass(teacher_log_probs: Tensor) -> Tensor:
-    """P, how much of a teacher's probability its K classes hold: `teacher_log_probs.exp().sum(-1)` in float32 (float64).
+    """P, how much of a teacher's probability its K classes hold: `teacher_log_probs.exp().sum(-1)`, in float32.
 
     [..., K] gives [...]. Where it is far from 1, "renormalize" and "restrict" teach something else than the teacher
     knows; more classes, or `tail="bucket"`, do not.
@@ -246,7 +246,7 @@ def _in_chunks(teacher_logits: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]
     arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
     vocab_size = logits.shape[-1]
     rows = logits.reshape(-1, vocab_size)
-    return arithmetic, rows.split(max(1, _CHUNK_BYTES // (vocab_size * arithmetic.itemsize)))
+    return arithmetic, torch.split(rows, max(1, _CHUNK_BYTES // (vocab_size * arithmetic.itemsize)))
 
 
 def top_k_targets(teacher_logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -293,8 +293,9 @@ def top_k_targets(teacher_logits: Tensor, k: int, temperature: float = 1.0) -> t
 def sampled_targets(
     teacher_logits: Tensor, num_samples: int, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Classes drawn from a teacher with replacement, each listed once with the logarithm of its share of the draws: with
-    `tail="renormalize"` an unbiased estimate of forward KL's gradient, which the k likeliest classes are not.
+    """Classes drawn from a teacher with replacement, each listed once with the logarithm of its share of the draws.
+
+    With `tail="renormalize"` they are an unbiased estimate of forward KL's gradient, as the k likeliest are not.
 
     Equivalent PyTorch, of one row::
 
@@ -329,12 +330,8 @@ def sampled_targets(
         is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         place = is_new.cumsum(-1) - 1
         indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
-        counts = (
-            torch.zeros_like(z[:, :1])
-            .expand(-1, n)
-            .contiguous()
-            .scatter_add_(-1, place, torch.ones_like(drawn, dtype=arithmetic))
-        )
+        counts = torch.zeros_like(drawn, dtype=arithmetic)
+        counts.scatter_add_(-1, place, torch.ones_like(counts))
         found.append((indices, (counts / n).log()))
     if not found:
         return (

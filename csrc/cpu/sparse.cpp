@@ -16,8 +16,10 @@
 // The reference point m is chosen for the classes outside of the list alone: where the list has all but 1e−30 of the
 // student's mass, log R has all its digits.
 //
-// Listed classes are few and anywhere. `head` says of each pair of vectors whether it has any, and which; such pairs
-// leave the fast path, once in each pass.
+// Listed classes are few and anywhere. `slots` says of each pair of vectors whether it has any; such pairs leave the
+// fast path, once in each pass: they are added up after the pass, when the listed classes are 0 in the scratch, and
+// what is added to their gradient lies there as vectors. (A vector that is read right after a part of it was written
+// waits.)
 
 #include "layouts.h"
 #include "passes.h"
@@ -43,23 +45,33 @@ struct Pieces {
 };
 
 // The listed classes of a row, and behind them (entry k) the label's class if it is not among them.
+template <class Scalar>
 struct Listed {
   int64_t k;
   int64_t* ids;                          // [k + 1], −1: none
   double *student, *teacher, *gradient;  // [k + 1]: the dense kernel's row; the last entry is that of all other classes
   double* add;                           // [k + 1]: what is added to the gradient of an entry's class
-  uint16_t *head, *next;                 // chains of entries + 1, one a pair of vectors; 0 ends it
-  void* scratch;                         // the dense kernel's
+  uint16_t* slots;                       // of each pair of vectors: 1 + where it is in the following; 0: nowhere
+  int64_t num_slots;
+  int64_t* pairs;    // [slots]
+  uint32_t* hidden;  // [slots], bits of its elements that are listed
+  Scalar* lanes;     // [slots, a pair of vectors]: `add` as vectors
+  void* scratch;     // the dense kernel's
 
-  void chain(int64_t entry, int64_t id, int pair) {
+  void place(int64_t entry, int64_t id, int pair, bool hides) {
+    uint16_t& slot = slots[id / pair];
+    if (slot == 0) {
+      pairs[num_slots] = id / pair;
+      hidden[num_slots++] = 0;
+      slot = uint16_t(num_slots);
+    }
     ids[entry] = id;
-    next[entry] = head[id / pair];
-    head[id / pair] = uint16_t(entry + 1);
+    if (hides) hidden[slot - 1] |= uint32_t(1) << (id % pair);
   }
   // The entry of a class; −1: it is not listed.
-  int64_t entry_of(int64_t id, int pair) const {
-    for (int64_t e = head[id / pair]; e; e = next[e - 1]) {
-      if (ids[e - 1] == id) return e - 1;
+  int64_t entry_of(int64_t id) const {
+    for (int64_t i = 0; i < k; ++i) {
+      if (ids[i] == id) return i;
     }
     return -1;
   }
@@ -68,7 +80,7 @@ struct Listed {
 template <class Scalar>
 struct Scratch {
   Scalar *e, *e_1, *gathered, *gathered_gradient;
-  Listed listed;
+  Listed<Scalar> listed;
 };
 
 template <class V>
@@ -87,44 +99,29 @@ Scratch<typename V::Scalar> scratch_of(const SparseProblem& p, const Kernels& de
   s.listed.gradient = pieces.take<double>(entries);
   s.listed.add = pieces.take<double>(entries);
   s.listed.ids = pieces.take<int64_t>(entries);
-  s.listed.next = pieces.take<uint16_t>(entries);
-  s.listed.head = pieces.take<uint16_t>(n / (2 * V::kLanes) + 1);
+  s.listed.slots = pieces.take<uint16_t>(n / (2 * V::kLanes) + 1);
+  s.listed.pairs = pieces.take<int64_t>(entries);
+  s.listed.hidden = pieces.take<uint32_t>(entries);
+  s.listed.lanes = pieces.take<Scalar>(entries * 2 * V::kLanes);
   s.listed.scratch = pieces.take<char>(int64_t(dense.scratch_bytes(few)));
   return s;
 }
 
 // ------------------------------------------------------------------------------------------------- passes over the row
 
-// Of a pair of vectors: 0 at the listed classes.
-template <class In, class Scalar>
-REPTILE_EXT_OUT_OF_LINE void clear_listed(const Listed& listed, int64_t pair, Scalar* lanes) {
-  constexpr int kPair = 2 * Arithmetic<In>::kLanes;
-  for (int64_t entry = listed.head[pair]; entry; entry = listed.next[entry - 1]) {
-    if (entry <= listed.k) lanes[lane_of_element<In>(int(listed.ids[entry - 1] % kPair))] = 0;
-  }
-}
-
-template <class In, class Scalar>
-REPTILE_EXT_OUT_OF_LINE void add_listed(const Listed& listed, int64_t pair, Scalar* lanes) {
-  constexpr int kPair = 2 * Arithmetic<In>::kLanes;
-  for (int64_t entry = listed.head[pair]; entry; entry = listed.next[entry - 1]) {
-    lanes[lane_of_element<In>(int(listed.ids[entry - 1] % kPair))] += Scalar(listed.add[entry - 1]);
-  }
-}
-
 // The largest logit outside of the list.
 template <class In, class V = Arithmetic<In>>
-REPTILE_EXT_OUT_OF_LINE typename V::Scalar rest_max(const In* z, int64_t n, const Listed& listed) {
+REPTILE_EXT_OUT_OF_LINE typename V::Scalar rest_max(const In* z, int64_t n, const Listed<typename V::Scalar>& listed) {
   constexpr int kPair = 2 * V::kLanes;
   V top = V(typename V::Scalar(kNegInf)), u, v;
   for (int64_t j = 0; j * kPair < n; ++j) {
     const int live = n - j * kPair < kPair ? int(n - j * kPair) : kPair;
+    const uint32_t hidden = listed.slots[j] ? listed.hidden[listed.slots[j] - 1] : 0;
     alignas(64) In buffer[kPair];
     std::memcpy(buffer, z + j * kPair, size_t(live) * sizeof(In));
-    for (int64_t entry = listed.head[j]; entry; entry = listed.next[entry - 1]) {
-      if (entry <= listed.k) set_negative_infinity(buffer + listed.ids[entry - 1] % kPair);
+    for (int i = 0; i < kPair; ++i) {
+      if (i >= live || (hidden >> i & 1)) set_negative_infinity(buffer + i);
     }
-    for (int i = live; i < kPair; ++i) set_negative_infinity(buffer + i);
     load2(buffer, u, v);
     top = max(top, max(u, v));
   }
@@ -134,10 +131,11 @@ REPTILE_EXT_OUT_OF_LINE typename V::Scalar rest_max(const In* z, int64_t n, cons
 // Exponentials of the classes outside of the list, to e, and their sum.
 template <class In, class V = Arithmetic<In>>
 REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Scalar reference,
-                                         typename V::Scalar factor, const Listed& listed, typename V::Scalar* e) {
+                                         typename V::Scalar factor, const Listed<typename V::Scalar>& listed,
+                                         typename V::Scalar* e) {
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   const V m = V(reference), k = V(factor);
-  const uint16_t* const head = listed.head;
+  const uint16_t* const slots = listed.slots;
   const int64_t num_whole = n / kPair;
   V total[2] = {V(0), V(0)};
   V s[2], x[2];
@@ -145,10 +143,6 @@ REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Sca
     for (int h = 0; h < 2; ++h) {
       x[h] = exp2((s[h] - m) * k);
       x[h].store(e + j * kPair + h * kLanes);
-    }
-    if (__builtin_expect(head[j] != 0, 0)) {
-      clear_listed<In>(listed, j, e + j * kPair);
-      for (int h = 0; h < 2; ++h) x[h] = V::load(e + j * kPair + h * kLanes);
     }
   };
   for (int64_t begin = 0; begin < num_whole; begin += kBlock) {
@@ -158,6 +152,7 @@ REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Sca
       prefetch<kPair>(z + j * kPair);
       load2(z + j * kPair, s[0], s[1]);
       exponentials(j);
+      if (slots[j]) continue;
       for (int h = 0; h < 2; ++h) block[h] = block[h] + x[h];
     }
     for (int h = 0; h < 2; ++h) total[h] = total[h] + block[h];
@@ -165,8 +160,17 @@ REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Sca
   if (n % kPair) {
     load2_tail(z + num_whole * kPair, int(n % kPair), s[0], s[1]);
     exponentials(num_whole);
-    for (int h = 0; h < 2; ++h) total[h] = total[h] + x[h];
+    for (int h = 0; h < 2 && !slots[num_whole]; ++h) total[h] = total[h] + x[h];
   }
+  for (int64_t i = 0; i < listed.k; ++i) {
+    const int64_t id = listed.ids[i];
+    if (id >= 0) e[id / kPair * kPair + lane_of_element<In>(int(id % kPair))] = 0;
+  }
+  V block[2] = {V(0), V(0)};
+  for (int64_t i = 0; i < listed.num_slots; ++i) {
+    for (int h = 0; h < 2; ++h) block[h] = block[h] + V::load(e + listed.pairs[i] * kPair + h * kLanes);
+  }
+  for (int h = 0; h < 2; ++h) total[h] = total[h] + block[h];
   return reduce_add(total[0] + total[1]);
 }
 
@@ -180,8 +184,8 @@ struct RestSum {
 
 // The same from a good reference point.
 template <class In, class V = Arithmetic<In>>
-RestSum<typename V::Scalar> rest_of(const In* z, int64_t n, double temperature, const Listed& listed, bool is_empty,
-                                    typename V::Scalar* e) {
+RestSum<typename V::Scalar> rest_of(const In* z, int64_t n, double temperature,
+                                    const Listed<typename V::Scalar>& listed, bool is_empty, typename V::Scalar* e) {
   using Scalar = typename V::Scalar;
   RestSum<Scalar> rest;
   for (bool exact = false;; exact = true) {
@@ -228,14 +232,22 @@ struct RowFactors {
 };
 
 template <class In, bool kHard, class V = Arithmetic<In>>
-REPTILE_EXT_OUT_OF_LINE void gradient_pass(const In* z, int64_t n, const RowFactors& factors, const Listed& listed,
-                                           const typename V::Scalar* e, const typename V::Scalar* e_1, bool stream,
-                                           In* gradient) {
+REPTILE_EXT_OUT_OF_LINE void gradient_pass(const In* z, int64_t n, const RowFactors& factors,
+                                           const Listed<typename V::Scalar>& listed, const typename V::Scalar* e,
+                                           const typename V::Scalar* e_1, bool stream, In* gradient) {
   using Scalar = typename V::Scalar;
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
   const V a = V(Scalar(factors.of_e)), a_1 = V(Scalar(factors.of_e_1)), uniform = V(Scalar(factors.uniform));
   const bool smooth = kHard && factors.uniform != 0;
-  const uint16_t* const head = listed.head;
+  const uint16_t* const slots = listed.slots;
+  Scalar* const added = listed.lanes;
+  std::memset(added, 0, size_t(listed.num_slots * kPair) * sizeof(Scalar));
+  for (int64_t i = 0; i <= listed.k; ++i) {
+    const int64_t id = listed.ids[i];
+    if (id >= 0) {
+      added[(slots[id / kPair] - 1) * kPair + lane_of_element<In>(int(id % kPair))] = Scalar(listed.add[i]);
+    }
+  }
   const int64_t num_whole = n / kPair, tail = n % kPair;
   V g[2];
   const auto one = [&](int64_t j, bool whole) {
@@ -253,11 +265,8 @@ REPTILE_EXT_OUT_OF_LINE void gradient_pass(const In* z, int64_t n, const RowFact
       }
       for (int h = 0; h < 2; ++h) g[h] = g[h] - where_not_masked(s[h], uniform);
     }
-    if (__builtin_expect(head[j] != 0, 0)) {
-      alignas(64) Scalar lanes[kPair];
-      for (int h = 0; h < 2; ++h) g[h].store(lanes + h * kLanes);
-      add_listed<In>(listed, j, lanes);
-      for (int h = 0; h < 2; ++h) g[h] = V::load(lanes + h * kLanes);
+    if (slots[j]) {
+      for (int h = 0; h < 2; ++h) g[h] = g[h] + V::load(added + (slots[j] - 1) * kPair + h * kLanes);
     }
   };
   int64_t j = 0;
@@ -297,11 +306,11 @@ REPTILE_EXT_OUT_OF_LINE double sum_of_exponentials(const double* values, int64_t
 
 // Fills the list from the row's indices; returns the teacher's mass of classes that the student does not have, and how
 // many classes are listed.
-template <class In>
-double read_list(const SparseProblem& p, int64_t row, const In* z, Listed& listed, int64_t& count) {
-  constexpr int kPair = 2 * Arithmetic<In>::kLanes;
+template <class Scalar>
+double read_list(const SparseProblem& p, int64_t row, int pair, Listed<Scalar>& listed, int64_t& count) {
   const int64_t n = p.rows.vocab_size;
-  std::memset(listed.head, 0, size_t((n + kPair - 1) / kPair) * sizeof(*listed.head));
+  std::memset(listed.slots, 0, size_t((n + pair - 1) / pair) * sizeof(*listed.slots));
+  listed.num_slots = 0;
   const int64_t* const indices = p.indices + row * p.k;
   double dropped = 0;
   count = 0;
@@ -309,21 +318,32 @@ double read_list(const SparseProblem& p, int64_t row, const In* z, Listed& liste
     y += row * p.k;
     for (int64_t i = 0; i < p.k; ++i) {
       const int64_t id = indices[i];
-      listed.student[i] = listed.teacher[i] = -kInf;
+      const double log_prob = to_float(y[i]);
+      if (id >= n) dropped += exp(log_prob);
+      const bool is_listed = id >= 0 && id < n;
+      listed.teacher[i] = is_listed ? log_prob : -kInf;
       listed.ids[i] = -1;
-      if (id >= n) dropped += exp(double(to_float(y[i])));
-      if (id < 0 || id >= n) continue;
-      listed.chain(i, id, kPair);
-      listed.student[i] = to_float(z[id]);
-      listed.teacher[i] = to_float(y[i]);
-      ++count;
+      if (is_listed) {
+        listed.place(i, id, pair, true);
+        ++count;
+      }
     }
   });
+  listed.ids[p.k] = -1;
   return dropped;
 }
 
+// The student's logits of the listed classes, once the row is in the cache: before, each would wait for memory.
+template <class In, class Scalar>
+void read_logits(const In* z, Listed<Scalar>& listed) {
+  for (int64_t i = 0; i < listed.k; ++i) {
+    listed.student[i] = listed.ids[i] < 0 ? -kInf : double(to_float(z[listed.ids[i]]));
+  }
+}
+
 // The dense kernel on the row of k + 1 classes: the loss of the row, and listed.gradient.
-double loss_of_few(const LossProblem& few, const Kernels& dense, double weight, const Listed& listed) {
+template <class Scalar>
+double loss_of_few(const LossProblem& few, const Kernels& dense, double weight, const Listed<Scalar>& listed) {
   if (weight == 0) {
     std::memset(listed.gradient, 0, size_t(listed.k + 1) * sizeof(double));
     return 0;
@@ -363,23 +383,22 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
   constexpr int kPair = 2 * V::kLanes;
   const LossProblem& rows = p.rows;
   const int64_t n = rows.vocab_size, k = p.k;
-  Listed listed = scratch.listed;
+  Listed<Scalar> listed = scratch.listed;
   const double weight = rows.weights ? rows.weights[row] : 1;
   const double grad_output = rows.grad_output ? rows.grad_output[rows.grad_output_is_uniform ? 0 : row] : 1;
   const bool soft = rows.soft_scale > 0, hard = rows.hard_weight > 0;
   int64_t count;
-  const double dropped = read_list(p, row, z, listed, count);
+  const double dropped = read_list(p, row, kPair, listed, count);
   const bool is_all = count == n;
-
-  // Before a gradient is written over it.
   const int64_t label = hard ? rows.labels[row] : -1;
-  int64_t label_entry = hard ? listed.entry_of(label, kPair) : -1;
-  const double s_label = hard ? double(to_float(z[label])) : 0;
-  if (hard && label_entry < 0) listed.chain(label_entry = k, label, kPair);
+  int64_t label_entry = hard ? listed.entry_of(label) : -1;
+  if (hard && label_entry < 0) listed.place(label_entry = k, label, kPair, false);
   for (int64_t i = 0; i <= k; ++i) listed.add[i] = 0;
 
   const double temperature = soft ? rows.student_temperature : 1;
   const RestSum<Scalar> rest = rest_of(z, n, temperature, listed, is_all, scratch.e);
+  read_logits(z, listed);  // and the label's, before a gradient is written over them
+  const double s_label = hard ? double(to_float(z[label])) : 0;
   double loss = rest.sum - rest.sum;  // NaN of a row that is broken outside of the list
   RowFactors factors;
 
