@@ -692,6 +692,17 @@ def _few_classes(z: Tensor, teacher: SparseRows, tail: str) -> tuple[Tensor, Ten
     return torch.cat([of_student, of_others], -1), torch.cat([teacher.y, r], -1)
 
 
+def _is_broken(s: Tensor, teacher: SparseRows, tail: str) -> Tensor:
+    """Which rows have a NaN, a +inf, or nothing but −inf where they need something."""
+    broken = ~s.amax(-1).isfinite() | ~(teacher.y.amax(-1) < torch.inf)
+    if tail in ("restrict", "renormalize"):
+        broken = broken | (teacher.y == -torch.inf).all(-1)
+    if tail == "restrict":
+        at_ids = s.gather(-1, teacher.ids.clamp(min=0))
+        broken = broken | ((at_ids == -torch.inf) | (teacher.ids < 0)).all(-1)
+    return broken
+
+
 def sparse_row_losses(s: Tensor, teacher: SparseRows, labels: Tensor | None, options: Options) -> Tensor:
     """ℓ of every row of [N, V] logits of one floating dtype."""
     losses: Tensor = s.new_zeros(s.shape[0])
@@ -699,7 +710,7 @@ def sparse_row_losses(s: Tensor, teacher: SparseRows, labels: Tensor | None, opt
         tail = TAILS[options.tail]
         # Multiplied with NaN, not filled: a broken row's gradient is NaN in all classes, also where a tail has none.
         z = s / options.student_temperature
-        z = z * torch.where(z.detach().amax(-1, keepdim=True).isfinite(), 1.0, torch.nan)
+        z = z * torch.where(_is_broken(s.detach(), teacher, tail), torch.nan, 1.0).unsqueeze(-1)
         of_student, of_teacher = _few_classes(z, teacher, tail)
         of = (options.divergence, options.beta, options.one_minus_beta, 1.0, 1.0)
         if tail != "zero":
