@@ -7,7 +7,8 @@
 #     sanitize    compute-sanitizer: memcheck, racecheck, synccheck, initcheck
 #     dense       the dense loss against the copy bandwidth of the same run, eager, torch.compile and Liger
 #     small       small vocabularies, and other divergences
-#     linear      the fused linear loss against its four products, eager, torch.compile and Liger
+#     linear      the fused linear loss against its four products, eager, torch.compile and Liger; an odd vocabulary;
+#                 what benchmarks/linear.py --model expects
 #     profile     ncu: bytes of memory, use of the issue slots, what warps wait for
 #
 # Wants Python with a torch for CUDA, nvcc, cmake, ninja, pytest and hypothesis. Nothing is fetched: what else is needed
@@ -73,11 +74,13 @@ small() {
 }
 
 linear() {
-  local rows=(8192 1024) rest=()
-  [ "$device" = cuda ] || rows=(64 32) rest=(--hidden 64 --vocab 1000 --repeats 2)
+  local rows=(8192 1024) rest=() odd=(--hidden 1600 --vocab 50257)
+  [ "$device" = cuda ] || rows=(64 32) rest=(--hidden 64 --vocab 1000 --repeats 2) odd=(--rows 64 --hidden 64 --vocab 501 --repeats 2)
+  keep model.txt python benchmarks/linear.py --model
   for n in "${rows[@]}"; do
     keep linear-$n.txt python benchmarks/linear.py --device "$device" --dtypes bfloat16 --rows "$n" --json "$results/linear-$n.json" "${rest[@]}"
   done
+  keep linear-odd.txt python benchmarks/linear.py --device "$device" --dtypes bfloat16 --no-compile --json "$results/linear-odd.json" "${odd[@]}"
 }
 
 profile() {

@@ -393,6 +393,29 @@ def check_memory_budget(memory_budget: int | None) -> int | None:
     return number
 
 
+def check_num_rows_in(num_rows_in: int | None, num_rows: int, all_are_in: bool) -> int | None:
+    """Check the number of rows that are not ignored against the number of all."""
+    if num_rows_in is None:
+        return None
+    # Where a program is traced, it may be a symbol.
+    is_number = isinstance(num_rows_in, (int, torch.SymInt)) and not isinstance(num_rows_in, bool)
+    number = num_rows_in if is_number else integer_of("num_rows_in", num_rows_in)
+    if number < 0 or number > num_rows:
+        also = ": a count of several micro-batches or processes goes in as denominator" if number > num_rows else ""
+        raise ValueError(f"num_rows_in must be a number of this call's rows, 0 to {num_rows}; got {number}{also}")
+    if all_are_in:
+        check_rows_in(number, num_rows)
+    return number
+
+
+def check_rows_in(num_rows_in: int, found: int) -> None:
+    if num_rows_in < found:
+        raise ValueError(
+            "num_rows_in must be at least the number of rows that are not ignored (by labels, or a weight of 0), "
+            f"{found}; got {num_rows_in}"
+        )
+
+
 def check_linear_shapes(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -483,8 +506,8 @@ def check_binary_tensors(
 
 def check_sparse_tensors(
     student_logits: Tensor,
-    teacher_indices: Tensor,
-    teacher_log_probs: Tensor,
+    teacher_indices: Any,
+    teacher_log_probs: Any,
     labels: Tensor | None,
     weight: Tensor | None,
     denominator: float | Tensor | None,
@@ -541,6 +564,21 @@ def check_sparse_tensors(
         )
     check_rows(labels, weight, denominator, options, s_shape, dim, student_logits.device, of)
     return dim
+
+
+def check_sparse_alone(hidden: Any, weight: Any, bias: Any, head: Any, softcap: Any, scale: float) -> None:
+    """Of the fused linear loss: a sparse teacher takes the place of hidden states and head."""
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "head": head, "softcap": softcap}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"teacher_indices and teacher_log_probs take the place of teacher_{name}; got both")
+    if scale != 1.0:
+        raise ValueError(f"teacher_scale has no meaning for teacher_log_probs; got {scale!r}, wanted 1.0")
+
+
+def check_tail_has_meaning(tail: str, is_sparse: bool) -> None:
+    if tail != "bucket" and not is_sparse:
+        raise ValueError(f"tail has no meaning without teacher_indices and teacher_log_probs; got {tail!r}")
 
 
 # Classes that a sparse teacher lists of a row.

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .binary import binary_distillation_loss
-from .checks import check_memory_budget, check_scale, check_softcap, refuse_attribute, refuse_keyword
+from .checks import check_memory_budget, check_scale, check_softcap, one_of, refuse_attribute, refuse_keyword
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
 from .options import (
+    TAILS,
     BinaryKeywords,
     Keywords,
     Options,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         student_scale: float
         teacher_scale: float
         memory_budget: int | None
+        tail: str
 
 
 class _Loss(nn.Module):
@@ -247,8 +249,8 @@ class LinearDistillationLoss(_Loss):
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
     The keywords are those of `linear_distillation_loss` without `student_head`, `teacher_head`, `student_bias`,
-    `teacher_bias`, `weight` and `denominator`, which go to the call. They are attributes too, checked when the module
-    is made and when one is set (`criterion.temperature = 2.0`).
+    `teacher_bias`, `weight`, `denominator` and `num_rows_in`, which go to the call. They are attributes too, checked
+    when the module is made and when one is set (`criterion.temperature = 2.0`).
 
     Shapes: hidden states [..., H], heads [V, H], biases [V]; labels, if any, integer [...]; result a scalar, or [...]
     with `reduction="none"`. Dtypes, errors and papers: see `linear_distillation_loss`.
@@ -267,6 +269,7 @@ class LinearDistillationLoss(_Loss):
     def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
         keywords = super()._checked(keywords)
         check_memory_budget(keywords["memory_budget"])
+        one_of("tail", keywords["tail"], TAILS)
         for side in ("student", "teacher"):
             keywords[f"{side}_softcap"] = check_softcap(side, keywords[f"{side}_softcap"])
             keywords[f"{side}_scale"] = check_scale(side, keywords[f"{side}_scale"])
@@ -286,6 +289,9 @@ class LinearDistillationLoss(_Loss):
         teacher_bias: Tensor | None = None,
         weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        num_rows_in: int | None = None,
+        teacher_indices: Tensor | None = None,
+        teacher_log_probs: Tensor | None = None,
     ) -> Tensor:
         return linear_distillation_loss(
             student_hidden,
@@ -299,5 +305,8 @@ class LinearDistillationLoss(_Loss):
             teacher_bias=teacher_bias,
             weight=weight,
             denominator=denominator,
+            num_rows_in=num_rows_in,
+            teacher_indices=teacher_indices,
+            teacher_log_probs=teacher_log_probs,
             **self.keywords,
         )

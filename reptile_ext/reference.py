@@ -23,6 +23,7 @@ from .checks import (
     check_divisor_value,
     check_label_values,
     check_pos_weight_values,
+    check_rows_in,
     check_sparse_tensors,
     check_sparse_values,
     check_target_values,
@@ -453,8 +454,8 @@ def counted_rows(labels: Tensor | None, weight: Tensor | None, ignore_index: int
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -464,18 +465,38 @@ def linear_distillation_loss(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     memory_budget: int | None = None,
+    num_rows_in: int | None = None,
+    teacher_indices: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:
-    """`reptile_ext.linear_distillation_loss` in plain PyTorch, logits in full; `memory_budget` has no effect."""
-    leading = student_hidden.shape[:-1]
+    """`reptile_ext.linear_distillation_loss` in plain PyTorch, logits in full; `memory_budget` has no effect, and
+    `num_rows_in` none but that too small a number is an error (NaN on a GPU)."""
+    leading, counted = student_hidden.shape[:-1], None
     # What does not fit is complained of below.
     fitting = (x if isinstance(x, Tensor) and x.shape == leading else None for x in (labels, keywords.get("weight")))
-    if teacher_hidden.shape[:-1] == leading:
+    if teacher_hidden is None or teacher_hidden.shape[:-1] == leading:
         counted = counted_rows(next(fitting), next(fitting), keywords.get("ignore_index", -100))
-        student_hidden, teacher_hidden = (without_ignored(x, counted) for x in (student_hidden, teacher_hidden))
+        student_hidden = without_ignored(student_hidden, counted)
     student = linear_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+    if teacher_indices is not None and teacher_log_probs is not None:
+        loss = sparse_distillation_loss(student, teacher_indices, teacher_log_probs, labels, **keywords)
+        return nan_if_rows_are_lost(loss, counted, num_rows_in, True)
+    assert teacher_hidden is not None
+    if teacher_hidden.shape[:-1] == leading:
+        teacher_hidden = without_ignored(teacher_hidden, counted)
     teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    return distillation_loss(student, teacher, labels, **keywords)
+    return nan_if_rows_are_lost(distillation_loss(student, teacher, labels, **keywords), counted, num_rows_in, True)
+
+
+def nan_if_rows_are_lost(loss: Tensor, counted: Tensor | None, num_rows_in: int | None, check_values: bool) -> Tensor:
+    """The loss; NaN, and a NaN gradient, if more rows count than `num_rows_in`. That is an error where one can look."""
+    if counted is None or num_rows_in is None:
+        return loss
+    found = counted.sum()
+    if check_values and _has_values_at_hand(found):
+        check_rows_in(num_rows_in, int(compat.values_of(found).max()))
+    return loss * torch.where(found > num_rows_in, torch.nan, 1.0)
 
 
 def with_options(

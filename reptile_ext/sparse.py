@@ -186,7 +186,7 @@ def sparse_distillation_loss(
     if options.tail == _ZERO and options.kernel() == "forward_kl" and not torch.compiler.is_compiling():
         _warn_of_zero()
     teacher = teacher_indices, teacher_log_probs
-    if needs_reference(student_logits.device, "sparse_distillation_loss") or _is_on_cuda(student_logits.device):
+    if needs_reference(student_logits.device, "sparse_distillation_loss") or is_on_cuda(student_logits.device):
         return reference.sparse_with_options(student_logits, *teacher, labels, weight, denominator, options)
     if inplace:
         check_inplace(student_logits, teacher_log_probs)
@@ -202,7 +202,7 @@ def pair_for_operators(teacher_indices: Tensor, teacher_log_probs: Tensor) -> tu
     return teacher_indices.to(torch.int64).contiguous(), teacher_log_probs.detach().resolve_neg().contiguous()
 
 
-def _is_on_cuda(device: torch.device) -> bool:
+def is_on_cuda(device: torch.device) -> bool:
     """Whether plain PyTorch has to do for want of CUDA kernels of this loss; says so once."""
     global _warned_of_cuda
     if device.type != "cuda":
@@ -210,8 +210,8 @@ def _is_on_cuda(device: torch.device) -> bool:
     if not _warned_of_cuda and not torch.compiler.is_compiling():
         _warned_of_cuda = True
         warnings.warn(
-            "sparse_distillation_loss has no CUDA kernels yet; it runs in plain PyTorch there (right, but slower and with "
-            "more memory)",
+            "there are no CUDA kernels of sparse teachers yet; their loss runs in plain PyTorch there (right, but "
+            "slower and with more memory)",
             stacklevel=3,
         )
     return True

@@ -323,6 +323,27 @@ def test_small_shapes_times_all_of_its_stages(
         small_shapes.microseconds([benchmark.Contender("operator", lambda: None, refuse)])
 
 
+def test_what_the_linear_loss_does_on_a_gpu_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Operations and bytes by hand; and the memory that is demanded."""
+    linear = script("linear")
+    rows, hidden, vocab = 8192, 4096, 128_256
+    for rows_in, chunks in ((None, 4), (4096, 2), (1000, 1)):
+        found = linear.model(rows, hidden, vocab, torch.bfloat16, 141e9, rows_in)
+        n = rows_in or rows
+        assert [operations for operations, _ in found.products] == [2 * n // chunks * hidden * vocab] * 4 * chunks
+        assert found.bytes["distillation_loss_"] == pytest.approx(3 * n * vocab * 2, rel=1e-3)
+        logits, dx, dw = (2 * x for x in (n * vocab, n * hidden, vocab * hidden))
+        assert sum(written for _, written in found.products) == 2 * logits + dx + (2 * chunks - 1) * dw
+        assert found.peak < 3.5e9
+        others = found.bytes.total() - found.bytes["products"] - found.bytes["distillation_loss_"]
+        assert others < 14 * 2 * rows * hidden  # nothing of the size of logits or head
+    monkeypatch.setattr(sys, "argv", ["linear.py", "--model"])
+    assert linear.main() == 0
+    assert "predicted, not measured" in capsys.readouterr().out
+
+
 def test_the_linear_benchmark_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

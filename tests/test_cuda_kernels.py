@@ -33,7 +33,7 @@ from test_halves import EVERYTHING, Operators
 from torch import Tensor
 
 import reptile_ext
-from reptile_ext import ops, reference
+from reptile_ext import linear, ops, reference
 from reptile_ext.options import make_binary_options, make_options
 
 HERE = Path(__file__).parent / "cuda"
@@ -370,6 +370,43 @@ def test_images(configure: Configure) -> None:
     """Classes far apart and rows neighbours: a row a thread."""
     student, teacher = (z.movedim(-1, 1).contiguous() for z in make_logits("random", (2, 9, 5), 21))
     check(student, teacher, make_labels((2, 9, 5), 21), dim=1, hard_weight=0.5, temperature=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("vocab_size", [40, 517, 3001])
+def test_the_linear_loss_as_a_gpu_computes_it(
+    configure: Configure, vocab_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place on rows of an odd number of classes that begin at multiples of 128 bytes, NaN between them, of which
+    some are ignored: those are left out where somebody says how many, and are computed over where nobody does."""
+    for module in (linear.rows, linear.loop):
+        monkeypatch.setattr(module, "can_look", lambda x: False)
+    rows = 30
+    x, y = (torch.randn(rows, 8).to(dtype) for _ in range(2))
+    heads = [torch.randn(vocab_size, 8).to(dtype) for _ in range(2)]
+    labels, weight = make_labels(rows, vocab_size), torch.rand(rows)
+    labels[[0, 3, 29]], weight[[0, 7]] = -100, 0
+    count = int(((labels != -100) & (weight != 0)).sum())
+    pitch = linear.scratch.row_bytes(vocab_size, dtype)
+    keywords: dict[str, Any] = {"weight": weight, "temperature": 2.0, "reduction": "sum"}
+    for hard_weight in (0.0, 0.5):
+
+        def gradients(loss: Any, kind: torch.dtype, hard_weight: float = hard_weight, **more: Any) -> list[Tensor]:
+            leaves = [z.to(kind).requires_grad_() for z in (x, heads[0])]
+            value = loss(*leaves, y.to(kind), heads[1].to(kind), labels, hard_weight=hard_weight, **keywords, **more)
+            return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+        right = gradients(reference.linear_distillation_loss, torch.float64)
+        plain = gradients(reference.linear_distillation_loss, dtype)
+        for num_rows_in in (count, count + 2, None):
+            linear.scratch._kept[:] = [torch.full((1 << 20,), 255, dtype=torch.uint8)]
+            more = {"num_rows_in": num_rows_in, "memory_budget": 2 * 11 * pitch}
+            found = gradients(reptile_ext.linear_distillation_loss, dtype, **more)
+            for ours, theirs, exact in zip(found, plain, right, strict=True):
+                epsilon = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
+                allowed = 1.5 * (theirs.double() - exact).abs().max() + epsilon * exact.abs().max()
+                assert (ours.double() - exact).abs().max() <= allowed
+    linear.release_scratch()
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "mse", "dkd"])

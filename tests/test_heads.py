@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reptile_ext import linear
 from reptile_ext.training import Objective, Reptile, Until, heads
 from reptile_ext.training.batches import logits_of
 from reptile_ext.training.data import random_state
@@ -85,6 +86,53 @@ def assert_the_switch_changes_nothing(
     fused = trained(student, teacher, fused_linear=True, **keywords)
     for name, wanted in with_logits.items():
         torch.testing.assert_close(fused[name], wanted, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_are_counted_while_the_batch_is_on_the_host(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU computes those that are not ignored, and is not asked which: by labels or, without, the mask."""
+    for module in (linear.rows, linear.loop):
+        monkeypatch.setattr(module, "can_look", lambda x: False)
+    products: set[int] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and result.shape[1] == CLASSES:
+                products.add(result.shape[0])
+            return result
+
+    class Masked(Tagger):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return super().forward(input_ids)
+
+    data = batches(masked=masked)
+    if not masked:
+        for batch in data:
+            del batch["labels"]
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][:, :2] = 0
+    kept = 20 if masked else 16  # of 24
+    assert_the_switch_changes_nothing(Masked(0), Masked(1), data=data)
+    objective = Objective(Masked(0), Masked(1), shift_labels=False, fused_linear=True)
+    batch = objective.split(data[0])
+    assert batch.num_rows_in == kept
+    outputs = objective.student_outputs(objective.student, batch)
+    with Products():
+        objective.loss(outputs, objective.teacher_outputs(batch), batch, kept)
+    assert products == {kept}
+    if not masked:  # a mask of other things than the rows says nothing about them
+
+        class First(Masked):
+            def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+                return SimpleNamespace(logits=self.head(self.body(self.embedding(input_ids[:, 0]))))
+
+        assert_the_switch_changes_nothing(First(0), First(1), data=data)
+    if masked:  # those of no weight may be among them
+        weighted = objective.split({**data[0], "sample_weight": torch.tensor([1.0, 0.0, 1.0, 1.0])})
+        assert weighted.num_rows_in == kept
+        loss = objective(objective.student, weighted)
+        torch.testing.assert_close(loss, objective.with_fused_linear(False)(objective.student, weighted))
 
 
 # ------------------------------------------------------------------------------------------------ models of others

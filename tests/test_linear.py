@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
 from reptile_ext import linear, linear_distillation_loss, reference
+from reptile_ext.linear import gradients as linear_gradients
+from reptile_ext.linear import loop, plan, rows, scratch
 from reptile_ext.linear import loss as linear_loss
-from reptile_ext.linear import plan, scratch
 from reptile_ext.linear.loop import LinearConfig, run, run_chunks
 from reptile_ext.linear.loss import TENSORS, LinearLoss
 from reptile_ext.options import make_options
@@ -328,13 +329,23 @@ def test_chunks() -> None:
     assert [s.stop - s.start for s in plan.split(0, 1300, 512)] == [433, 433, 434]  # equal but for a row
     assert plan.split(7, 10, 512) == [slice(7, 10)]
     assert plan.split(0, 0, 512) == []
+    assert plan.split(0, 0, 512, 128) == []
+    for num_rows, most, step in itertools.product((1, 127, 128, 2047, 5000, 8192, 10_001), (128, 512, 2048), (1, 128)):
+        parts = plan.split(3, 3 + num_rows, most, step)
+        assert (parts[0].start, parts[-1].stop) == (3, 3 + num_rows)
+        assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+        sizes = [part.stop - part.start for part in parts]
+        assert len(sizes) == -(-num_rows // most)  # no more than have to be
+        assert max(sizes) <= most
+        assert min(sizes) > max(sizes) - 2 * step
+        assert all(size % step == 0 for size in sizes[:-1])
 
     for logits in itertools.product((4, 128_000, 2_000_000), (0, 4, 128_000, 2_000_000)):
         for copies, alike, budget in itertools.product(
             (0, 8, 1_000_000), (False, True), (None, 1, 10_000, 10**7, 2**40)
         ):
-            *rows, at_once = plan.chunk_sizes(logits, copies, alike, budget, torch.device("cpu"))
-            assert min(*rows, at_once) >= 1
+            *rows, at_once, step = plan.chunk_sizes(logits, copies, alike, budget, torch.device("cpu"))
+            assert min(*rows, at_once, step) == 1
             assert rows[0] == rows[1] or not alike
             most = plan.DEFAULT_BUDGET if budget is None else budget
             for_copies = most // 4 if copies else 0
@@ -345,6 +356,31 @@ def test_chunks() -> None:
                 assert fits or rows[1] == 256
             elif budget is not None:
                 assert fits or rows[0] == 1
+
+
+@pytest.mark.parametrize("memory", [24 << 30, 80 << 30, 141 * 10**9, 192 << 30])
+def test_chunks_of_a_gpu(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,048 rows or more, of whole tiles and the same of both models; a budget that was asked for is kept."""
+    monkeypatch.setattr(plan, "memory_of", lambda device: memory)
+    gpu = torch.device("cuda")
+    for logits, copies in itertools.product((2_000, 100_514, 256_512, 524_288), (0, 1_000_000)):
+        both = (logits, logits)
+        student, teacher, at_once, step = plan.chunk_sizes(both, copies, True, None, gpu)
+        assert student == teacher >= 2048
+        assert student % step == 0 == step % 128
+        assert 2 * student * logits <= max(memory // 128, 2 * 2048 * logits)
+        assert at_once >= 1
+        for budget in (1, 10**6, 10**9):
+            student, teacher, at_once, step = plan.chunk_sizes(both, copies, True, budget, gpu)
+            assert student == teacher >= 1
+            assert student % step == 0
+            for_copies = budget // 4 if copies else 0
+            assert 2 * student * logits <= max(budget - for_copies, 2 * logits)
+            assert at_once * copies <= max(for_copies, copies)
+    for num_rows in (1, 512, 2049, 4097, 5731, 8192, 100_000):
+        sizes = plan.chunk_sizes((256_512, 256_512), 0, True, None, gpu)
+        chunks = [chunk.stop - chunk.start for chunk in plan.plan(num_rows, sizes, True).student_chunks]
+        assert min(chunks) >= min(num_rows, 512)
 
 
 def test_chunks_of_student_and_teacher_need_not_end_together() -> None:
@@ -838,6 +874,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"divergence": "kl"}, ValueError, "divergence must be one of"),
     ({"temperature": 0.0}, ValueError, "temperature must be a positive number"),
     ({"denominator": 0.0}, ValueError, "denominator must be a positive, finite number"),
+    ({"num_rows_in": 20.0}, TypeError, "num_rows_in must be an integer; got float"),
+    ({"num_rows_in": True}, TypeError, "num_rows_in must be an integer; got bool"),
+    ({"num_rows_in": torch.tensor(20)}, TypeError, "num_rows_in must be an integer; got Tensor"),
+    ({"num_rows_in": -1}, ValueError, "num_rows_in must be a number of this call's rows, 0 to 23; got -1"),
+    ({"num_rows_in": 24}, ValueError, "0 to 23; got 24: a count of several micro-batches or processes goes in as deno"),
+    ({"num_rows_in": 22}, ValueError, "num_rows_in must be at least the number of rows that are not ignored (by labe"),
+    ({"num_rows_in": 2, "weight": torch.tensor([1.0] * 3 + [0.0] * 20)}, ValueError, "a weight of 0), 3; got 2"),
+    ({"num_rows_in": 1, "labels": torch.tensor([-100] * 21 + [1] * 2)}, ValueError, "a weight of 0), 2; got 1"),
 ]
 
 
@@ -891,3 +935,350 @@ def test_any_combination(data: st.DataObject) -> None:
             of_inputs = tuple(map(torch.zeros_like, inputs))
         found.append((value.detach(), *of_inputs))
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- as a GPU is asked to do
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that a GPU gets, on the CPU: no value of labels or weights is looked at."""
+    for module in (rows, loop):
+        monkeypatch.setattr(module, "can_look", lambda x: False)
+
+
+class Shapes(TorchDispatchMode):
+    """The results of products: their shapes and strides; and everything that asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[list[int], tuple[int, ...], torch.dtype]] = []
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products.append((list(result.shape), result.stride(), result.dtype))
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            self.asked.append(func.name())
+        return result
+
+
+def ignored_by(labels: bool, weight: bool) -> tuple[dict[str, Tensor], int]:
+    """Labels and weights of 23 rows, and how many rows they leave."""
+    of_rows = {}
+    counted = torch.ones(23, dtype=torch.bool)
+    if labels:
+        of_rows["labels"] = torch.randint(40, (23,))
+        of_rows["labels"][[0, 5, 6, 22]] = -100
+        counted &= of_rows["labels"] != -100
+    if weight:
+        of_rows["weight"] = torch.rand(23) + 0.5
+        of_rows["weight"][[1, 5, 20]] = 0
+        counted &= of_rows["weight"] != 0
+    return of_rows, int(counted.sum())
+
+
+@pytest.mark.usefixtures("unseen")
+@every_dtype
+@every_keywords
+@pytest.mark.parametrize("beyond", [0, 2])
+def test_ignored_rows_are_left_out_where_their_number_is_known(
+    keywords: dict[str, Any], dtype: torch.dtype, beyond: int
+) -> None:
+    """Where fewer rows count than was said, the rest are ignored ones, whatever is in them."""
+    for labels, weight in ((True, True), (True, False), (False, True)):
+        if not labels and "hard_weight" in keywords:
+            continue
+        of_rows, count = ignored_by(labels, weight)
+        counted = reference.counted_rows(of_rows.get("labels"), of_rows.get("weight"), -100)
+        assert counted is not None
+        case = make_case(dtype)
+        wanted = ["student_hidden", "student_weight", "student_bias"]
+        above = torch.rand(23) if keywords.get("reduction") == "none" else torch.tensor(1 / 3)
+        check(case, wanted, above, num_rows_in=count + beyond, **of_rows, **keywords)
+        case["student_hidden"][~counted], case["teacher_hidden"][~counted] = torch.nan, torch.inf
+        everything = {**of_rows, **keywords, "memory_budget": None}
+        right = gradients(linear_distillation_loss, case, wanted, above, **everything)
+        with Shapes() as mode:
+            found = gradients(linear_distillation_loss, case, wanted, above, num_rows_in=count + beyond, **everything)
+        assert {shape[0] for shape, *_ in mode.products} == {count + beyond, 40}  # rows, and classes of dW
+        assert mode.asked == []
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
+        torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
+        assert (found[1][0][~counted] == 0).all()
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("few", [0, 1, 16])
+def test_rows_are_not_lost_unseen(few: int, reduction: str, dtype: torch.dtype) -> None:
+    """Too small a number makes everything NaN, whoever learns; where one can look, it is an error."""
+    of_rows, count = ignored_by(True, True)
+    assert count == 17
+    for keywords in ({}, {"student_softcap": 3.0, "memory_budget": 500}, {"divergence": "jsd"}, {"hard_weight": 0.5}):
+        call = {**of_rows, "reduction": reduction, "num_rows_in": few, **keywords}
+        loss, found = gradients(linear_distillation_loss, make_case(dtype), list(SIX), **call)
+        assert loss.isnan().all()
+        counted = (of_rows["labels"] != -100) & (of_rows["weight"] != 0)
+        for name, gradient in zip(SIX, found, strict=True):
+            assert gradient[counted if "hidden" in name else slice(None)].isnan().all(), name
+        given = {**make_case(dtype), "teacher_hidden": torch.randn(23, 40).to(dtype)}
+        given = {name: x for name, x in given.items() if name not in ("teacher_weight", "teacher_bias")}
+        loss, found = gradients(
+            linear_distillation_loss, given, ["student_weight", "student_hidden"], teacher_weight=None, **call
+        )
+        assert loss.isnan().all()
+        assert found[0].isnan().all()
+
+
+def test_too_few_rows_in_is_an_error_where_one_can_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_rows, count = ignored_by(True, True)
+    case = make_case()
+    right = linear_distillation_loss(**case, **of_rows)
+    for enough in (count, count + 1, 23):
+        assert torch.equal(linear_distillation_loss(**case, **of_rows, num_rows_in=enough), right)
+        torch.testing.assert_close(reference.linear_distillation_loss(**case, **of_rows, num_rows_in=enough), right)
+    assert linear_distillation_loss(**case, num_rows_in=23) == linear_distillation_loss(**case)
+    criterion = reptile_ext.LinearDistillationLoss()
+    assert torch.equal(criterion(**case, **of_rows, num_rows_in=count), right)
+    for loss in (linear_distillation_loss, reference.linear_distillation_loss, criterion):
+        with pytest.raises(ValueError, match=f"num_rows_in must be at least .*, {count}; got {count - 1}"):
+            loss(**case, **of_rows, num_rows_in=count - 1)
+    # A device without kernels, which has the reference.
+    monkeypatch.setattr(reference, "_has_values_at_hand", lambda x: False)
+    for enough in (count - 1, count):
+        value, found = gradients(
+            reference.linear_distillation_loss, case, ["student_weight"], **of_rows, num_rows_in=enough
+        )
+        assert value.isnan() == found[0].isnan().all() == (enough < count)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_whoever_learns_of_the_rows_that_are_left() -> None:
+    of_rows, count = ignored_by(True, True)
+    for reduction, divergence in itertools.product(("mean", "none"), ("forward_kl", "jsd")):
+        keywords = {"reduction": reduction, "divergence": divergence, "memory_budget": 3000, "num_rows_in": count + 1}
+        for wanted in ([*SIX], ["teacher_hidden"], ["student_weight"], ["student_hidden"]):
+            check(make_case(), wanted, **of_rows, **keywords)
+    # A teacher's logits, rows of which no matrix has, and its gradient.
+    case = make_case()
+    hidden, logits = case["student_hidden"][:22].view(2, 11, 6), torch.randn(2, 12, 40, dtype=torch.float64)
+    shaped = {name: x[:22].view(2, 11) for name, x in of_rows.items()}
+    count = int(((shaped["labels"] != -100) & (shaped["weight"] != 0)).sum())
+    found = []
+    for loss in (linear_distillation_loss, reference.linear_distillation_loss):
+        x, z = hidden.clone().requires_grad_(), logits.clone().requires_grad_()
+        value = loss(x, case["student_weight"], z[:, :-1], None, **shaped, teacher_softcap=2.0, num_rows_in=count + 1)
+        found.append((value, *torch.autograd.grad(value, [x, z])))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_derivatives_of_derivatives_of_the_rows_that_are_left() -> None:
+    labels = torch.tensor([1, -100, 3])
+    case = make_case(rows=3, classes=4, sizes=(2, 2))
+    inputs = tuple(case[name].requires_grad_() for name in SIX)
+
+    def f(*tensors: Tensor) -> Tensor:
+        return linear_distillation_loss(**dict(zip(SIX, tensors, strict=True)), labels=labels, num_rows_in=2)
+
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_num_rows_in_in_traced_and_transformed_programs() -> None:
+    """The number may differ from step to step, and is looked at where the program runs."""
+    torch.compiler.reset()
+    case = make_case(torch.float32, bias=False)
+    head, teachers = case["student_weight"].requires_grad_(), case["teacher_weight"]
+    x, y = case["student_hidden"].requires_grad_(), case["teacher_hidden"]
+
+    def f(labels: Tensor, num_rows_in: int) -> Tensor:
+        return linear_distillation_loss(x, head, y, teachers, labels, num_rows_in=num_rows_in)
+
+    for dynamic in (None, True):
+        compiled = torch.compile(f, fullgraph=True, backend="inductor", dynamic=dynamic)
+        for ignored in (3, 4, 7, 23):
+            labels = torch.randint(40, (23,))
+            labels[:ignored] = -100
+            found, right = (torch.autograd.grad(g(labels, 23 - ignored), [x, head]) for g in (compiled, f))
+            torch.testing.assert_close(found, right)
+        with pytest.raises(Exception, match=r"num_rows_in must be at least .*, 23; got 22"):
+            compiled(torch.zeros(23, dtype=torch.int64), 22)
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+            return linear_distillation_loss(x, head, y, teachers, labels, num_rows_in=20)
+
+    labels = torch.randint(40, (23,))
+    labels[:3] = -100
+    exported = torch.export.export(Model(), (x.detach(), head.detach(), labels)).module()
+    torch.testing.assert_close(exported(x.detach(), head.detach(), labels), f(labels, 20))
+    # Each of a batch has its own rows; the number is of the one that has most.
+    many = torch.randint(40, (4, 23))
+    many[0, :3], many[1, :5] = -100, -100
+    found = torch.func.vmap(lambda labels: f(labels, 23))(many)
+    torch.testing.assert_close(found, torch.stack([f(labels, 23) for labels in many]))
+    with pytest.raises(ValueError, match="23; got 20"):
+        torch.func.vmap(lambda labels: f(labels, 20))(many)
+
+
+def on_meta(num_rows: int, size: int, classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The six tensors, without values: as a GPU's are to the host."""
+    shapes = ((num_rows, size), (classes, size))
+    x, head, y, teachers = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes * 2)
+    return x, head, None, y, teachers, None
+
+
+@pytest.mark.parametrize("num_rows_in", [None, 0, 5000])
+def test_bug_13_a_gpu_is_not_asked(num_rows_in: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values: whatever waits for one is an error."""
+    monkeypatch.setattr(plan, "memory_of", lambda device: 141 * 10**9)
+    options = make_options(reduction="sum", hard_weight=0.5)
+    labels, weight = torch.empty(8192, dtype=torch.int64, device="meta"), torch.empty(8192, device="meta").double()
+    for softcap, needed in itertools.product((None, 3.0), ((True,) * 2 + (False,) * 4, (True, True, False) * 2)):
+        config = LinearConfig(options, None, (softcap, softcap), (1.0, 0.5), num_rows_in)
+        tensors = on_meta(8192, 64, 1001, torch.bfloat16)
+        grad_output = torch.empty((), dtype=torch.float64, device="meta")
+        with Shapes() as mode:
+            run(config, tensors, (labels, weight, None), grad_output, needed)
+        assert mode.asked == []
+    with pytest.raises(Exception, match="meta"), Shapes():  # so the test can fail
+        labels.nonzero()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("classes", [1, 7, 33, 251])
+def test_rows_of_odd_vocabularies_begin_at_cache_lines(classes: int, dtype: torch.dtype) -> None:
+    """What lies between them is nobody's: here it is NaN, and stays what it is."""
+    linear.release_scratch()
+    case = make_case(dtype, classes=classes, bias=False)
+    labels = make_labels(23, classes)
+    wanted = ["student_hidden", "student_weight"]
+    keywords = {"labels": labels, "hard_weight": 0.5, "memory_budget": 4096}
+    scratch._kept.append(torch.full((1 << 20,), 255, dtype=torch.uint8))  # NaN in every dtype
+    with Shapes() as mode:
+        found = gradients(linear_distillation_loss, case, wanted, **keywords)
+    assert found[0].isfinite()
+    assert all(g.isfinite().all() for g in found[1])
+    logits = [stride for shape, stride, kind in mode.products if shape[1] == classes and kind == dtype]
+    assert len(logits) >= 2 * linear.logits.has_product(dtype)
+    assert all(stride[0] * dtype.itemsize % 128 == 0 for stride in logits)
+    check(case, wanted, **keywords)
+    linear.release_scratch()
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the memory that operations allocated for tensors of so many elements at least, by their dtype."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.bytes = least, dict.fromkeys((*DTYPES, torch.uint8), 0)
+        self.known: dict[int, Tensor] = {}  # by storage; kept, so that no other gets its address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self.known.setdefault(x.untyped_storage()._cdata, x)
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known:
+                self.known[x.untyped_storage()._cdata] = x
+                if x.numel() >= self.least:
+                    self.bytes[x.dtype] += x.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize(("chunks", "sums"), [(1, 0), (4, 0), (5, 1), (9, 1)])
+def test_a_few_chunks_add_up_a_heads_gradient_where_it_stays(
+    chunks: int, sums: int, dtype: torch.dtype, device: str
+) -> None:
+    """One tensor of its size and dtype, and a float32 sum from the fifth chunk on. Nothing else: no copy, no cast."""
+    size, classes = 60, 2000
+    rows_of_chunk, num_rows = 128, 128 * chunks
+    config = LinearConfig(make_options(reduction="sum"), 2 * rows_of_chunk * 4096, (None, None), (1.0, 1.0))
+    if device == "cpu" and not linear.logits.has_product(dtype):
+        pytest.skip("this processor multiplies in float32, in blocks")
+    tensors = tuple(
+        None if x is None else torch.randn(x.shape, device=device).to(dtype)
+        for x in on_meta(num_rows, size, classes, dtype)
+    )
+    assert plan.chunk_sizes((4096, 4096), 0, True, config.memory_budget, torch.device(device))[:2] == (128, 128)
+    linear.release_scratch()
+    with Made(size * classes) as mode, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_gradients, "CLASSES_OF_A_SUM", 500)
+        run(config, tensors, (None, None, None), None, (False, True, False, False, False, False))
+    assert mode.bytes[dtype] == size * classes * 2
+    assert mode.bytes[torch.float32] == sums * size * classes * 4
+    assert mode.bytes[torch.uint8] == 2 * rows_of_chunk * 4096  # the logits
+    linear.release_scratch()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("chunks", [1, 2, 4, 5, 8, 23])
+@pytest.mark.parametrize("classes", [40, 33])
+def test_a_heads_gradient_of_any_number_of_chunks(chunks: int, classes: int, dtype: torch.dtype) -> None:
+    """Its error is at most that of plain PyTorch and of the 1.6 roundings, half a unit of the last place each."""
+    case = make_case(dtype, classes=classes, teacher_classes=33, bias=False)
+    keywords = {"vocab": "truncate", "temperature": 2.0, "student_scale": 0.7, "reduction": "sum"}
+    exact, plain, found = (
+        gradients(loss, {k: x.to(kind) for k, x in case.items()}, ["student_weight"], **keywords, **more)[1][0].double()
+        for loss, kind, more in (
+            (reference.linear_distillation_loss, torch.float64, {}),
+            (reference.linear_distillation_loss, dtype, {}),
+            (linear_distillation_loss, dtype, {"memory_budget": 2 * 128 * -(-23 // chunks)}),
+        )
+    )
+    norm = exact.norm()
+    assert (found - exact).norm() <= (plain - exact).norm() + 1.6 * torch.finfo(dtype).eps / 2 * norm
+    assert (found[33:] == 0).all()
+
+
+def test_extra_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8,192 × 4,096 × 128,256 on an H200: dW, dX and the logits of a chunk, in 16 bits, and next to nothing else."""
+    monkeypatch.setattr(plan, "memory_of", lambda device: 141 * 10**9)
+    config = LinearConfig(make_options(reduction="sum"), None, (None, None), (1.0, 1.0))
+    tensors = on_meta(8192, 4096, 128_256, torch.bfloat16)
+    with Made(1 << 20) as mode:
+        run(config, tensors, (None, None, None), None, (True, True, False, False, False, False))
+    of_head, of_hidden = 128_256 * 4096 * 2, 8192 * 4096 * 2
+    assert mode.bytes[torch.bfloat16] == of_head + of_hidden
+    assert mode.bytes[torch.float32] == 0
+    assert mode.bytes[torch.uint8] == 2 * 2048 * 128_256 * 2
+    assert sum(mode.bytes.values()) < 2.2e9
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(("first", "last"), [(20, 23), (0, 1), (22, 23), (5, 5)])
+def test_few_rows_that_are_not_ignored(first: int, last: int, dtype: torch.dtype) -> None:
+    """The last turn of a conversation alone, one row, or none, whose loss is 0 and still has a graph."""
+    labels = torch.full((23,), -100)
+    labels[first:last] = torch.randint(40, (last - first,))
+    case = make_case(dtype)
+    for more in ({}, {"denominator": torch.tensor(0.0 if first == last else 3.0)}, {"reduction": "none"}):
+        keywords = {"labels": labels, "hard_weight": 0.5, "memory_budget": 3000, **more}
+        above = torch.ones(23) if more.get("reduction") == "none" else None
+        wanted = ["student_hidden", "student_weight", "student_bias"]
+        loss, found = gradients(linear_distillation_loss, case, wanted, above, num_rows_in=last - first, **keywords)
+        if first == last:
+            assert (loss == 0).all()
+            assert all((g == 0).all() for g in found)
+            continue
+        assert all((g != 0).any() for g in found)
+        check(case, wanted, above, num_rows_in=last - first, **keywords)
+
+
+def test_a_chunk_beyond_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors without values: sizes, strides and offsets."""
+    config = LinearConfig(make_options(reduction="sum"), 2**40, (None, None), (1.0, 1.0))
+    with Shapes() as mode:
+        run(config, on_meta(20_000, 8, 151_937, torch.bfloat16), (None,) * 3, None, (True, True) + (False,) * 4)
+    assert [shape for shape, *_ in mode.products] == [[20_000, 151_937]] * 2 + [[20_000, 8], [151_937, 8]]
+    assert mode.products[0][1] == (151_936 + 64, 1)

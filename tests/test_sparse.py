@@ -1,6 +1,6 @@
 """`sparse_distillation_loss`: a teacher of K classes a row (docs/contract.md, "Sparse teachers").
 
-The oracle (`exact`) writes a row's two distributions out in float64, class by class, as docs/contract.md has them, takes
+The oracle (`exact`) writes a row's two distributions out in float64, class by class, as docs/contract.md has them,
 each divergence by its definition and leaves the gradient to autograd: nothing of it is the reference's or the kernels'.
 The rival (`plain`) is what one writes in PyTorch, in the arithmetic of the logits.
 """
@@ -971,3 +971,90 @@ def test_devices_without_kernels_take_the_reference() -> None:
     ids, log_probs = targets(t, 3)
     meta = loss_of(s.to("meta"), ids.to("meta"), log_probs.to("meta"))
     assert meta.shape == ()
+
+
+# ------------------------------------------------------------------------------------- in the fused linear loss
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_loss_equals_the_loss_of_the_logits(reduction: str, tail: str, divergence: str) -> None:
+    """With softcap, scale, bias, ignored rows, several chunks; gradients of hidden states, head and bias."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((23, 8), (40, 8), 40)
+    )
+    ids, log_probs = targets(2 * torch.randn(23, 40, generator=generator), 6)
+    labels = make_labels(23, 40)
+    keywords = keywords_of(tail, divergence) | {"temperature": 2.0, "hard_weight": 0.5, "reduction": reduction}
+    logits = 3 * ((hidden @ weight.t() + bias) * 0.5 / 3).tanh()
+    right = loss_of(logits, ids, log_probs, labels, **keywords)
+    more = {"student_bias": bias, "student_softcap": 3.0, "student_scale": 0.5, "memory_budget": 3000}
+    of_teacher = {"teacher_indices": ids, "teacher_log_probs": log_probs}
+    for of in (reptile_ext.linear_distillation_loss, reference.linear_distillation_loss):
+        found = of(hidden, weight, labels=labels, **of_teacher, **more, **keywords)
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+        wanted = torch.autograd.grad(right.sum(), (hidden, weight, bias), retain_graph=True)
+        for a, b in zip(torch.autograd.grad(found.sum(), (hidden, weight, bias)), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch
+def test_linear_loss_traced_derived_twice_and_as_a_module() -> None:
+    hidden = torch.randn(9, 4, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(12, 4, dtype=torch.float64).requires_grad_()
+    ids, log_probs = targets(torch.randn(9, 12), 3)
+    module = reptile_ext.LinearDistillationLoss(tail="renormalize", temperature=2.0)
+
+    def f(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss: Tensor = module(hidden, weight, teacher_indices=ids, teacher_log_probs=log_probs)
+        return loss
+
+    right = loss_of(hidden @ weight.t(), ids, log_probs, tail="renormalize", temperature=2.0)
+    wanted = torch.autograd.grad(right, (hidden, weight), create_graph=True)
+    torch.compiler.reset()
+    for of in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+        found = of(hidden, weight)
+        torch.testing.assert_close(found, right)
+        for a, b in zip(torch.autograd.grad(found, (hidden, weight)), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.autograd.gradgradcheck(f, (hidden, weight))
+
+
+def test_no_tensor_of_all_logits_exists() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = [0]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple) else (result,):
+                largest[0] = max(largest[0], x.numel() if isinstance(x, Tensor) else 0)
+            return result
+
+    hidden, weight = torch.randn(2000, 4).requires_grad_(), torch.randn(5000, 4).requires_grad_()
+    ids = torch.arange(8).expand(2000, -1)
+    with Sizes():
+        reptile_ext.linear_distillation_loss(
+            hidden, weight, teacher_indices=ids, teacher_log_probs=torch.full((2000, 8), -3.0), memory_budget=1 << 20
+        )
+    assert largest[0] <= 1 << 18
+
+
+def test_bad_teachers_of_the_linear_loss() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    of_teacher = {"teacher_indices": IDS, "teacher_log_probs": Y}
+    for keywords, message in (
+        ({**of_teacher, "teacher_hidden": hidden}, "take the place of teacher_hidden; got both"),
+        ({**of_teacher, "teacher_scale": 2.0}, "teacher_scale has no meaning"),
+        ({**of_teacher, "teacher_indices": IDS + 1}, r"teacher_indices must lie in \[-1, 5\)"),
+        ({**of_teacher, "teacher_indices": IDS[:2]}, r"teacher_indices must .* of student_hidden .*\[3, K\]"),
+        ({**of_teacher, "divergence": "mse"}, "divergence='mse' does not go with"),
+        ({"teacher_hidden": hidden, "teacher_weight": weight, "tail": "zero"}, "tail has no meaning without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reptile_ext.linear_distillation_loss(hidden, weight, **keywords)
+    with pytest.raises(TypeError, match="teacher_log_probs must be a torch.Tensor; got NoneType"):
+        reptile_ext.linear_distillation_loss(hidden, weight, teacher_indices=IDS)

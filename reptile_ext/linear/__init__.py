@@ -6,6 +6,7 @@ products back to the gradients of hidden states, head and bias, all in the forwa
 
     logits.py      where logits come from: hidden states and a head, or logits that are given
     plan.py        how many rows are computed at a time
+    rows.py        which rows are computed: ignored ones are left out
     scratch.py     the memory of their logits, kept from call to call
     gradients.py   gradients of hidden states, head and bias, added up over the chunks
     loop.py        the loop over the chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -17,14 +18,19 @@ from ..checks import (
     check_linear,
     check_linear_shapes,
     check_memory_budget,
+    check_num_rows_in,
     check_rows,
+    check_sparse_alone,
+    check_sparse_tensors,
+    check_tail_has_meaning,
     raise_better,
     refuse_dtensor,
     warn_of_temperature,
 )
 from ..functional import for_operators, needs_reference
-from ..options import REDUCTIONS, Options, make_options
+from ..options import REDUCTIONS, Options, make_options, make_sparse_options
 from ..reference import counted_rows
+from ..sparse import is_on_cuda, pair_for_operators
 from .dtensor import gathered, is_dtensor
 from .head import linear_map
 from .loop import LinearConfig
@@ -61,6 +67,10 @@ def linear_distillation_loss(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     vocab: str = "error",
+    num_rows_in: int | None = None,
+    teacher_indices: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
+    tail: str = "bucket",
 ) -> Tensor:
     """`distillation_loss` of the logits of two heads, without the logits: rows go through in chunks, both products, the
     fused loss and the products back to hidden states and head, all in the forward pass.
@@ -85,15 +95,23 @@ def linear_distillation_loss(
             rounding, which is checked on four rows in every call; no dropout in train mode. A module that is more than
             a `torch.nn.Linear` is asked what it makes of H + 1 unit vectors, each time.
         labels, weight: of the leading shape. On the CPU, ignored rows are left out of the products too.
+        num_rows_in: how many rows are not ignored, as a number that the host knows, for instance of the labels before
+            they went to the device: `int((labels != ignore_index).sum())`. With it, ignored rows are left out of the
+            products on a GPU too, which cannot be asked without waiting for it. At least as many as there are; rows
+            beyond are ignored ones, and cost their products. Too small a number would lose rows: an error on the CPU,
+            and on a GPU NaN, in the loss and its gradients. It is not what the loss is divided by (`denominator`).
         student_bias, teacher_bias: [V].
         student_softcap, teacher_softcap: c of c·tanh(z/c) (Gemma 2), after the scale and before the temperature;
             computed in float32.
         student_scale, teacher_scale: what the logits are multiplied with (Cohere's logit_scale).
-        memory_budget: bytes for logits, of student and teacher together, copies for softcaps included. None: 120 MiB on
-            the CPU, but never less than 512 rows of the student's logits and 256 of the teacher's (of both 256, if the
-            models may be one and the same), below which products get slow; on a GPU a 128th of its memory, but never
-            less than 2,048 rows of both. On the CPU more than 512 rows of the student's are of no use, and up to
-            256 MiB are kept for the next call (`reptile_ext.release_scratch()` gives them back).
+        memory_budget: bytes for logits, of student and teacher together, copies for softcaps included, a row's rounded
+            up to a multiple of 128. None: 120 MiB on the CPU, but never less than 512 rows of the student's logits and
+            256 of the teacher's (of both 256, if the models may be one and the same), below which products get slow; on
+            a GPU a 128th of its memory, but never less than 2,048 rows of both. On the CPU more than 512 rows of the
+            student's are of no use, and up to 256 MiB are kept for the next call (`reptile_ext.release_scratch()` gives
+            them back).
+        teacher_indices, teacher_log_probs, tail: a sparse teacher, as of `sparse_distillation_loss`, in the place of
+            teacher_hidden and teacher_weight: [..., K].
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -104,7 +122,9 @@ def linear_distillation_loss(
         ValueError, TypeError: an argument that does not fit; the message names it, what came and what is wanted.
 
     Gradients go to whichever of the six tensors requires one, the teacher's too; the others' products are not computed.
-    Those of 16-bit heads are added up in float32, on the CPU after every four chunks, whose sum is rounded to 16 bits.
+    Those of 16-bit heads are added up in 16 bits over at most four chunks, by products that add in float32, and over
+    more in float32. (On a GPU, `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` and its float16 twin
+    hold for these products as for any other; this function leaves them as they are.)
     With reduction="none", for float16, and for a trainable teacher, gradients are computed in the backward pass, from
     logits that are computed once more. Under autocast, hidden states and heads are cast as `F.linear` would.
     Derivatives of derivatives, and torch.func, go through logits in full.
@@ -120,7 +140,11 @@ def linear_distillation_loss(
     they are cast to the dtype of the hidden states and gathered, and get the mean of the processes' gradients, as FSDP2
     does by default. Each process's loss is that of its own rows.
     """
-    options = make_options(
+    is_sparse = teacher_indices is not None or teacher_log_probs is not None
+    if is_sparse:
+        check_sparse_alone(teacher_hidden, teacher_weight, teacher_bias, teacher_head, teacher_softcap, teacher_scale)
+    check_tail_has_meaning(tail, is_sparse)
+    options = (functools.partial(make_sparse_options, tail=tail) if is_sparse else make_options)(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
@@ -133,6 +157,14 @@ def linear_distillation_loss(
         vocab=vocab,
     )
     check_is_tensor("student_hidden", student_hidden)
+    if is_sparse:
+        check_sparse_tensors(
+            student_hidden, teacher_indices, teacher_log_probs, labels, weight, denominator, options, "student_hidden"
+        )
+        assert teacher_indices is not None
+        assert teacher_log_probs is not None
+        indices, teacher_hidden = pair_for_operators(teacher_indices, teacher_log_probs)
+        indices, teacher_hidden = indices.flatten(0, -2), teacher_hidden.flatten(0, -2)
     check_is_tensor("teacher_hidden", teacher_hidden)
     assert teacher_hidden is not None
     student_hidden, student_weight, student_bias = _weight_of_head(
@@ -157,18 +189,22 @@ def linear_distillation_loss(
     budget = check_memory_budget(memory_budget)
     if options.student_temperature > LARGE_TEMPERATURE or options.teacher_temperature > LARGE_TEMPERATURE:
         warn_of_temperature(options, student[0], teacher[0])
-    check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
+    if not is_sparse:
+        check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
     leading = student_hidden.shape[:-1]
     check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
+    num_rows_in = check_num_rows_in(num_rows_in, leading.numel(), labels is None and weight is None)
 
     student[0] = student[0].reshape(-1, student[0].shape[-1])
     if teacher_weight is not None or _is_matrix(teacher[0]):
         teacher[0] = teacher[0].reshape(-1, teacher[0].shape[-1])
+    if is_sparse:
+        teacher[1] = indices
     tensors = (*student, *teacher)
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
     softcaps, scales = (of_student[0], of_teacher[0]), (of_student[1], of_teacher[1])
-    config = LinearConfig(options, budget, softcaps, scales)
-    if needs_reference(device, "linear_distillation_loss"):
+    config = LinearConfig(options, budget, softcaps, scales, num_rows_in, is_sparse)
+    if needs_reference(device, "linear_distillation_loss") or (is_sparse and is_on_cuda(device)):
         # A denominator that is a number stays one: its value is checked.
         loss = LinearLoss.reference(config, tensors, (labels, weight, denominator), check_values=True)
     else:

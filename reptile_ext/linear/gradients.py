@@ -11,8 +11,9 @@ from .plan import split
 # Of the CPU's products and sums.
 HALVED = range(384, 768)  # sizes of hidden states whose gradients in 16 bits take half the time in two halves
 CLASSES_OF_A_SUM = 4096
-# Gradients of a 16-bit head are added up in float32, but for so many chunks by products that add in float32 and round
-# the sum to 16 bits. That has the error of 1.6 roundings; a float32 sum costs as much as a tenth of all products.
+# The gradient of a 16-bit head is added up in its own memory for so many chunks, by products that add in float32 and
+# round the sum to 16 bits, which has the error of 1.6 roundings; the sums of so many, in float32, in memory of twice
+# that size, which is read and written each time (on a CPU, after every chunk that would be a tenth of all products).
 CHUNKS_IN_16_BITS = 4
 
 
@@ -24,12 +25,11 @@ class Gradients:
         self.source, self.vocab_size, self.ignored = source, vocab_size, ignored
         self.hidden = source.hidden.new_zeros(source.hidden.shape) if needed[0] else None
         self.needs_weight, self.needs_bias = needed[1:]
-        # Sums over many chunks are not rounded to 16 bits in between.
         self.wide = torch.float64 if source.hidden.dtype == torch.float64 else torch.float32
-        self.weight: Tensor | None = None  # of the classes that are compared, as the next two
-        self.few_chunks: Tensor | None = None  # in 16 bits: the sum of a few chunks, rounded after each
+        self.weight: Tensor | None = None  # the result: the sum of the last few chunks, rounded after each
         self.num_chunks = 0  # how many those are
-        self.bias: Tensor | None = None
+        self.chunks_before: Tensor | None = None  # the sum of those before, not rounded; of the classes compared
+        self.bias: Tensor | None = None  # of the classes compared
 
     def add(self, chunk: slice, of_product: Tensor) -> None:
         """Of some rows of hidden states."""
@@ -65,66 +65,46 @@ class Gradients:
             self.bias = share if self.bias is None else self.bias.add_(share)
 
     def _add_to_weight(self, g: Tensor, hidden: Tensor, scale: float) -> None:
-        shape = (g.shape[0], hidden.shape[1])
-        if self.wide == g.dtype:
-            if self.weight is None:
-                self.weight = g.new_empty(shape)
-                product_into(self.weight, g, hidden, scale)
-            else:
-                self.weight.addmm_(g, hidden, alpha=scale)
-        elif g.is_cuda:
-            if self.weight is None:
-                self.weight = torch.mm(g, hidden, out_dtype=self.wide)
-                if scale != 1.0:
-                    self.weight.mul_(scale)
-            else:
-                try:
-                    torch.addmm(self.weight, g, hidden, alpha=scale, out_dtype=self.wide, out=self.weight)
-                except RuntimeError as error:
-                    if "dtype" not in str(error):
-                        raise
-                    # Older versions want the sum in 16 bits too.
-                    self.weight.add_(torch.mm(g, hidden, out_dtype=self.wide), alpha=scale)
-        elif self.few_chunks is None:
-            self.few_chunks, self.num_chunks = g.new_empty(shape), 1
-            product_into(self.few_chunks, g, hidden, scale)
-        elif self.num_chunks < CHUNKS_IN_16_BITS:  # what is rounded is the new sum, not the product
-            product_into(self.few_chunks, g, hidden, scale, add=True)
+        if self.weight is None:
+            assert self.source.weight is not None
+            self.weight = g.new_empty(self.source.weight.shape)
+            self.weight[self.vocab_size :] = 0
+        weight = self.weight[: self.vocab_size]
+        is_rounded = weight.dtype != self.wide
+        if self.num_chunks == 0 or not is_rounded or self.num_chunks < CHUNKS_IN_16_BITS:
+            product_into(weight, g, hidden, scale, add=self.num_chunks > 0)
             self.num_chunks += 1
-        else:
-            is_new = self.weight is None
+            return
+        before, is_new = self.chunks_before, self.chunks_before is None
+        if before is None:
+            before = self.chunks_before = torch.empty_like(weight, dtype=self.wide)
+        for classes in self._parts_of_a_sum():
             if is_new:
-                self.weight = g.new_empty(shape, dtype=self.wide)
-            assert self.weight is not None
-            for classes in split(0, shape[0], CLASSES_OF_A_SUM):
-                if is_new:
-                    self.weight[classes] = self.few_chunks[classes]
-                else:
-                    self.weight[classes] += self.few_chunks[classes]
-                product_into(self.few_chunks[classes], g[classes], hidden, scale)
-            self.num_chunks = 1
+                before[classes] = weight[classes]
+            else:
+                before[classes] += weight[classes]
+            product_into(weight[classes], g[classes], hidden, scale)
+        self.num_chunks = 1
+
+    def _parts_of_a_sum(self) -> list[slice]:
+        """All classes on a GPU; on the CPU, so few that they are still in a cache after one of two steps."""
+        on_cpu = self.source.hidden.device.type == "cpu"
+        return split(0, self.vocab_size, CLASSES_OF_A_SUM if on_cpu else self.vocab_size)
 
     def finished(self) -> list[Tensor | None]:
         """Of hidden states, head and bias; None: not needed."""
-        of_weight = self.weight
-        if self.few_chunks is not None:
-            of_weight = self.few_chunks
-            if self.weight is not None:
-                for classes in split(0, of_weight.shape[0], CLASSES_OF_A_SUM):
-                    of_weight[classes] = self.weight[classes].add_(of_weight[classes])
-                self.weight = None
-        return [
-            self.hidden,
-            self._whole(of_weight, self.source.weight) if self.needs_weight else None,
-            self._whole(self.bias, self.source.bias) if self.needs_bias else None,
-        ]
-
-    def _whole(self, compared: Tensor | None, like: Tensor | None) -> Tensor:
-        """In the dtype and shape of what it is the gradient of: 0 for the classes that were not compared."""
-        assert like is not None
-        if compared is not None and compared.shape == like.shape:
-            return compared.to(like.dtype)
-        whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        if compared is not None:
-            whole[: self.vocab_size] = compared
-        return whole
+        if self.chunks_before is not None:
+            assert self.weight is not None
+            for classes in self._parts_of_a_sum():
+                self.weight[classes] = self.chunks_before[classes].add_(self.weight[classes])
+            self.chunks_before = None
+        weight, bias = self.weight, None
+        if self.needs_weight and weight is None:  # of no rows
+            assert self.source.weight is not None
+            weight = self.source.weight.new_zeros(self.source.weight.shape)
+        if self.needs_bias:
+            assert self.source.bias is not None
+            bias = self.source.bias.new_zeros(self.source.bias.shape)
+            if self.bias is not None:
+                bias[: self.vocab_size] = self.bias
+        return [self.hidden, weight, bias]

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..autograd import Constants
 from ..checks import check_weight_values
 from ..functional import LogitsLoss
 from ..options import REDUCTIONS, Options
 from ..reference import counted_rows
+from ..sparse import SparseLoss
 from .gradients import Gradients
 from .logits import LogitsSource
 from .plan import chunk_sizes, plan
+from .rows import can_look, kept_rows
 from .scratch import Scratch
 
 NONE = REDUCTIONS.index("none")
@@ -28,12 +29,16 @@ class LinearConfig(NamedTuple):
     memory_budget: int | None
     softcaps: tuple[float | None, float | None]  # of student and teacher, as the next
     scales: tuple[float, float]
+    num_rows_in: int | None = None
+    is_sparse: bool = False  # the teacher is log-probabilities in the place of hidden states, and indices in the head's
 
     def sources(self, tensors: tuple[Any, ...]) -> tuple[LogitsSource, LogitsSource]:
         """Of hidden states, head and bias of the student, and of the teacher."""
         hidden, weight, bias, *of_teacher = tensors
         student = LogitsSource(hidden, weight, bias, self.softcaps[0], self.scales[0])
         hidden, weight, bias = of_teacher
+        if self.is_sparse:
+            return student, LogitsSource(hidden, None, None, None, 1.0, indices=weight)
         return student, LogitsSource(hidden, weight, bias, self.softcaps[1], self.scales[1])
 
 
@@ -42,7 +47,7 @@ class Products:
 
     def __init__(self, source: LogitsSource, chunks: list[slice], scratch: Scratch) -> None:
         self.source, self.chunks = source, iter(chunks)
-        self.buffer = scratch.cut(*_shape(source, chunks), dtype=source.hidden.dtype) if chunks else None
+        self.buffer = scratch.cut(*_shape(source, chunks), source.hidden.dtype) if chunks else None
         self.chunk = slice(0, 0)
         self.of_chunk: Tensor | None = None
 
@@ -77,7 +82,6 @@ def run_chunks(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """`run` of rows that are all to be computed, but for the ignored ones, which are not to be read."""
     options, (labels, weight, denominator) = config.options, constants
-    numbers = ops.numbers(options)
     vocab_size = min(source.num_classes() for source in sources)
     student, teacher = (source.first_classes(vocab_size) for source in sources)
     num_rows, device = student.hidden.shape[0], student.hidden.device
@@ -97,8 +101,7 @@ def run_chunks(
     sizes = chunk_sizes(product_bytes, copy_bytes, alike, config.memory_budget, device)
     student_chunks, teacher_chunks, parts = plan(num_rows, sizes, teacher_has_product=product_bytes[1] > 0)
     buffers = ((student, student_chunks), (teacher, teacher_chunks))
-    num_bytes = sum(Scratch.size(*_shape(x, chunks), dtype=x.hidden.dtype) for x, chunks in buffers)
-    scratch = Scratch(num_bytes, device)
+    scratch = Scratch(sum(_shape(x, chunks)[0] * x.product_bytes() for x, chunks in buffers), device)
 
     def loop() -> None:
         students, teachers = (Products(source, chunks, scratch) for source, chunks in buffers)
@@ -106,7 +109,10 @@ def run_chunks(
             s_product = students.of(part)
             t_product = teachers.of(part)
             s = student.logits(part, s_product)
-            t = teacher.logits(part, t_product) if uses_teacher else s
+            t = teacher.logits(part, t_product) if uses_teacher or config.is_sparse else s
+            indices = teacher.indices_of(part)
+            loss_of = LogitsLoss if indices is None else SparseLoss
+            models = (s, t) if indices is None else (s, t, indices)
             of_part: Constants = (_rows_of(labels, part), _rows_of(weight, part), denominator)
             grad_of_part = grad_output if grad_output is None or grad_output.dim() == 0 else grad_output[part]
             ignored_here = _rows_of(ignored, part)
@@ -121,12 +127,12 @@ def run_chunks(
                     t_gradient.mul_(t_slope)
             if needs_student:
                 s_slope = student.softcap_slope(s, ignored_here)
-                loss = ops.distillation_loss_(s, t, *of_part, grad_of_part, *numbers)
+                loss = loss_of.in_place(options, models, of_part, grad_of_part)
                 if s_slope is not None:
                     s_product[:] = s.mul_(s_slope)  # type: ignore[index]
                 students.add_gradient_to(of_student, part)
             else:
-                loss = ops.distillation_loss(s, t, *of_part, None, *numbers, False)[0]
+                loss = loss_of.call(options, models, of_part, None, False)[0]
             if t_gradient is not None and t_product is None:
                 of_teacher.set_given(part, t_gradient)
             elif t_gradient is not None and t_product is not None:
@@ -150,15 +156,10 @@ def _rows_of(x: Tensor | None, part: slice) -> Tensor | None:
 def _may_be_equal(student: LogitsSource, teacher: LogitsSource) -> bool:
     """Whether two models may be one and the same, which has to give a divergence of exactly 0. On a GPU, where looking
     would make the host wait, their chunks are alike anyway."""
-    if teacher.weight is None or student.weight is None or not _can_look(student.hidden):
+    if teacher.weight is None or student.weight is None or not can_look(student.hidden):
         return False
     pairs = ((student.hidden, teacher.hidden), (student.weight, teacher.weight))
     return all(a.dtype == b.dtype and a.shape[1] == b.shape[1] and torch.equal(a[0], b[0]) for a, b in pairs)
-
-
-def _can_look(x: Tensor) -> bool:
-    """Whether values can be read without waiting for a GPU: fakes have none."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def run(
@@ -177,34 +178,26 @@ def run(
         teacher = teacher._replace(row_numbers=numbers)
     if counted is None:
         return run_chunks(config, (student, teacher), constants, grad_output, needed)
-    # Finding the rows that count would make the host wait for a GPU. There ignored rows cost their products.
-    if not _can_look(counted):
-        return run_chunks(config, (student, teacher), constants, grad_output, needed, ~counted)
-    if weight is not None:
+    if weight is not None and can_look(counted):
         check_weight_values(weight)
-    if bool(counted.all()):
-        return run_chunks(config, (student, teacher), constants, grad_output, needed)
+    kept = kept_rows(counted, config.num_rows_in)
+    if kept is None:
+        ignored = None if can_look(counted) else ~counted
+        return run_chunks(config, (student, teacher), constants, grad_output, needed, ignored)
 
-    # Ignored rows are taken away, and put back into the results as zeros.
-    kept = counted.nonzero().squeeze(1)
-
-    def taken(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(0, kept)
-
-    def put_back(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.new_zeros(counted.shape[0], *x.shape[1:]).index_copy_(0, kept, x)
-
-    student = student._replace(hidden=student.hidden.index_select(0, kept))
+    student = student._replace(hidden=kept.hidden_taken(student.hidden))
     if teacher.weight is None:  # logits are not copied
-        teacher = teacher._replace(row_numbers=kept)
+        teacher = teacher._replace(row_numbers=kept.numbers)
     else:
-        teacher = teacher._replace(hidden=teacher.hidden.index_select(0, kept))
-    of_kept: Constants = (taken(labels), taken(weight), denominator)
-    grad_of_kept = taken(grad_output) if grad_output is not None and grad_output.dim() else grad_output
-    loss, gradients = run_chunks(config, (student, teacher), of_kept, grad_of_kept, needed)
+        teacher = teacher._replace(hidden=teacher.hidden.index_select(0, kept.numbers))
+    of_kept: Constants = (kept.taken(labels), kept.taken(weight), denominator)
+    grad_of_kept = kept.taken(grad_output) if grad_output is not None and grad_output.dim() else grad_output
+    loss, gradients = run_chunks(config, (student, teacher), of_kept, grad_of_kept, needed, kept.ignored)
     if config.options.reduction == NONE:
-        loss = put_back(loss)  # type: ignore[assignment]
-    gradients[0] = put_back(gradients[0])
+        loss = kept.put_back(loss)  # type: ignore[assignment]
+    gradients[0] = kept.put_back(gradients[0])
     if teacher.weight is not None:
-        gradients[3] = put_back(gradients[3])
+        gradients[3] = kept.put_back(gradients[3])
+    if kept.nan is not None and kept.numbers.shape[0] == 0:  # no row is there to carry the NaN
+        loss, gradients = loss + kept.nan.to(loss.dtype), [g if g is None else g.add_(kept.nan) for g in gradients]
     return loss, gradients

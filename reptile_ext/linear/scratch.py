@@ -6,14 +6,17 @@ call, if it is not too large. A GPU's allocator does that by itself.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import compat, ops
 
 KEPT_AT_MOST = 256 << 20  # bytes: enough for the smallest chunks of 170,000 classes in 16 bits
+
+# A cache line of a GPU, two of a CPU. Rows of an odd number of classes, one right behind the other, begin anywhere. On
+# a GPU a product of 16-bit matrices is fast where rows are multiples of 16 bytes apart (where they are not, cuBLAS
+# takes other kernels, without bulk copies), and reads and writes whole lines where it is 128.
+ROW_ALIGNMENT = 128
 
 _kept: list[Tensor] = []
 
@@ -23,6 +26,11 @@ def release_scratch() -> None:
     logits of the fused linear loss, 256 MiB at most. What a tensor still holds is not among it."""
     _kept.clear()
     ops.release_memory()
+
+
+def row_bytes(size: int, dtype: torch.dtype) -> int:
+    """From one row of logits to the next: a multiple of ROW_ALIGNMENT."""
+    return -(-size * dtype.itemsize // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 class Scratch:
@@ -42,13 +50,12 @@ class Scratch:
         with torch.inference_mode(False):  # in such a mode it could not be written to outside
             self.bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    @staticmethod
-    def size(*shape: int, dtype: torch.dtype) -> int:
-        return -(-math.prod(shape) * dtype.itemsize // 64) * 64
-
-    def cut(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        start, self.used = self.used, self.used + self.size(*shape, dtype=dtype)
-        return self.bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    def cut(self, num_rows: int, size: int, dtype: torch.dtype) -> Tensor:
+        """A matrix, whose rows are `row_bytes` apart."""
+        start, self.used = self.used, self.used + num_rows * row_bytes(size, dtype)
+        return (
+            self.bytes[start : self.used].view(dtype).view(num_rows, row_bytes(size, dtype) // dtype.itemsize)[:, :size]
+        )
 
     def give_back(self) -> None:
         if self.lasts and self.bytes.numel() <= KEPT_AT_MOST:

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     teacher_inputs: Any = None
     teacher_logits: Any = None  # the teacher's answers, in the place of running it
     mask: Tensor | None = None  # 0 at padding; used only where there are no labels
+    num_rows_in: int | None = None  # at most so many rows count by labels, or by the mask; None: not known on the host
 
 
 def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:

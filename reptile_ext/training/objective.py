@@ -298,7 +298,14 @@ class Objective:
             return found._replace(labels=self._targets(found.labels))
         if not self._labels_compared and found.labels is not None:
             self._labels_compared = self._compare_labels(found.inputs, found.labels)
+        if self.student_head is not None:
+            found = found._replace(num_rows_in=self._rows_in(found))
         return found
+
+    def _rows_in(self, batch: Batch) -> int | None:
+        """The rows that count, of a batch that has not gone to a GPU yet: those of no weight may be among them."""
+        rows, out = (batch.mask, 0) if batch.labels is None else (batch.labels, self.ignore_index)
+        return int((rows != out).sum()) if rows is not None and rows.device.type == "cpu" else None
 
     @staticmethod
     def _targets(labels: Tensor | None) -> Tensor | None:
@@ -462,6 +469,7 @@ class Objective:
         self, head: Head, outputs: Tensor, teacher_outputs: Sequence[Tensor], batch: Batch, num_rows: float | Tensor
     ) -> Tensor:
         total: Tensor | None = None
+        is_of_rows = batch.labels is not None or (batch.mask is not None and batch.mask.shape == outputs.shape[:-1])
         for i, keywords in enumerate(self._shares(self._linear_keywords)):
             teacher: dict[str, Any] = {"teacher_weight": None}  # its outputs are logits
             if not teacher_outputs:
@@ -482,6 +490,7 @@ class Objective:
                     labels=batch.labels,
                     weight=self._row_weight(outputs, batch),
                     denominator=_not_zero(num_rows),
+                    num_rows_in=batch.num_rows_in if is_of_rows else None,
                     **head.keywords("student"),
                     **teacher,
                     **keywords,
@@ -564,7 +573,11 @@ class Objective:
             yield (
                 self._logits(self.student_head, flat[part]),
                 [self._logits(head, x[part]) for head, x in zip(heads, flat_teachers, strict=True)],
-                Batch(None, *(None if x is None else x[part] for x in (flat_labels, flat_weight))),
+                Batch(
+                    None,
+                    None if flat_labels is None else flat_labels[part],
+                    None if flat_weight is None else flat_weight[part],
+                ),
             )
 
     # ------------------------------------------------------------------------------------------- inside

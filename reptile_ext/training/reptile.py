@@ -491,7 +491,8 @@ class Reptile:
         Raises:
             ValueError: as `fused_linear=True` does, for models and options that it is not for.
         """
-        return measure_fused_linear(self.objective, self._on_device(self.objective.split(batch)), repeats)
+        batch = self.objective.with_fused_linear(True).split(batch)  # which counts rows while the batch is on the host
+        return measure_fused_linear(self.objective, self._on_device(batch), repeats)
 
     def _on_device(self, batch: Batch) -> Batch:
         return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
