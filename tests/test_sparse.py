@@ -235,8 +235,8 @@ def test_reference_and_kernel_equal_the_definition(kind: str, tail: str, diverge
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_kernel(dtype: torch.dtype, tail: str, divergence: str, each_set: str) -> None:
-    for kind in ("random", "flat", "near_equal"):
-        s, t = make_logits(kind, 4, 150, dtype)
+    for kind in ("random", "near_equal"):
+        s, t = make_logits(kind, 3, 90, dtype)
         ids, log_probs = targets(t, 9, 1.3, torch.float64 if dtype == torch.float64 else torch.float32)
         assert_right(s, ids, log_probs, temperature=(1.7, 1.3), **keywords_of(tail, divergence))
 
@@ -522,6 +522,88 @@ def test_probabilities_above_one_by_rounding_are_scaled() -> None:
     right = value_and_gradient(loss_of, s, ids, log_probs.double() - mass.log())
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# --------------------------------------------------------------------------- what went wrong for others who did this
+
+
+def test_two_classes_of_which_one_is_listed_lose_nothing() -> None:
+    """verl #7806: q = (0.6, 0.4), p = (0.9, 0.1), one class: the cut sum was −0.243, clamped to 0 without a gradient,
+    where the reverse KL is 0.311239. Of two classes the bucket is the other one."""
+    s, ids, log_probs = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0]]), torch.tensor([[0.9]]).log()
+    loss, gradient = value_and_gradient(loss_of, s, ids, log_probs, divergence="reverse_kl")
+    right = value_and_gradient(
+        reptile_ext.distillation_loss, s, torch.tensor([[0.9, 0.1]]).log(), divergence="reverse_kl"
+    )
+    assert abs(loss.item() - 0.311239) < 1e-6
+    torch.testing.assert_close((loss, gradient), right, rtol=1e-6, atol=1e-7)
+
+
+@every_case
+def test_padding_by_minus_infinity_gives_no_nan(tail: str, divergence: str, each_set: str) -> None:
+    """TRL #5594: reverse KL's gradient was NaN where shorter samples were padded by −inf."""
+    s, t = make_logits("random", 3, 30)
+    ids, log_probs = top_k_targets(t, 5)
+    wide, padded = F.pad(ids, (0, 3), value=-1), F.pad(log_probs, (0, 3), value=-torch.inf)
+    found = value_and_gradient(loss_of, s, wide, padded, **keywords_of(tail, divergence))
+    right = value_and_gradient(loss_of, s, ids, log_probs, **keywords_of(tail, divergence))
+    assert found[1].isfinite().all()
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert captured_mass(padded).equal(captured_mass(log_probs))
+
+
+def test_forward_is_forward_and_reverse_is_reverse() -> None:
+    """TRL #4935 had them exchanged, by F.kl_div's order of arguments."""
+    s, ids = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log(), torch.tensor([[0, 2]])
+    p, q = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), torch.tensor([0.7, 0.1, 0.2], dtype=torch.float64)
+    for divergence, right in (("forward_kl", (p * (p / q).log()).sum()), ("reverse_kl", (q * (q / p).log()).sum())):
+        found = loss_of(s, ids, p[:2].log().view(1, 2), divergence=divergence)
+        torch.testing.assert_close(found, right)
+
+
+def test_the_teachers_temperature_is_that_of_its_log_probabilities() -> None:
+    """Liger #441, verl #5592: log-probabilities made at one temperature cannot be brought to another once they are cut.
+    They are taken as they are; T_t only scales the loss, and T_s the student."""
+    s, t = make_logits("random", 4, 30, torch.float64)
+    ids, log_probs = top_k_targets(t, 30, 3.0)
+    right = value_and_gradient(reptile_ext.distillation_loss, s, t, temperature=(2.0, 3.0))
+    for a, b in zip(value_and_gradient(loss_of, s, ids, log_probs, temperature=(2.0, 3.0)), right, strict=True):
+        torch.testing.assert_close(a, b)
+    plainly = value_and_gradient(loss_of, s, ids, log_probs, temperature=(2.0, 3.0), temperature_scaling="none")
+    torch.testing.assert_close(6 * plainly[0], right[0])
+    torch.testing.assert_close(6 * plainly[1], right[1])
+
+
+def test_logits_and_probabilities_in_the_place_of_log_probabilities_are_refused() -> None:
+    """axolotl #2692: a negative loss, of data made by one's own program."""
+    s, t = make_logits("random", 4, 30)
+    values, ids = t.topk(5)
+    for wrong in (values, t.softmax(-1).gather(-1, ids)):
+        with pytest.raises(ValueError, match=r"teacher_log_probs must be logarithms .* \(top_k_targets makes them"):
+            loss_of(s, ids, wrong)
+
+
+def test_a_first_position_without_log_probabilities_is_ignored_by_its_label() -> None:
+    """axolotl #2700, ms-swift #9671: servers give none for the first token; dropped, all others move by one."""
+    s, t = make_logits("random", (2, 5), 30)
+    ids, log_probs = top_k_targets(t, 4)
+    ids[:, 0], log_probs[:, 0] = -1, -torch.inf
+    labels = torch.ones(2, 5, dtype=torch.int64)
+    labels[:, 0] = -100
+    found = loss_of(s, ids, log_probs, labels)
+    torch.testing.assert_close(found, loss_of(s[:, 1:], ids[:, 1:], log_probs[:, 1:]))
+
+
+def test_the_mass_outside_of_the_list_is_pulled_to_the_teachers() -> None:
+    """verl #7856: the mass outside of the list was free. Here its gradient pulls it to the teacher's r, classes in
+    proportion to q."""
+    s, ids = torch.zeros(1, 101, dtype=torch.float64), torch.tensor([[0]])
+    loss, gradient = value_and_gradient(loss_of, s, ids, torch.tensor([[0.9]], dtype=torch.float64).log())
+    q = 1 / 101
+    torch.testing.assert_close(gradient[0, 0].item(), q - 0.9)
+    torch.testing.assert_close(gradient[0, 1:], torch.full((100,), (1 - q - 0.1) / 100, dtype=torch.float64))
+    assert loss > 0
 
 
 # ---------------------------------------------------------------------------------------- from rows to a loss, layouts
@@ -1031,7 +1113,7 @@ def test_no_tensor_of_all_logits_exists() -> None:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             for x in result if isinstance(result, tuple) else (result,):
-                largest[0] = max(largest[0], x.numel() if isinstance(x, Tensor) else 0)
+                largest[0] = max(largest[0], x.nbytes if isinstance(x, Tensor) else 0)
             return result
 
     hidden, weight = torch.randn(2000, 4).requires_grad_(), torch.randn(5000, 4).requires_grad_()
@@ -1040,7 +1122,7 @@ def test_no_tensor_of_all_logits_exists() -> None:
         reptile_ext.linear_distillation_loss(
             hidden, weight, teacher_indices=ids, teacher_log_probs=torch.full((2000, 8), -3.0), memory_budget=1 << 20
         )
-    assert largest[0] <= 1 << 18
+    assert largest[0] <= 1 << 20
 
 
 def test_bad_teachers_of_the_linear_loss() -> None:
@@ -1056,5 +1138,5 @@ def test_bad_teachers_of_the_linear_loss() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             reptile_ext.linear_distillation_loss(hidden, weight, **keywords)
-    with pytest.raises(TypeError, match="teacher_log_probs must be a torch.Tensor; got NoneType"):
+    with pytest.raises(TypeError, match=r"teacher_log_probs must be a torch\.Tensor; got NoneType"):
         reptile_ext.linear_distillation_loss(hidden, weight, teacher_indices=IDS)
