@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     class LogitsKeywords(Keywords, total=False):
         group: ProcessGroup | None
 
-    class SparseLogitsKeywords(SparseKeywords, total=False):
-        group: ProcessGroup | None
-
     class LinearKeywords(Keywords, total=False):
         student_softcap: float | None
         teacher_softcap: float | None
@@ -215,7 +212,7 @@ class SparseDistillationLoss(_Loss):
     make_options = staticmethod(make_sparse_options)
     keywords_of_options = _Loss.keywords_of_options | {"tail"}
 
-    def __init__(self, **keywords: Unpack[SparseLogitsKeywords]) -> None:
+    def __init__(self, **keywords: Unpack[SparseKeywords]) -> None:
         super().__init__(**keywords)
 
     def forward(
@@ -249,8 +246,8 @@ class LinearDistillationLoss(_Loss):
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
     The keywords are those of `linear_distillation_loss` without `student_head`, `teacher_head`, `student_bias`,
-    `teacher_bias`, `weight`, `denominator` and `num_rows_in`, which go to the call. They are attributes too, checked
-    when the module is made and when one is set (`criterion.temperature = 2.0`).
+    `teacher_bias`, `teacher_indices`, `teacher_log_probs`, `weight`, `denominator` and `num_rows_in`, which go to the
+    call. They are attributes too, checked when the module is made and when one is set (`criterion.temperature = 2.0`).
 
     Shapes: hidden states [..., H], heads [V, H], biases [V]; labels, if any, integer [...]; result a scalar, or [...]
     with `reduction="none"`. Dtypes, errors and papers: see `linear_distillation_loss`.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import autograd, ops, reference
+from . import autograd, distributed, ops, reference
 from .autograd import Constants, Gradients
 from .checks import (
     FLOATING,
@@ -20,13 +20,11 @@ from .checks import (
     integer_of,
     is_temperature,
     number_of,
+    refuse_dtensor,
     warn_of_temperature,
 )
 from .functional import LogitsLoss, apply, for_operators, needs_reference
 from .options import TAILS, Options, make_sparse_options
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["captured_mass", "sampled_targets", "sparse_distillation_loss", "top_k_targets"]
 
@@ -105,7 +103,6 @@ def sparse_distillation_loss(
     vocab: str = "error",
     dim: int = -1,
     inplace: bool = False,
-    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Distillation loss of student logits against K classes of the teacher a row, and its gradient, in one fused pass:
     the student's logits are read once and the gradient is written once, and nothing of the teacher has V classes.
@@ -146,8 +143,6 @@ def sparse_distillation_loss(
         vocab: "error" if an index is V or more, or "truncate" to leave such classes out, the teacher's probabilities of
             the others scaled to add up to 1.
         inplace: write the gradient over the student's logits; as of `distillation_loss`.
-        group: processes that each hold a range of the student's classes; indices and labels are numbers of all classes,
-            and the same in every process. As of `distillation_loss`; O(rows · K) numbers are communicated.
 
     Returns:
         A scalar, or the leading shape with reduction="none"; float32, or float64 if either input is.
@@ -180,6 +175,8 @@ def sparse_distillation_loss(
         dim=dim,
         inplace=inplace,
     )
+    if distributed.is_dtensor(student_logits):
+        refuse_dtensor("student_logits")
     check_sparse_tensors(student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
     if options.student_temperature > LARGE_TEMPERATURE:
         warn_of_temperature(options, student_logits, teacher_log_probs)

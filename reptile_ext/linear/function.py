@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -193,7 +194,7 @@ def linear_distillation_loss(
         check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
     leading = student_hidden.shape[:-1]
     check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
-    num_rows_in = check_num_rows_in(num_rows_in, leading.numel(), labels is None and weight is None)
+    num_rows_in = check_num_rows_in(num_rows_in, math.prod(leading), labels is None and weight is None)
 
     student[0] = student[0].reshape(-1, student[0].shape[-1])
     if teacher_weight is not None or _is_matrix(teacher[0]):
