@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     class LogitsKeywords(Keywords, total=False):
         group: ProcessGroup | None
 
+    class SparseLogitsKeywords(SparseKeywords, total=False):
+        group: ProcessGroup | None
+
     class LinearKeywords(Keywords, total=False):
         student_softcap: float | None
         teacher_softcap: float | None
@@ -212,7 +215,7 @@ class SparseDistillationLoss(_Loss):
     make_options = staticmethod(make_sparse_options)
     keywords_of_options = _Loss.keywords_of_options | {"tail"}
 
-    def __init__(self, **keywords: Unpack[SparseKeywords]) -> None:
+    def __init__(self, **keywords: Unpack[SparseLogitsKeywords]) -> None:
         super().__init__(**keywords)
 
     def forward(

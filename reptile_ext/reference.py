@@ -702,15 +702,18 @@ def _few_classes(z: Tensor, teacher: SparseRows, tail: str) -> tuple[Tensor, Ten
     at_ids = z.gather(-1, ids)
     others = z.scatter(-1, ids, torch.where(any_listed, -torch.inf, at_ids))
     of_student = torch.where(listed, at_ids, -torch.inf)
-    nothing = torch.full_like(of_student[:, :1], -torch.inf)
-    of_others, r = nothing, nothing
-    if tail != "restrict":
-        of_others = _log_sum_exp(others)
+    of_others = torch.full_like(of_student[:, :1], -torch.inf) if tail == "restrict" else _log_sum_exp(others)
+    return torch.cat([of_student, of_others], -1), few_classes_of_teacher(teacher, tail, z.shape[-1])
+
+
+def few_classes_of_teacher(teacher: SparseRows, tail: str, vocab_size: int) -> Tensor:
+    """The teacher's side of `_few_classes`."""
+    r = torch.zeros_like(teacher.y[:, 0])
     if tail == "bucket":
         rest = 1 - teacher.dropped - teacher.y.exp().sum(-1)  # below 0 by rounding: p is rescaled
-        are_all = listed.sum(-1) == z.shape[-1]
-        r = torch.where(are_all, 0.0, rest.clamp(min=0)).log().unsqueeze(-1)
-    return torch.cat([of_student, of_others], -1), torch.cat([teacher.y, r], -1)
+        are_all = (teacher.ids >= 0).sum(-1) == vocab_size
+        r = torch.where(are_all, 0.0, rest.clamp(min=0))
+    return torch.cat([teacher.y, r.log().unsqueeze(-1)], -1)
 
 
 def _is_broken(s: Tensor, teacher: SparseRows, tail: str) -> Tensor:
@@ -724,27 +727,29 @@ def _is_broken(s: Tensor, teacher: SparseRows, tail: str) -> Tensor:
     return broken
 
 
+def loss_of_few_classes(of_student: Tensor, of_teacher: Tensor, teacher: SparseRows, options: Options) -> Tensor:
+    """The soft part of ℓ, from the rows of `_few_classes`."""
+    of = (options.divergence, options.beta, options.one_minus_beta, 1.0, 1.0)
+    if TAILS[options.tail] != "zero":
+        return options.soft_scale * _divergence(of_student, of_teacher, None, of)
+    # Σ p (y − x) = P (KL(p / P ‖ q) + log P), and −Σ p x = P (cross entropy of p / P and q)
+    mass = teacher.y.exp().sum(-1) / (1 - teacher.dropped)
+    none = mass == 0
+    of_teacher = torch.where(none.unsqueeze(-1), of_student.detach(), of_teacher)
+    losses = _divergence(of_student, of_teacher, None, of)
+    if options.kernel() == "forward_kl":
+        losses = losses + torch.where(none, 1.0, mass).log()
+    return options.soft_scale * torch.where(none, 0.0, mass) * losses
+
+
 def sparse_row_losses(s: Tensor, teacher: SparseRows, labels: Tensor | None, options: Options) -> Tensor:
     """ℓ of every row of [N, V] logits of one floating dtype."""
     losses: Tensor = s.new_zeros(s.shape[0])
     if options.soft_scale > 0:
-        tail = TAILS[options.tail]
         # Multiplied with NaN, not filled: a broken row's gradient is NaN in all classes, also where a tail has none.
         z = s / options.student_temperature
-        z = z * torch.where(_is_broken(s.detach(), teacher, tail), torch.nan, 1.0).unsqueeze(-1)
-        of_student, of_teacher = _few_classes(z, teacher, tail)
-        of = (options.divergence, options.beta, options.one_minus_beta, 1.0, 1.0)
-        if tail != "zero":
-            losses = _divergence(of_student, of_teacher, None, of)
-        else:  # Σ p (y − x) = P (KL(p / P ‖ q) + log P), and −Σ p x = P (cross entropy of p / P and q)
-            mass = teacher.y.exp().sum(-1) / (1 - teacher.dropped)
-            none = mass == 0
-            of_teacher = torch.where(none.unsqueeze(-1), of_student.detach(), of_teacher)
-            losses = _divergence(of_student, of_teacher, None, of)
-            if options.kernel() == "forward_kl":
-                losses = losses + torch.where(none, 1.0, mass).log()
-            losses = torch.where(none, 0.0, mass) * losses
-        losses = options.soft_scale * losses
+        z = z * torch.where(_is_broken(s.detach(), teacher, TAILS[options.tail]), torch.nan, 1.0).unsqueeze(-1)
+        losses = loss_of_few_classes(*_few_classes(z, teacher, TAILS[options.tail]), teacher, options)
     if options.hard_weight > 0:
         assert labels is not None
         losses = losses + options.hard_weight * cross_entropy(s, labels, options.label_smoothing)
@@ -763,33 +768,42 @@ def sparse_with_options(
 ) -> Tensor:
     """`sparse_distillation_loss` of arguments that are checked already; constants' values are if `check_values`."""
     s = student_logits.movedim(options.dim, -1)
-    leading, vocab_size, k = s.shape[:-1], s.shape[-1], teacher_indices.shape[-1]
+    leading, vocab_size = s.shape[:-1], s.shape[-1]
     double = torch.float64 in (s.dtype, teacher_log_probs.dtype)
     arithmetic = torch.float64 if double else torch.float32
     s = s.reshape(-1, vocab_size).to(arithmetic)
     may_check = check_values and _has_values_at_hand(s)
     labels, w, counted, wrong = _rows_that_count(s, labels, weight, options, may_check)
-    with torch.no_grad():
-        ids = teacher_indices.reshape(-1, k).to(torch.int64)
-        y = teacher_log_probs.reshape(-1, k).to(arithmetic)
-        # Ignored rows are never read: they have class 0 alone, of which the teacher is certain.
-        is_first = torch.arange(k, device=s.device) == 0
-        ids = torch.where(counted.unsqueeze(-1), ids, torch.where(is_first, 0, -1))
-        y = torch.where(counted.unsqueeze(-1), y, 0.0)
-        ordered = ids.sort(-1).values
-        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
-        outside = ((ids < -1) | ((ids >= vocab_size) & (not options.truncate))).any(-1)
-        if may_check:
-            values = [compat.values_of(x) for x in (ids, y, outside, repeated)]
-            check_sparse_values(values[0], values[1], values[2], values[3], vocab_size, options.truncate)
-        wrong = wrong | repeated | outside
-        dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
-        ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)
-        y = torch.where(ids >= 0, y, -torch.inf)
+    teacher, wrong_list = _sparse_rows(s, teacher_indices, teacher_log_probs, counted, options, may_check)
     s = torch.where(counted.unsqueeze(-1), s, 0.0)
-    losses = torch.where(counted, w * sparse_row_losses(s, SparseRows(ids, y, dropped), labels, options), 0.0)
-    losses = losses * torch.where(wrong, torch.nan, 1.0)
+    losses = torch.where(counted, w * sparse_row_losses(s, teacher, labels, options), 0.0)
+    losses = losses * torch.where(wrong | wrong_list, torch.nan, 1.0)
     return _reduced(losses.reshape(leading), w, counted, denominator, options, may_check)
+
+
+@torch.no_grad()
+def _sparse_rows(
+    s: Tensor, teacher_indices: Tensor, teacher_log_probs: Tensor, counted: Tensor, options: Options, may_check: bool
+) -> tuple[SparseRows, Tensor]:
+    """The teacher of rows [N, V], and which rows have indices out of range, or one twice."""
+    vocab_size, k = s.shape[-1], teacher_indices.shape[-1]
+    ids = teacher_indices.reshape(-1, k).to(torch.int64)
+    y = teacher_log_probs.reshape(-1, k).to(s.dtype)
+    # Ignored rows are never read: they have class 0 alone, of which the teacher is certain.
+    is_first = torch.arange(k, device=s.device) == 0
+    ids = torch.where(counted.unsqueeze(-1), ids, torch.where(is_first, 0, -1))
+    y = torch.where(counted.unsqueeze(-1), y, 0.0)
+    ordered = ids.sort(-1).values
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+    outside = ((ids < -1) | ((ids >= vocab_size) & (not options.truncate))).any(-1)
+    if may_check:
+        values = [compat.values_of(x) for x in (ids, y, outside, repeated)]
+        check_sparse_values(values[0], values[1], values[2], values[3], vocab_size, options.truncate)
+    wrong = repeated | outside
+    dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
+    ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)
+    y = torch.where(ids >= 0, y, -torch.inf)
+    return SparseRows(ids, y, dropped), wrong
 
 
 def sparse_distillation_loss(

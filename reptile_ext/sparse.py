@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ from .checks import (
     integer_of,
     is_temperature,
     number_of,
-    refuse_dtensor,
     warn_of_temperature,
 )
 from .functional import LogitsLoss, apply, for_operators, needs_reference
 from .options import TAILS, Options, make_sparse_options
+from .sparse_parallel import vocabulary_parallel_sparse_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["captured_mass", "sampled_targets", "sparse_distillation_loss", "top_k_targets"]
 
@@ -103,6 +106,7 @@ def sparse_distillation_loss(
     vocab: str = "error",
     dim: int = -1,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Distillation loss of student logits against K classes of the teacher a row, and its gradient, in one fused pass:
     the student's logits are read once and the gradient is written once, and nothing of the teacher has V classes.
@@ -143,6 +147,10 @@ def sparse_distillation_loss(
         vocab: "error" if an index is V or more, or "truncate" to leave such classes out, the teacher's probabilities of
             the others scaled to add up to 1.
         inplace: write the gradient over the student's logits; as of `distillation_loss`.
+        group: processes that each hold a range of the student's classes; indices and labels are numbers of all classes,
+            and the same in every process, as is the loss; each gets the gradient of its own classes. O(rows · K)
+            numbers are communicated, no [rows, V] exists, and there is no double backward. The passes are torch's.
+            Logits that are DTensors sharded over their classes need no group.
 
     Returns:
         A scalar, or the leading shape with reduction="none"; float32, or float64 if either input is.
@@ -175,14 +183,21 @@ def sparse_distillation_loss(
         dim=dim,
         inplace=inplace,
     )
-    if distributed.is_dtensor(student_logits):
-        refuse_dtensor("student_logits")
-    check_sparse_tensors(student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
+    if group is not None or distributed.is_dtensor(student_logits):
+        constants = (labels, weight, denominator)
+        student_logits, _, constants, group = distributed.own_classes((student_logits,) * 2, constants, dim, group)
+        labels, weight, denominator = constants
+    given = (student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
+    check_sparse_tensors(*given, sharded=group is not None)
     if options.student_temperature > LARGE_TEMPERATURE:
         warn_of_temperature(options, student_logits, teacher_log_probs)
     if options.tail == _ZERO and options.kernel() == "forward_kl" and not torch.compiler.is_compiling():
         _warn_of_zero()
     teacher = teacher_indices, teacher_log_probs
+    if group is not None:
+        if inplace:
+            check_inplace(student_logits, teacher_log_probs)
+        return vocabulary_parallel_sparse_loss(*given, group)
     if needs_reference(student_logits.device, "sparse_distillation_loss") or is_on_cuda(student_logits.device):
         return reference.sparse_with_options(student_logits, *teacher, labels, weight, denominator, options)
     if inplace:
