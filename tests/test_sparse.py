@@ -1140,3 +1140,54 @@ def test_bad_teachers_of_the_linear_loss() -> None:
             reptile_ext.linear_distillation_loss(hidden, weight, **keywords)
     with pytest.raises(TypeError, match=r"teacher_log_probs must be a torch\.Tensor; got NoneType"):
         reptile_ext.linear_distillation_loss(hidden, weight, teacher_indices=IDS)
+
+
+# ------------------------------------------------------------------------- by torch's operations, some rows at a time
+
+
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernels there are none of."""
+    monkeypatch.setattr(sparse, "is_on_cuda", lambda device: True)
+    monkeypatch.setattr(sparse, "loss_for", lambda device: sparse.SparseLossInChunks)
+    monkeypatch.setattr("reptile_ext.linear.loop.sparse_loss_for", lambda device: sparse.SparseLossInChunks)
+    monkeypatch.setattr("reptile_ext.sparse_chunks._CHUNK_BYTES", 1000)
+
+
+@every_case
+@pytest.mark.usefixtures("in_chunks")
+def test_in_chunks_equals_the_reference(tail: str, divergence: str) -> None:
+    s, t = make_logits("random", 7, 60, torch.float64)
+    s[3, 7] = -torch.inf
+    ids, log_probs = targets(t, 6, 1.5, torch.float64)
+    labels = make_labels(7, 60)
+    for more in ({}, {"hard_weight": 0.5, "label_smoothing": 0.1, "reduction": "none"}, {"denominator": 3.0}):
+        keywords = keywords_of(tail, divergence) | {"temperature": (2.0, 1.5), **more}
+        right = value_and_gradient(reference.sparse_distillation_loss, s, ids, log_probs, labels, **keywords)
+        for a, b in zip(value_and_gradient(loss_of, s, ids, log_probs, labels, **keywords), right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64).requires_grad_() for n in (7, 60))
+    keywords = keywords_of(tail, divergence)
+    found = reptile_ext.linear_distillation_loss(
+        hidden, weight, labels=labels, teacher_indices=ids, teacher_log_probs=log_probs, memory_budget=2000, **keywords
+    )
+    right = reference.sparse_distillation_loss(hidden @ weight.t(), ids, log_probs, labels, **keywords)
+    torch.testing.assert_close(found, right)
+    wanted = torch.autograd.grad(right, (hidden, weight))
+    for a, b in zip(torch.autograd.grad(found, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("in_chunks")
+def test_in_chunks_bfloat16_broken_rows_and_second_derivatives() -> None:
+    s, t = make_logits("random", 6, 90, torch.bfloat16)
+    ids, log_probs = targets(t, 6)
+    s[2, 80] = torch.nan
+    ids[4, 1] = ids[4, 0]  # an error on the CPU, NaN where nobody looks
+    loss, gradient = value_and_gradient(loss_of, s, ids, log_probs, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, True, False]
+    assert gradient.isnan().all(-1).tolist() == loss.isnan().tolist()
+    right = value_and_gradient(reference.sparse_distillation_loss, s[:2], ids[:2], log_probs[:2], reduction="none")
+    torch.testing.assert_close(loss[:2], right[0], rtol=1e-5, atol=1e-6)
+    z = s[:2].double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda z: loss_of(z, ids[:2], log_probs[:2].double()), (z,))

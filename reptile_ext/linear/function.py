@@ -205,7 +205,9 @@ def linear_distillation_loss(
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
     softcaps, scales = (of_student[0], of_teacher[0]), (of_student[1], of_teacher[1])
     config = LinearConfig(options, budget, softcaps, scales, num_rows_in, is_sparse)
-    if needs_reference(device, "linear_distillation_loss") or (is_sparse and is_on_cuda(device)):
+    if is_sparse:
+        is_on_cuda(device)  # which says what that means
+    if needs_reference(device, "linear_distillation_loss"):
         # A denominator that is a number stays one: its value is checked.
         loss = LinearLoss.reference(config, tensors, (labels, weight, denominator), check_values=True)
     else:

@@ -1,15 +1,15 @@
-"""`sparse_distillation_loss(group=...)`: each process of a group holds a range of the student's classes.
+"""`sparse_distillation_loss` by torch's own operations, with no copy of [N, V] in float32: some rows at a time. Of
+classes that are sharded over the processes of a group, and on devices without kernels of this loss.
 
-What the processes exchange is the row of few classes that a tail compares (reference.py): the student's logits at the
-K listed classes, each from the process that has it, and one number for all others, added up over the processes. From
-there on every process does the same, and each has the gradient of its own classes. So O(N · K) numbers are
-communicated, and nothing of them in the backward pass.
-
-The local passes are torch's own, over so many rows at a time that a copy of them in float32 is small.
+What is computed first is the row of few classes that a tail compares (reference.py): the student's logits at the K
+listed classes and one number for all others. With a group, each listed class comes from the process that has it, and
+the number is added up over the processes; from there on every process does the same, and each has the gradient of its
+own classes. So O(N · K) numbers are communicated, and nothing in the backward pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Shard(NamedTuple):
     counted: Tensor  # [N]: an ignored row is not read
     options: Options
     dtype: torch.dtype  # of the arithmetic
-    group: Any
+    group: Any  # None: this process has all classes
 
 
 def _chunks(student: Tensor, shard: Shard) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -85,7 +85,8 @@ class Few(torch.autograd.Function):
             if shard.label is not None:
                 maxima[part, k + 1] = _largest(s).double()
                 maxima[part, k + 2] = _at(s, shard.label[part].unsqueeze(-1)).squeeze(-1).double()
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=shard.group)
+        if shard.group is not None:
+            dist.all_reduce(maxima, dist.ReduceOp.MAX, group=shard.group)
         tops = torch.where(maxima[:, k : k + 2].isfinite(), maxima[:, k : k + 2], 0.0).to(shard.dtype)
         sums = maxima.new_zeros(n, 4)
         for part, s, listed in _chunks(student, shard):
@@ -96,7 +97,8 @@ class Few(torch.autograd.Function):
                 masked = s == -torch.inf
                 sums[part, 2] = s.masked_fill(masked, 0.0).sum(-1, dtype=torch.float64)
                 sums[part, 3] = (~masked).sum(-1)
-        dist.all_reduce(sums, group=shard.group)
+        if shard.group is not None:
+            dist.all_reduce(sums, group=shard.group)
         others = _log_of_sum(maxima[:, k], sums[:, 0])
         few = torch.cat([maxima[:, :k] / t, others.unsqueeze(-1)], -1)
         log_z = _log_of_sum(maxima[:, k + 1], sums[:, 1]) if hard else torch.zeros_like(others)
@@ -146,12 +148,30 @@ def vocabulary_parallel_sparse_loss(
 ) -> Tensor:
     """`sparse_distillation_loss` of checked arguments, the student's classes sharded over `group`."""
     options = options._replace(dim=options.dim % student.dim())
-    first, vocab_size = agree_on_classes(student, (indices, log_probs), labels, weight, options, group)
+    classes = agree_on_classes(student, (indices, log_probs), labels, weight, options, group)
+    given = (student, indices, log_probs, labels, weight, denominator, options)
+    return loss_in_chunks(*given, student.device.type == "cpu", group, *classes)
+
+
+def loss_in_chunks(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    may_check: bool,
+    group: Any = None,
+    first: int = 0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The same of the classes from `first` on, of `vocab_size`; None: these are all."""
+    vocab_size = student.shape[options.dim] if vocab_size is None else vocab_size
     own = student.movedim(options.dim, -1)
-    leading, n = own.shape[:-1], own.shape[:-1].numel()
+    leading, n = own.shape[:-1], math.prod(own.shape[:-1])
     own = own.reshape(n, own.shape[-1])
     double = torch.float64 in (student.dtype, log_probs.dtype)
-    may_check = student.device.type == "cpu"
     # Rows of all classes, of which nothing but the shape is looked at.
     shape = student.new_empty(1, dtype=torch.float64).expand(n, vocab_size)
     labels, w, counted, wrong = reference._rows_that_count(shape, labels, weight, options, may_check)
