@@ -6,13 +6,17 @@
 `distillation_loss` and `DistillationLoss` are the fused losses of logits, `linear_distillation_loss` and
 `LinearDistillationLoss` those of hidden states and heads, `binary_distillation_loss` and `BinaryDistillationLoss` those
 of logits that each are a distribution of their own (one logit, many labels); `reptile_ext.reference` is the same in
-plain PyTorch. The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy
-alone.
+plain PyTorch. `TeacherCache` keeps a teacher's answers on disk. The training API is `reptile_ext.training` (extra
+`train`). Importing this package needs torch and numpy alone.
 """
 
-from typing import NoReturn
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from .cache import TeacherCache
 
 try:
     from . import ops as ops  # first: it loads the compiled files, or says why it cannot
@@ -26,16 +30,25 @@ except ImportError as error:
     # none, gets in and can say what to do.
     _message = str(error)
 
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         raise ImportError(_message)
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Imported when first asked for: most programs read no cache.
+        if name in ("TeacherCache", "cache"):
+            module = importlib.import_module(".cache", __name__)
+            return module if name == "cache" else module.TeacherCache
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
     "BinaryDistillationLoss",
     "DistillationLoss",
     "LinearDistillationLoss",
+    "TeacherCache",
     "__version__",
     "binary_distillation_loss",
     "distillation_loss",
