@@ -28,6 +28,7 @@ namespace {
 constexpr int kNumCurves = 16;
 constexpr double kCurves[kNumCurves] = {0, 1, 2, 3, 4, 5, 6.5, 8, 10, 13, 18, 32, 128, 512, 2048, 16384};
 constexpr double kMaxRange = 65536;
+constexpr double kMaxLogProbError = 0.5;  // of entries with a probability of 1e-4 and more
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Head {
@@ -276,7 +277,7 @@ class RowEncoder {
       *kl = std::max(*kl, first * mass + tail);
     }
     *log_prob_error = worst;
-    return *kl <= max_kl_;
+    return *kl <= max_kl_ && worst <= kMaxLogProbError;
   }
 
   int64_t vocab_size_;

@@ -31,6 +31,7 @@ CODED = ("top_k", "sampled")  # rows of classes and log-probabilities; the other
 DTYPES = ("coded", "float16", "bfloat16")
 MAX_VOCAB_SIZE = 1 << 24
 MAX_K = 4096
+MAX_LOG_PROB_ERROR = 0.5  # of classes with a probability of 1e-4 and more, whatever max_kl is (csrc/cpu/cache.cpp)
 MAGIC = b"RPTCACHE"
 SLACK = 8  # bytes that a decoder may read behind a block
 
@@ -84,7 +85,8 @@ class Header(NamedTuple):
         magic, version, *rest = _HEADER.unpack_from(data)
         if magic != MAGIC or version != VERSION:
             raise ValueError(f"{path} is no shard of a teacher cache of format version {VERSION}")
-        return cls(*rest[:9], statistics=Statistics(*rest[9:]))
+        fields: list[Any] = [*rest[:9], Statistics(*rest[9:])]
+        return cls(*fields)
 
 
 def _u32(data: bytes, offset: int) -> int:
@@ -148,7 +150,7 @@ class Index(NamedTuple):
         for dtype, more in _COLUMNS:
             columns.append(np.frombuffer(data, dtype, samples + more, at))
             at += columns[-1].nbytes
-        return cls(*columns, data[at : len(data) - SLACK])
+        return cls(*[*columns, data[at : len(data) - SLACK]])
 
     def ids(self) -> Iterator[SampleId]:
         for i, kind in enumerate(self.kinds):
@@ -227,12 +229,15 @@ def pack_json(value: dict[str, Any]) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
         checksum = value.pop("checksum")
     except FileNotFoundError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is altered or truncated: it cannot be read ({error})") from None
+    if not text.endswith("\n"):
+        raise ValueError(f"{path} is truncated: it does not end with the end of a line")
     if checksum != f"{zlib.crc32(_canonical(value)):08x}":
         raise ValueError(f"{path} is altered: its content has another checksum than was written")
     return dict(value)

@@ -81,6 +81,7 @@ class CacheWriter:
             "temperature": temperature,
             "dtype": fmt.DTYPES[self._dtype],
             "max_kl": max_kl if self._is_coded else None,
+            "max_log_prob_error": fmt.MAX_LOG_PROB_ERROR if self._is_coded else None,
             "teacher": teacher,
             "tokenizer": tokenizer,
             "data": data,
