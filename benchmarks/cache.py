@@ -12,7 +12,7 @@ sample after sample; at random, samples in a shuffled order. Every contender rea
 
 The rows: by default made up, with log-probabilities that fall as a power of the rank, the power and the captured mass
 differing from row to row. `--gguf FILE`: a language model in a GGUF file that transformers can read (and `pip install
-gguf`), on the held-out text of the code-lm recipe; ids are those of its own vocabulary, --vocab what they are coded for.
+gguf`), on the held-out text of the code-lm recipe; ids are of its own vocabulary, --vocab is what they are coded for.
 """
 
 from __future__ import annotations

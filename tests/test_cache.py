@@ -6,10 +6,12 @@ after docs/cache.md and not after the code, reads the files too.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import struct
@@ -821,6 +823,45 @@ def test_a_finished_folder_may_be_added_to(tmp_path: Path) -> None:
     assert list(TeacherCache.open(tmp_path / "c")) == [0, 1]
 
 
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with TeacherCache.write(tmp_path / "c", **SMALL) as out:
+        out.add(0, *small(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space left"):
+                out.flush()
+        assert not list((tmp_path / "c").glob("*rows*"))
+        assert 0 in out
+        out.add(1, *small(1))
+    assert list(TeacherCache.open(tmp_path / "c")) == [0, 1]
+
+
+def test_an_interrupt_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after a shard has got its name, and before the writer has noted it."""
+
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    out = TeacherCache.write(tmp_path / "c", **SMALL)
+    out.add(0, *small(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(fmt, "flush", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            out.flush()
+    with pytest.raises(FileExistsError):
+        out.flush()
+    with pytest.raises(FileExistsError):
+        out.close()
+    out.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with TeacherCache.write(tmp_path / "c", **SMALL, resume=True) as out:
+        assert list(out.todo([0, 1])) == [1]
+        out.add(1, *small(1))
+    assert list(TeacherCache.open(tmp_path / "c")) == [0, 1]
+
+
 def test_resume_names_a_damaged_or_missing_shard(tmp_path: Path) -> None:
     paths = [p for p in two_shards(tmp_path / "c") if p.name.startswith("rows")]
     whole = paths[1].read_bytes()
@@ -868,6 +909,33 @@ def test_a_worker_notices_a_damaged_shard(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"{path.name} is altered"):
         list(DataLoader([0], num_workers=1, multiprocessing_context="fork", collate_fn=cache.batch))
+
+
+def test_a_folder_that_is_moved_is_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "c", {"a": small()}, **SMALL, teacher="t")
+    (tmp_path / "c").rename(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)
+    cache = TeacherCache.open("d", teacher="t")
+    copy = pickle.loads(pickle.dumps(cache))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for one in (cache, copy, pickle.loads(pickle.dumps(cache))):
+        assert torch.equal(one["a"][0], sorted_rows(*small())[0])
+    manifest = fmt.read_json(tmp_path / "d" / "manifest.json") | {"teacher": "another"}
+    (tmp_path / "d" / "manifest.json").write_bytes(fmt.pack_json(manifest))
+    with pytest.raises(ValueError, match=r"teacher: .* 'another'; asked for 't'"):
+        pickle.loads(pickle.dumps(cache))
+
+
+def test_a_position_without_a_teacher_keeps_its_place(tmp_path: Path) -> None:
+    """Servers give no log-probabilities of the first token: dropping the row would shift all others by one."""
+    ids, log_probs = small(0, 4)
+    ids[0], log_probs[0] = -1, -torch.inf
+    indices, found = write(tmp_path / "c", {"a": (ids, log_probs)}, **SMALL)["a"]
+    assert len(indices) == 4
+    assert (indices[0] == -1).all()
+    assert (found[0] == -torch.inf).all()
+    assert torch.equal(indices[1:], sorted_rows(ids[1:], log_probs[1:])[0])
 
 
 def test_threads(tmp_path: Path) -> None:

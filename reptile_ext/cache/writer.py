@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -92,7 +93,9 @@ class CacheWriter:
         self._shards: list[dict[str, Any]] = []
         self._statistics = Statistics()
         self._number = 0
-        self._clear()
+        self._pending: dict[SampleId, tuple[bytes, int, Statistics]] = {}
+        self._pending_bytes = 0
+        self._since = time.monotonic()
         _agree_on_manifest(self.folder, manifest)
         self._lock()
         try:
@@ -111,7 +114,7 @@ class CacheWriter:
         Raises ValueError or TypeError, and adds nothing, if they are not that or `sample_id` is already there."""
         self._check_open()
         sample_id = fmt.checked_id(sample_id)
-        if sample_id in self._ids:
+        if sample_id in self:
             raise ValueError(
                 f"sample_id {sample_id!r} is already in {self.folder}: each sample is added once "
                 "(`sample_id in writer` says which are there)"
@@ -125,18 +128,11 @@ class CacheWriter:
             block, rows, statistics = self._coded(sample_id, *values)
         else:
             block, rows, statistics = self._plain(sample_id, *values)
-        self._buffer.append(block)
-        self._offsets.append(self._offsets[-1] + len(block))
-        padding = -len(block) % 8
-        if padding:
-            self._buffer.append(bytes(padding))
-            self._offsets[-1] += padding
-        self._new_ids.append(sample_id)
-        self._rows.append(rows)
-        self._ids.add(sample_id)
-        self._new_statistics += statistics
+        # One step, so that an interrupt leaves the sample there or not there.
+        self._pending[sample_id] = (block, rows, statistics)
+        self._pending_bytes += len(block)
         too_old = time.monotonic() - self._since > self._flush_seconds
-        if too_old or self._offsets[-1] >= self._shard_bytes:
+        if too_old or self._pending_bytes >= self._shard_bytes:
             self.flush()
 
     def _coded(self, sample_id: SampleId, indices: Any, log_probs: Any) -> tuple[bytes, int, Statistics]:
@@ -202,10 +198,11 @@ class CacheWriter:
 
     def __contains__(self, sample_id: Any) -> bool:
         """Whether this writer has the sample, from an earlier run too: no need to ask the teacher again."""
-        return fmt.checked_id(sample_id) in self._ids
+        sample_id = fmt.checked_id(sample_id)
+        return sample_id in self._ids or sample_id in self._pending
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._ids) + len(self._pending)
 
     def todo(self, sample_ids: Iterable[Any]) -> Iterator[Any]:
         """Of these, which must be the same in every process and run: every `world_size`-th, this rank's, without those
@@ -219,27 +216,31 @@ class CacheWriter:
     def flush(self) -> None:
         """Make a shard of what was added since the last: it survives whatever happens to this process."""
         self._check_open()
-        if not self._new_ids:
-            self._since = time.monotonic()
+        self._since = time.monotonic()
+        if not self._pending:
             return
-        index = fmt.index_of(self._new_ids, self._offsets, self._rows).pack()
-        crc = 0
-        for piece in self._buffer:
-            crc = zlib.crc32(piece, crc)
+        blocks: list[bytes] = []
+        offsets, rows, statistics, crc = [fmt.HEADER_BYTES], [], Statistics(), 0
+        for block, count, cost in self._pending.values():
+            blocks += (block, bytes(-len(block) % 8))
+            crc = zlib.crc32(blocks[-1], zlib.crc32(block, crc))
+            offsets.append(offsets[-1] + len(block) + len(blocks[-1]))
+            rows.append(count)
+            statistics += cost
+        index = fmt.index_of(list(self._pending), offsets, rows).pack()
         header = fmt.Header(
             fmt.KINDS.index(self.kind),
             self.vocab_size,
             self._width,
             self._dtype,
-            len(self._new_ids),
-            sum(self._rows),
-            self._offsets[-1],
+            len(rows),
+            sum(rows),
+            offsets[-1],
             crc,
             zlib.crc32(index),
-            self._new_statistics,
+            statistics,
         )
-        packed = header.pack()
-        content = [packed, *self._buffer, index]
+        content = [header.pack(), *blocks, index]
         path = self.folder / fmt.shard_name(self.rank, self._number)
         # A part that is finished is so no longer, before there is a shard that it does not know.
         (self.folder / fmt.part_name(self.rank)).unlink(missing_ok=True)
@@ -248,9 +249,10 @@ class CacheWriter:
         for piece in content:
             whole = zlib.crc32(piece, whole)
         self._shards.append(_shard_entry(path, sum(map(len, content)), header, whole))
-        self._statistics += self._new_statistics
-        self._number += 1
-        self._clear()
+        self._statistics += statistics
+        self._ids.update(self._pending)
+        self._pending, self._pending_bytes = {}, 0
+        self._number += 1  # last: whoever is interrupted before finds the name taken, and writes nothing twice
 
     def close(self) -> None:
         """Flush, and say that this writer's part is complete. The folder is when all parts are."""
@@ -284,20 +286,13 @@ class CacheWriter:
             self.close()
         elif self._open:
             try:
-                self.flush()
+                with contextlib.suppress(OSError):  # the error that is on its way says more
+                    self.flush()
             finally:
                 self._open = False
                 self._unlock()
 
     # ------------------------------------------------------------------------------------------------ what is there
-
-    def _clear(self) -> None:
-        self._buffer: list[bytes] = []
-        self._offsets = [fmt.HEADER_BYTES]
-        self._rows: list[int] = []
-        self._new_ids: list[SampleId] = []
-        self._new_statistics = Statistics()
-        self._since = time.monotonic()
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
