@@ -45,11 +45,13 @@ LENGTH = 128  # positions of a sample
 def made_up(count: int, k: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(0)
     # Ids as often as Zipf has them, and in no order, as BPE's are.
-    name = rng.permutation(vocab_size)
-    weights = 1 / np.arange(10, vocab_size + 10)
-    keys = np.log(weights)[None] + rng.gumbel(size=(512, vocab_size))
-    sets = name[np.argpartition(-keys, k, axis=1)[:, :k]]
-    ids = sets[rng.integers(0, len(sets), count)]
+    name, ids = rng.permutation(vocab_size), np.empty((count, k), np.int64)
+    for row in range(count):
+        found = np.empty(0, np.int64)
+        while len(found) < k:
+            drawn = 10 * ((vocab_size + 10) / 10) ** rng.random(4 * k) - 10
+            found = np.unique(np.concatenate([found, drawn.astype(np.int64)]))
+        ids[row] = name[rng.choice(found, k, replace=False)]
     power, mass = rng.uniform(0.7, 3.5, (count, 1)), 1 - 10 ** -rng.uniform(0.3, 4, (count, 1))
     logits = -power * np.log(np.arange(1, k + 1)) + 0.2 * rng.standard_normal((count, k))
     log_probs = logits - np.logaddexp.reduce(logits, 1, keepdims=True) + np.log(mass)
@@ -338,6 +340,7 @@ def measure_loader(samples: Samples, vocab_size: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--gguf", type=Path, help="a model whose answers are kept")
+    parser.add_argument("--rows", type=Path, help="npz file of rows; with --gguf written if it is not there")
     parser.add_argument("--count", type=int, default=8192, help="different rows (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=8, help="how often they are written (default: %(default)s)")
     parser.add_argument("--k", type=int, default=64)
@@ -346,10 +349,17 @@ def main() -> int:
     parser.add_argument("--loader", action="store_true", help="also steps of training beside a loader")
     parser.add_argument("--json", type=Path)
     o = parser.parse_args()
-    ids, log_probs = of_a_model(o.gguf, o.count, o.k) if o.gguf else made_up(o.count, o.k, o.vocab)
+    if o.rows is not None and o.rows.exists():
+        kept = np.load(o.rows)
+        ids, log_probs = (torch.from_numpy(kept[name][: o.count, : o.k]) for name in ("ids", "log_probs"))
+        ids, log_probs = ids.contiguous(), log_probs.contiguous()
+    else:
+        ids, log_probs = of_a_model(o.gguf, o.count, o.k) if o.gguf else made_up(o.count, o.k, o.vocab)
+        if o.rows is not None:
+            np.savez(o.rows, ids=ids.numpy(), log_probs=log_probs.numpy())
     count = len(ids) // LENGTH * LENGTH
     samples = list(zip(ids[:count].split(LENGTH), log_probs[:count].split(LENGTH), strict=True)) * o.repeat
-    print(f"{count} rows of {o.gguf or 'made-up data'}, {o.repeat} times; K = {o.k}, V = {o.vocab}; ", end="")
+    print(f"{count} rows of {o.gguf or o.rows or 'made-up data'}, {o.repeat} times; K = {o.k}, V = {o.vocab}; ", end="")
     print(f"mean mass {log_probs.exp().sum(-1).mean():.4f}; one thread, torch {torch.__version__}")
     torch.set_num_threads(1)
     contenders: list[tuple[str, Any, tuple[int, ...]]] = [

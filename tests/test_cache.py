@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from reptile_ext import _C, TeacherCache
 from reptile_ext.cache import format as fmt
 from reptile_ext.cache import reader, writer
+from reptile_ext.cli import main
 
 V, K = 151_936, 64
 FORK = multiprocessing.get_context("fork")
@@ -987,3 +988,26 @@ def test_a_program_of_its_own_reads_it_and_pays_for_the_import_only_then(tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{sorted_rows(*small())[0].tolist()}\n"
+
+
+def test_the_command_says_what_is_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_probs = torch.tensor([[0.6, 0.2, 0.1, 0.05], [0.25, 0.25, 0.25, 0.25]]).log()
+    write(tmp_path / "c", {"a": (torch.tensor([[1, 2, 3, 4]] * 2), log_probs)}, **SMALL, teacher="t")
+    folder, plot = str(tmp_path / "c"), tmp_path / "p.png"
+    assert main(["cache-info", folder, "--verify", "--plot", str(plot)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["teacher"], said["rows"], said["vocab_size"]) == ("t", 2, 100)
+    assert said["captured_mass_quantiles"]["1%"] == pytest.approx(0.9505, abs=1e-4)
+    p = np.array([0.6, 0.2, 0.1, 0.05, 0.05])
+    entropies = [-(p * np.log(p)).sum(), math.log(4)]
+    assert said["entropy_quantiles"]["50%"] == pytest.approx(np.mean(entropies), abs=0.02)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    (path,) = (tmp_path / "c").glob("rows-*")
+    data = bytearray(path.read_bytes())
+    data[140] ^= 1
+    path.write_bytes(data)
+    assert main(["cache-info", folder, "--verify"]) == 2
+    assert f"{path} is altered" in capsys.readouterr().err
+    write(tmp_path / "h", {"a": torch.zeros(2, 4)}, kind="hidden")
+    assert main(["cache-info", str(tmp_path / "h"), "--plot", str(plot)]) == 2
+    assert "this cache holds hidden states" in capsys.readouterr().err
