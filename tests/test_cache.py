@@ -381,6 +381,28 @@ def test_bytes_of_the_first_version_are_read_as_they_were_meant(tmp_path: Path) 
         _C.cache_decode(block, 0, len(block), *arguments)
 
 
+def test_damaged_blocks_are_never_read_past_their_end() -> None:
+    """Whoever decodes without comparing checksums gets an error or other rows, and no crash."""
+    ids, log_probs = rows_of("gauss", 130, 20, 1000)
+    ids, outcomes = ids.int().contiguous(), set()
+    arguments = (ids.data_ptr(), log_probs.data_ptr(), 130, 20, 1000, 1e-3, False)
+    error, _, block, *_ = _C.cache_encode(*arguments)
+    assert error == 0
+    out, logs = torch.empty(130, 20, dtype=torch.int64), torch.empty(130, 20)
+    rng = random.Random(0)
+    for _ in range(2000):
+        damaged = bytearray(block[: rng.choice([len(block), rng.randrange(len(block))])] + bytes(8))
+        for _ in range(rng.randrange(1, 40)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        begin = rng.randrange(131)
+        end = rng.randrange(begin, 131)
+        size = len(damaged) - 8
+        outcomes.add(
+            _C.cache_decode(bytes(damaged), 0, size, 130, begin, end, 20, 1000, out.data_ptr(), logs.data_ptr())[0]
+        )
+    assert outcomes == {0, 7}
+
+
 def test_the_manifest_is_the_statement(tmp_path: Path) -> None:
     names = {"teacher": "t:1", "tokenizer": "sha256:2", "data": "d"}
     cache = write(tmp_path / "c", {0: small()}, **SMALL, temperature=2.0, **names)
@@ -423,13 +445,16 @@ def test_wrong_rows_are_refused_and_leave_the_writer_as_it_was(tmp_path: Path) -
         ((ids, ids), r"log_probs must be floating-point numbers; got torch.int64"),
         ((ids.tolist(), log_probs), r"indices must be a tensor or an array; got list"),
         ((ids,), r"takes sample_id, indices, log_probs; got 2 values"),
+        ((ids, log_probs, ids), r"takes sample_id, indices, log_probs; got 4 values"),
     ]
     with TeacherCache.write(tmp_path / "c", **SMALL) as out:
         for values, message in cases:
             with pytest.raises((ValueError, TypeError), match=message):
                 out.add("a", *values)
             assert "a" not in out
-        out.add("a", ids, log_probs)
+        with pytest.raises(TypeError, match=r"takes sample_id, indices, log_probs; got 2 values and logprobs"):
+            out.add("a", ids, logprobs=log_probs)
+        out.add("a", log_probs=log_probs, indices=ids)
         with pytest.raises(ValueError, match="sample_id 'a' is already in"):
             out.add("a", ids, log_probs)
     assert list(TeacherCache.open(tmp_path / "c")) == ["a"]
@@ -622,7 +647,9 @@ def test_an_unfinished_folder_says_which_writers_are_missing(tmp_path: Path) -> 
         with TeacherCache.write(tmp_path / "c", **SMALL, rank=rank, world_size=4) as out:
             out.add(rank, *small(rank))
         missing = "0, 1, 3" if rank else "1, 3"
-        with pytest.raises(ValueError, match=rf"not finished: of 4 writers, these ranks have not closed: {missing} \("):
+        with pytest.raises(
+            ValueError, match=rf"is unfinished: of 4 writers, these ranks have not closed: {missing} \("
+        ):
             TeacherCache.open(tmp_path / "c")
     with pytest.raises(ValueError, match=r"not closed: 1, 3 \(part-00001.json is missing\)"):
         TeacherCache.open(tmp_path / "c")
@@ -759,7 +786,7 @@ def test_killed_at_every_change_of_the_disk_nothing_is_lost_or_doubled(tmp_path:
         assert process.exitcode == -signal.SIGKILL
         whole = {path: path.read_bytes() for path in folder.glob("rows-*")}
         if not (folder / "part-00000.json").exists():
-            with pytest.raises(ValueError, match=r"is not finished|manifest.json is missing"):
+            with pytest.raises(ValueError, match=r"is unfinished|manifest.json is missing"):
                 TeacherCache.open(folder)
         fill(folder, 20)
         check_filled(folder, 20)
@@ -794,7 +821,7 @@ def test_an_error_keeps_what_was_added_and_leaves_the_folder_unfinished(tmp_path
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    with pytest.raises(ValueError, match="is not finished"):
+    with pytest.raises(ValueError, match="is unfinished"):
         TeacherCache.open(tmp_path / "c")
     with TeacherCache.write(tmp_path / "c", **SMALL, resume=True) as out:
         assert 0 in out
@@ -818,7 +845,7 @@ def test_a_finished_folder_may_be_added_to(tmp_path: Path) -> None:
     out = TeacherCache.write(tmp_path / "c", **SMALL, resume=True)
     out.add(1, *small(1))
     out.flush()
-    with pytest.raises(ValueError, match="is not finished"):  # not a folder without sample 1
+    with pytest.raises(ValueError, match="is unfinished"):  # not a folder without sample 1
         TeacherCache.open(tmp_path / "c")
     out.close()
     assert list(TeacherCache.open(tmp_path / "c")) == [0, 1]

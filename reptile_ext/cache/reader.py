@@ -312,41 +312,53 @@ class TeacherCache:
 
 
 class _LookUp:
-    """From an id to a place: one entry a sample, sorted by key; 36 bytes each."""
+    """From an id to a place: one entry a sample, integers before strings, each sorted by key; 40 bytes an entry."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
-        kinds, keys, check, numbers, begins, sizes, rows = ([] for _ in range(7))
+        dtypes = (
+            np.uint64,
+            np.uint64,
+            np.uint64,
+            np.uint64,
+            np.uint32,
+            np.uint32,
+        )  # key, check, begin, size, rows, shard
+        total = sum(shard["samples"] for shard in shards)
+        columns = [np.empty(total, dtype) for dtype in dtypes]
+        kinds = np.empty(total, np.uint8)
+        at = 0
         for number, shard in enumerate(shards):
             path = folder / shard["name"]
             header, index = fmt.read_header_and_index(path)
             if (header.samples, header.rows) != (shard["samples"], shard["rows"]):
                 raise ValueError(f"{path} is another than its part lists: {header.samples} samples, {header.rows} rows")
-            kinds.append(index.kinds)
-            keys.append(index.keys)
-            check.append(index.checks)
-            numbers.append(np.full(header.samples, number, np.uint32))
-            begins.append(index.offsets[:-1])
-            sizes.append(np.diff(index.offsets))
-            rows.append(index.rows)
-        columns = [np.concatenate(x) if x else np.empty(0, np.uint64) for x in (kinds, keys, check)]
-        kind, key, check_ = columns
-        order = np.lexsort((check_, key, kind))
-        self._first_string = int(np.count_nonzero(kind == 0))
-        self._keys, self._checks = key[order], check_[order]
+            here = slice(at, at + header.samples)
+            kinds[here] = index.kinds
+            of_shard = (index.keys, index.checks, index.offsets[:-1], np.diff(index.offsets), index.rows, number)
+            for column, values in zip(columns, of_shard, strict=True):
+                column[here] = values
+            at += header.samples
+        order = np.argsort(columns[0], kind="stable")
+        of_kinds = kinds[order]
+        if kinds.any():
+            order = np.concatenate([order[of_kinds == 0], order[of_kinds != 0]])
+        self._first_string = int(np.count_nonzero(of_kinds == 0))
+        for i in range(len(columns)):  # one after another, so that little is there twice
+            columns[i] = columns[i][order]
+        self._keys, self._checks, self.begins, self.sizes, self.rows, self.shards = columns
+        self._refuse_doubles(folder, [shard["name"] for shard in shards])
 
-        def arranged(parts: list[Any]) -> Any:
-            return np.concatenate(parts)[order] if parts else np.empty(0, np.uint64)
-
-        self.shards, self.begins, self.sizes, self.rows = map(arranged, (numbers, begins, sizes, rows))
-        same = (self._keys[1:] == self._keys[:-1]) & (self._checks[1:] == self._checks[:-1])
-        if self._first_string:
-            same[self._first_string - 1 : self._first_string] = False  # the last integer and the first string
-        if same.any():
-            at = int(same.nonzero()[0][0])
-            first, second = (folder / shards[int(self.shards[i])]["name"] for i in (at, at + 1))
-            found = set(fmt.read_header_and_index(first)[1].ids()) & set(fmt.read_header_and_index(second)[1].ids())
-            what = f" {next(iter(found))!r}" if found else ""
-            raise ValueError(f"{first} and {second} both hold sample{what}: it was given to two writers")
+    def _refuse_doubles(self, folder: Path, names: list[str]) -> None:
+        seen: dict[tuple[bool, int, int], int] = {}
+        first = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+        for place in map(int, np.union1d(first, first + 1)):
+            key = (place >= self._first_string, int(self._keys[place]), int(self._checks[place]))
+            if key in seen:
+                one, other = (folder / names[int(self.shards[i])] for i in (seen[key], place))
+                found = set(fmt.read_header_and_index(one)[1].ids()) & set(fmt.read_header_and_index(other)[1].ids())
+                what = f" {next(iter(found))!r}" if found else ""
+                raise ValueError(f"{one} and {other} both hold sample{what}: it was given to two writers")
+            seen[key] = place
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -373,7 +385,7 @@ def _read_parts(folder: Path, world_size: int) -> list[dict[str, Any]]:
     if missing:
         some = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
         raise ValueError(
-            f"{folder} is not finished: of {world_size} writers, these ranks have not closed: {some} "
+            f"{folder} is unfinished: of {world_size} writers, these ranks have not closed: {some} "
             f"({fmt.part_name(missing[0])} is missing). Go on by TeacherCache.write(..., resume=True)"
         )
     listed = {shard["name"] for part in parts for shard in part["shards"]}

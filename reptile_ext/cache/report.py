@@ -13,8 +13,8 @@ from .reader import TeacherCache
 
 
 def of_rows(cache: TeacherCache, samples: int, plot: Path | None) -> dict[str, Any]:
-    """Quantiles of captured mass and entropy (in nats, of the K classes and the rest of the vocabulary as one more) over
-    the positions of about so many samples, evenly spaced; with `plot`, histograms. Nothing for an empty cache."""
+    """Quantiles of captured mass and entropy (in nats, of the K classes and the rest of the vocabulary as one more)
+    over the positions of about so many samples, evenly spaced; with `plot`, histograms. Nothing for an empty cache."""
     if cache.kind == "hidden":
         if plot is not None:
             raise ValueError("plot is for log-probabilities; this cache holds hidden states")

@@ -107,7 +107,7 @@ class CacheWriter:
 
     # ------------------------------------------------------------------------------------------------ adding
 
-    def add(self, sample_id: SampleId, *values: Any) -> None:
+    def add(self, sample_id: SampleId, *values: Any, **named: Any) -> None:
         """Add one sample: `indices` and `log_probs`, [T, K] each, for the kinds "top_k" and "sampled"; `values`, [T, V]
         or [T, H], for "logits" and "hidden". Tensors of any device, or arrays.
 
@@ -120,10 +120,11 @@ class CacheWriter:
                 "(`sample_id in writer` says which are there)"
             )
         wanted = ("indices", "log_probs") if self._is_coded else ("values",)
-        if len(values) != len(wanted):
-            raise TypeError(
-                f"add of kind {self.kind!r} takes sample_id, {', '.join(wanted)}; got {len(values) + 1} values"
-            )
+        for name in wanted[len(values) :]:
+            values += (named.pop(name),) if name in named else ()
+        if named or len(values) != len(wanted):
+            got = f"{len(values) + 1} values" + (f" and {', '.join(named)}" if named else "")
+            raise TypeError(f"add of kind {self.kind!r} takes sample_id, {', '.join(wanted)}; got {got}")
         if self._is_coded:
             block, rows, statistics = self._coded(sample_id, *values)
         else:
