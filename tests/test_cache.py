@@ -831,9 +831,11 @@ def test_an_error_keeps_what_was_added_and_leaves_the_folder_unfinished(tmp_path
         out.add(1, *small(1))
     cache = TeacherCache.open(tmp_path / "c")
     assert list(cache) == [0, 1]
-    both = [kl_errors(sorted_rows(*small(i))[1], cache[i][1]) for i in (0, 1)]
-    worst = max(x.max().item() for pair in both for x in pair)
-    assert cache.info()["worst_kl"] == pytest.approx(worst, abs=2e-7)  # of both runs
+    errors = [torch.stack(kl_errors(sorted_rows(*small(i))[1], cache[i][1])).amax(0) for i in (0, 1)]
+    info = cache.info()  # of both runs
+    assert info["worst_kl"] == pytest.approx(torch.cat(errors).max().item(), abs=2e-7)
+    assert info["mean_kl"] == pytest.approx(torch.cat(errors).mean().item(), abs=2e-7)
+    assert info["captured_mass"] == pytest.approx(torch.cat([small(i)[1].exp().sum(-1) for i in (0, 1)]).mean().item())
     assert cache.info()["rows"] == 6
 
 
