@@ -65,11 +65,7 @@ def of_a_model(path: Path, count: int, k: int) -> tuple[Tensor, Tensor]:
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    tokens: list[int] = []
-    for text in standard_library()[1][3:]:
-        tokens += tokenizer(text).input_ids
-        if len(tokens) >= count:
-            break
+    tokens = tokenizer("\n".join(standard_library()[1][3:8])).input_ids
     rows = []
     with torch.no_grad():
         for chunk in torch.tensor(tokens[:count]).split(512):

@@ -288,8 +288,10 @@ def test_ids_of_samples(tmp_path: Path) -> None:
 def test_names_with_the_same_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two names whose first 64 bits of hash agree, and an integer that equals them."""
     monkeypatch.setattr(fmt, "key_of", lambda i: (0, i, 0) if isinstance(i, int) else (1, 77, len(i)))
-    cache = write(tmp_path / "c", {"a": small(1), "bb": small(2), 77: small(3), "dddd": small(4)}, **SMALL)
-    for name, seed in (("a", 1), ("bb", 2), (77, 3), ("dddd", 4)):
+    cache = write(
+        tmp_path / "c", {"a": small(1), "bb": small(2), 77: small(3), "dddd": small(4), "": small(5)}, **SMALL
+    )
+    for name, seed in (("a", 1), ("bb", 2), (77, 3), ("dddd", 4), ("", 5)):
         assert torch.equal(cache[name][0], sorted_rows(*small(seed))[0])
     assert "ccc" not in cache
     assert 78 not in cache
@@ -570,7 +572,8 @@ def test_every_file_that_is_missing_or_truncated_is_named_by_open(tmp_path: Path
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=rf"{path.name}.* is (altered or )?truncated"):
+        sizes = rf": {length} bytes; written were {len(whole)}$" if path.name.startswith("rows") else ""
+        with pytest.raises(ValueError, match=rf"{path.name}.* is (altered or )?truncated{sizes}"):
             TeacherCache.open(tmp_path / "c")
     path.unlink()
     with pytest.raises(ValueError, match=rf"{path.name}.* is missing"):
@@ -612,6 +615,19 @@ def test_verify_names_all_and_reading_names_the_one(tmp_path: Path) -> None:
         for _ in range(2):  # the second time too
             with pytest.raises(ValueError, match=rf"{path.name} is altered: its content has another checksum"):
                 cache[sample]
+
+
+def test_files_that_change_after_open_are_noticed(tmp_path: Path) -> None:
+    paths = two_shards(tmp_path / "c")
+    cache = TeacherCache.open(tmp_path / "c")
+    os.truncate(paths[2], 500)
+    paths[3].unlink()
+    with pytest.raises(ValueError, match=rf"{paths[2].name} is truncated: 500 bytes"):
+        cache["a"]
+    with pytest.raises(ValueError, match=rf"{paths[3].name} is missing"):
+        cache["b"]
+    with pytest.raises(ValueError, match=rf"{paths[2].name} is truncated.*; .*{paths[3].name} is missing"):
+        cache.verify()
 
 
 def test_files_of_another_cache_are_noticed(tmp_path: Path) -> None:
