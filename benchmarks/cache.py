@@ -269,13 +269,15 @@ def measure_index(samples: int) -> dict[str, Any]:
 
 
 def open_and_look(folder: Path, samples: int, queue: Any) -> None:
-    import resource
+    def memory(name: str) -> int:  # of this process alone: ru_maxrss is inherited
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmRSS")
     start = time.perf_counter()
     opened = TeacherCache.open(folder)
     opening = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    peak = memory("VmHWM") - before
     held = sum(a.nbytes for a in vars(opened._index).values() if isinstance(a, np.ndarray))
     names = [f"sample-{random.Random(0).randrange(samples):012d}" for _ in range(1000)]
     found = seconds(lambda: [name in opened for name in names]) / len(names)

@@ -641,7 +641,12 @@ def test_files_of_another_cache_are_noticed(tmp_path: Path) -> None:
     paths[0].write_bytes(paths[1].read_bytes())
     with pytest.raises(ValueError, match=paths[0].name):
         TeacherCache.open(tmp_path / "c")["a"]
-    assert others
+    part = tmp_path / "d" / "part-00000.json"
+    listed = fmt.read_json(part)
+    listed["shards"][0]["samples"] += 1
+    part.write_bytes(fmt.pack_json(listed))
+    with pytest.raises(ValueError, match=rf"{others[0].name} is another than its part lists: 1 samples, 90 rows"):
+        TeacherCache.open(tmp_path / "d")
 
 
 def test_a_later_version_says_so(tmp_path: Path) -> None:
