@@ -31,8 +31,10 @@
 // Almost every gradient has one of two forms. With g = ∂f/∂x, T_s ∂D/∂s = g − q Σ g, and so
 //
 //     Difference    a·q − b·p
-//     Centred       q (k_0 u + k_1), k_1 = −k_0 C, C = Σ q u: the mean under q is taken off, which is what g − q Σ g
-//                   does to g = q u
+//     Centred       k_0 q (u − C), C = Σ q u: the mean under q is taken off, which is what g − q Σ g does to g = q u
+//     Affine        the same as q (k_0 u + k_1), k_1 = −k_0 C: an instruction less, and as exact where u is small;
+//     where
+//                   it is large and nearly C, for a class that has all the mass, k_0 C must not be rounded
 //
 // V brings +, −, ·, fma, max, exp2, reciprocal, smallest_normal and
 //
@@ -182,16 +184,17 @@ struct Difference {
 template <class V>
 struct Centred {
   static constexpr int kKept = 2, kCoefficients = 2;
+  static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * k[0] * (kept[1] - k[1]); }
+};
+
+template <class V>
+struct Affine {
+  static constexpr int kKept = 2, kCoefficients = 2;
   static REPTILE_EXT_FN V gradient(const V (&kept)[2], const V (&k)[2]) { return kept[0] * fma(kept[1], k[0], k[1]); }
   template <class T>
   static REPTILE_EXT_FN void set(T k_0, T centre, T (&k)[2]) {
     k[0] = k_0;
     k[1] = T(0) - k_0 * centre;
-  }
-  // Where u moves by d.
-  static REPTILE_EXT_FN void move_kept(V d, V f_s, V (&k)[2]) {
-    k[1] = fma(k[0], d, k[1]) * f_s;
-    k[0] = k[0] * f_s;
   }
 };
 
@@ -245,13 +248,15 @@ struct ReverseKl : Defaults {
     move_exponentials(by, sums);
   }
   static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[2]) {
-    Centred<V>::move_kept(by.d_s - by.d_t, by.f_s, k);
+    k[0] = k[0] * by.f_s;
+    k[1] = k[1] - (by.d_s - by.d_t);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T centre = row.sums[2] * row.over_z_s();
     row.unbounded = centre;
-    Centred<V>::set(scale * T(kLn2) * row.over_z_s(), row.if_bounded(centre), k);
+    k[0] = scale * T(kLn2) * row.over_z_s();
+    k[1] = row.if_bounded(centre);
     return T(kLn2) * centre - row.log_z_s_to_z_t();
   }
 };
@@ -261,7 +266,7 @@ template <class V>
 struct SymmetricKl : Defaults {
   using Gradient = SymmetricKl;
   static constexpr bool kMoves = true;
-  static constexpr int kSums = 4, kKept = 3, kCoefficients = 3, kUnbounded = 2;
+  static constexpr int kSums = 4, kKept = 3, kCoefficients = 4, kUnbounded = 2;
   static REPTILE_EXT_FN void first(V a, V b, V e_s, V e_t, V (&sums)[kSums], V (&kept)[kKept]) {
     add_exponentials(e_s, e_t, sums);
     kept[0] = e_s;
@@ -276,23 +281,25 @@ struct SymmetricKl : Defaults {
     move_exponentials(by, sums);
   }
   static REPTILE_EXT_FN void move_kept(const Move<V>& by, V (&k)[kCoefficients]) {
-    k[0] = fma(k[2], by.d_s - by.d_t, k[0]) * by.f_s;
+    k[0] = k[0] * by.f_s;
     k[1] = k[1] * by.f_t;
     k[2] = k[2] * by.f_s;
+    k[3] = k[3] - (by.d_s - by.d_t);
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[kCoefficients]) {
     const T centre = row.sums[3] * row.over_z_s();
     const T difference = row.log_z_s_to_z_t();
     row.unbounded = centre;
+    k[0] = scale * row.one_minus_beta * row.over_z_s();
     k[1] = scale * row.one_minus_beta * row.over_z_t();
     k[2] = scale * row.beta * T(kLn2) * row.over_z_s();
-    k[0] = scale * row.one_minus_beta * row.over_z_s() - k[2] * row.if_bounded(centre);
+    k[3] = row.if_bounded(centre);
     return row.one_minus_beta * (T(kLn2) * row.sums[2] * row.over_z_t() + difference) +
            row.beta * (T(kLn2) * centre - difference);
   }
   static REPTILE_EXT_FN V gradient(const V (&kept)[kKept], const V (&k)[kCoefficients]) {
-    return kept[0] * fma(kept[2], k[2], k[0]) - kept[1] * k[1];
+    return kept[0] * fma(kept[2] - k[3], k[2], k[0]) - kept[1] * k[1];
   }
 };
 
@@ -341,7 +348,8 @@ struct MirroredSoftCrossEntropy : Defaults {
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T centre = row.sums[2] * row.over_z_s();
     row.unbounded = T(0) - centre;
-    Centred<V>::set((T(0) - scale) * T(kLn2) * row.over_z_s(), row.if_bounded(centre), k);
+    k[0] = (T(0) - scale) * T(kLn2) * row.over_z_s();
+    k[1] = row.if_bounded(centre);
     return row.log_z_t() - T(kLn2) * centre;
   }
 };
@@ -358,7 +366,7 @@ struct MirroredSoftCrossEntropy : Defaults {
 
 template <class V>
 struct MixtureDefaults : Defaults {
-  using Gradient = Centred<V>;
+  using Gradient = Affine<V>;
   static constexpr int kSums = 2, kKept = 2, kMixtureSums = 2;
   static constexpr bool kMixtureKeeps = true, kMoves = true;  // what is kept moves before the mixture pass
   static REPTILE_EXT_FN void move(const Move<V>& by, V (&sums)[kSums]) { move_exponentials(by, sums); }
@@ -397,7 +405,7 @@ struct Jsd : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    Centred<V>::set(scale * row.one_minus_beta * T(kLn2) * row.over_z_s(), row.mixture[1], k);
+    Affine<V>::set(scale * row.one_minus_beta * T(kLn2) * row.over_z_s(), row.mixture[1], k);
     return T(kLn2) * (row.beta * row.mixture[0] + row.one_minus_beta * row.mixture[1]);
   }
 };
@@ -417,7 +425,7 @@ struct SkewKl : MixtureDefaults<V> {
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
     const T k_0 = (T(0) - scale) * row.one_minus_beta * row.one_minus_beta * row.over_z_s();
-    Centred<V>::set(k_0, row.mixture[1], k);
+    Affine<V>::set(k_0, row.mixture[1], k);
     return MixtureDefaults<V>::unless_broken(row, T(kLn2) * row.mixture[0]);
   }
 };
@@ -437,7 +445,7 @@ struct SkewReverseKl : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    Centred<V>::set(scale * T(kLn2) * row.over_z_s(), row.mixture[1], k);
+    Affine<V>::set(scale * T(kLn2) * row.over_z_s(), row.mixture[1], k);
     return MixtureDefaults<V>::unless_broken(row, T(kLn2) * row.mixture[0]);
   }
 };

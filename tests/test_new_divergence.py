@@ -39,7 +39,7 @@ struct ChiSquared : MixtureDefaults<V> {
   }
   template <class T>
   static REPTILE_EXT_FN T finish(Row<T>& row, T scale, T (&k)[2]) {
-    Centred<V>::set(scale * row.over_z_s(), row.mixture[1], k);
+    Affine<V>::set(scale * row.over_z_s(), row.mixture[1], k);
     return MixtureDefaults<V>::unless_broken(row, T(0.5) * row.mixture[0]);
   }
 };

@@ -85,10 +85,9 @@ bool plan_ring(const LossProblem& p, const DeviceProperties& device, Plan& plan)
       plan.pieces_ahead = rows < 2 ? plan.ring_pieces - plan.row_pieces : plan.row_pieces;
       plan.side_bytes = plan.ring_pieces * kPieceBytes;
       plan.shared_bytes = kRingSharedBytes + 2 * plan.side_bytes;
-      int64_t resident = device.num_multiprocessors * at_once;
-      if (plan.cluster_blocks > 1) {
-        resident = device.num_multiprocessors / kGroup * (kGroup * at_once / plan.cluster_blocks);
-      }
+      // At most; how many clusters the groups of its multiprocessors leave room for the device is asked
+      // (limit_to_resident).
+      int64_t resident = device.num_multiprocessors * at_once / plan.cluster_blocks;
       if (resident < 1) resident = 1;
       plan.grid_blocks = (p.num_rows < resident ? p.num_rows : resident) * plan.cluster_blocks;
       plan.source = Plan::Source::kRing;

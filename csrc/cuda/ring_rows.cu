@@ -34,8 +34,8 @@ struct Share {
     count = most;
     if (!plan.rows_at_boundaries) {
       shift = int((uintptr_t(p.student.data) + uintptr_t(student)) % kPieceBytes) / Piece::kSize;
-      const int64_t pieces = (p.vocab_size + shift + Piece::kClasses - 1) / Piece::kClasses - first;
-      count = pieces < 0 ? 0 : pieces < most ? int(pieces) : most;
+      const int pieces = int(uint32_t(p.vocab_size + shift + Piece::kClasses - 1) / Piece::kClasses) - int(first);
+      count = pieces < 0 ? 0 : pieces < most ? pieces : most;
     }
     const int64_t from = first * kPieceBytes - shift * Piece::kSize;
     student += from;
@@ -561,8 +561,9 @@ REPTILE_EXT_DEVICE void rows_of_team(const DeviceLoss& device, const Plan& plan)
       char* const to = static_cast<char*>(p.gradient.data) + n * p.gradient.row_strides[0] * Piece::kSize +
                        (first + rank) * kPieceBytes - share.shift * Piece::kSize;
       const int begin_whole = rank - (first == 0 && share.shift > 0);
-      const int64_t end = (p.vocab_size + share.shift) / kClasses - first;  // rows are so long that it is not negative
-      const uint32_t num_whole = uint32_t((end < most ? int(end) : most) + (begin_whole - rank));
+      const int end =
+          int(uint32_t(p.vocab_size + share.shift) / kClasses) - int(first);  // not negative in rows so long
+      const uint32_t num_whole = uint32_t((end < most ? end : most) + (begin_whole - rank));
       const auto write = [&](int number, int offset, int lies) {
         float g[kClasses];
         if constexpr (kKeeps) {

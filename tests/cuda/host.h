@@ -512,8 +512,20 @@ inline float exp2(float x) {
   return flushed(::exp2f(x));
 }
 inline double exp2(double x) { return ::exp2(x); }
-inline float log2_approximately(float x) { return ::log2f(x); }
-inline float reciprocal(float x) { return flushed(1 / x); }
+// With the largest errors that the device's instructions may have, up or down by the argument's bits.
+inline bool goes_up(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits * 2654435761u) >> 31;
+}
+inline float log2_approximately(float x) {
+  const float error = x > 0.5f && x < 2 ? 0x1p-22f : std::fabs(::log2f(x)) * 0x1p-22f;
+  return x == 1 || x == 0 || std::isinf(x) ? ::log2f(x) : ::log2f(x) + (goes_up(x) ? error : -error);
+}
+inline float reciprocal(float x) {
+  const float y = flushed(1 / x);
+  return std::isinf(y) || y == 0 ? y : std::nextafterf(y, goes_up(x) ? 1e38f : -1e38f);
+}
 inline double reciprocal(double x) { return 1 / x; }
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -559,7 +571,9 @@ inline const char* set_bytes_to_zero(void* p, size_t bytes, void*) {
   return nullptr;
 }
 template <class... Parameters>
-const char* limit_to_resident(void (*)(Parameters...), LaunchShape&) {
+const char* limit_to_resident(void (*)(Parameters...), LaunchShape& shape) {
+  // As on a device that has room for fewer than planned.
+  if (shape.blocks > 2 * shape.cluster_blocks) shape.blocks -= shape.cluster_blocks;
   return nullptr;
 }
 
