@@ -1,6 +1,6 @@
 // The operators on the CPU: memory and threads. The work is done by the row drivers of csrc/cpu.
 
-#include "operators.h"
+#include "sparse.h"
 
 #include <algorithm>
 #include <atomic>
