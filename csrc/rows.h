@@ -110,6 +110,26 @@ struct BinaryProblem {
 };
 constexpr int64_t kElementsPerBlock = 1024;
 
+// A teacher that is k classes a row and their log-probabilities (`sparse_distillation_loss`). What becomes of the
+// classes that it does not list, and the names that Python knows these by, in the same order:
+enum class Tail : int {
+  kBucket,       // all of them together are one class, of teacher and student
+  kRestrict,     // they are left out; both sides add up to 1 over the others
+  kRenormalize,  // the teacher's probabilities of the others add up to 1
+  kZero,         // the teacher's probabilities stay as they are, and nothing is added for these classes
+};
+constexpr const char* kTailNames[] = {"bucket", "restrict", "renormalize", "zero"};
+constexpr int64_t kMostListed = 4096;
+
+struct SparseProblem {
+  LossProblem rows;  // all but the teacher's logits
+  Tail tail = Tail::kBucket;
+  int64_t k = 0;
+  const int64_t* indices = nullptr;  // [num_rows, k], of rows that count distinct and at least 0, or −1: none; at
+                                     // vocab_size and above, classes that the student does not have
+  Operand log_probs;                 // [num_rows, k], one after the other
+};
+
 // What is wrong with a constant's value, if anything is.
 struct WrongValue {
   const char* name = nullptr;
@@ -133,6 +153,13 @@ struct Kernels {
   void (*loss_rows)(const LossProblem& problem, int64_t begin, int64_t end, void* scratch);
   // gradient row n times factors[n], or times factors[0] if is_uniform; reads the problem's shape and `gradient` alone.
   void (*scale_rows)(const LossProblem& problem, const double* factors, bool is_uniform, int64_t begin, int64_t end);
+};
+
+// The same for rows of a sparse teacher. The classes that it lists, and the others as one, are a row of k + 1 classes
+// in float64, which the dense kernels of the same instruction set take.
+struct SparseKernels {
+  size_t (*scratch_bytes)(const SparseProblem& problem, const Kernels& dense);
+  void (*loss_rows)(const SparseProblem& problem, const Kernels& dense, int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace reptile_ext

@@ -5,7 +5,8 @@
 
 `distillation_loss` and `DistillationLoss` are the fused losses of logits, `linear_distillation_loss` and
 `LinearDistillationLoss` those of hidden states and heads, `binary_distillation_loss` and `BinaryDistillationLoss` those
-of logits that each are a distribution of their own (one logit, many labels); `reptile_ext.reference` is the same in
+of logits that each are a distribution of their own (one logit, many labels), `sparse_distillation_loss` and
+`SparseDistillationLoss` those of teachers of which K classes a row are known; `reptile_ext.reference` is the same in
 plain PyTorch. The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy
 alone.
 """
@@ -20,7 +21,13 @@ try:
     from .binary import binary_distillation_loss
     from .functional import distillation_loss
     from .linear import linear_distillation_loss, release_scratch
-    from .modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss
+    from .modules import (
+        BinaryDistillationLoss,
+        DistillationLoss,
+        LinearDistillationLoss,
+        SparseDistillationLoss,
+    )
+    from .sparse import captured_mass, sampled_targets, sparse_distillation_loss, top_k_targets
 except ImportError as error:
     # The compiled operators do not load. Whoever wants one of the names above is told; `reptile doctor`, which wants
     # none, gets in and can say what to do.
@@ -36,10 +43,15 @@ __all__ = [
     "BinaryDistillationLoss",
     "DistillationLoss",
     "LinearDistillationLoss",
+    "SparseDistillationLoss",
     "__version__",
     "binary_distillation_loss",
+    "captured_mass",
     "distillation_loss",
     "linear_distillation_loss",
     "reference",
     "release_scratch",
+    "sampled_targets",
+    "sparse_distillation_loss",
+    "top_k_targets",
 ]

@@ -505,6 +505,87 @@ def check_binary_tensors(
     check_denominator(denominator, options, device)
 
 
+def check_sparse_tensors(
+    student_logits: Tensor,
+    teacher_indices: Any,
+    teacher_log_probs: Any,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    of: str = "student_logits",
+    sharded: bool = False,
+) -> int:
+    """`check_tensors` of a teacher that is K classes a row; returns the class dimension, counted from 0.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes, sizes or devices that do not fit.
+    """
+    check_is_tensor(of, student_logits)
+    if student_logits.dtype not in FLOATING:
+        _refuse_dtype(of, student_logits.dtype)
+    _check_dense(of, student_logits)
+    s_shape, ndim, dim = student_logits.shape, student_logits.dim(), options.dim
+    if ndim == 0:
+        raise ValueError(f"{of} must have a class dimension; got a 0-dimensional tensor")
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dim must lie between {-ndim} and {ndim - 1} for {of} of shape {_shape(s_shape)}; got {dim}")
+    dim %= ndim
+    if not sharded and s_shape[dim] == 0:
+        raise ValueError(f"{of} needs at least one class in dim={options.dim}; got {_shape(s_shape)}")
+    for name, tensor in (("teacher_indices", teacher_indices), ("teacher_log_probs", teacher_log_probs)):
+        check_is_tensor(name, tensor)
+        if name == "teacher_indices" and tensor.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"teacher_indices must be int64 or int32; got {tensor.dtype}")
+        if name == "teacher_log_probs" and tensor.dtype not in FLOATING:
+            _refuse_dtype(name, tensor.dtype)
+        _check_dense(name, tensor)
+        shape = tensor.shape
+        if len(shape) != ndim or shape[:dim] != s_shape[:dim] or shape[dim:-1] != s_shape[dim + 1 :]:
+            wanted = [*map(str, s_shape[:dim]), *map(str, s_shape[dim + 1 :]), "K"]
+            raise ValueError(
+                f"{name} must have the shape of {of} without its {'class' if of == 'student_logits' else 'last'} "
+                f"dimension, and K classes last, [{', '.join(wanted)}]; got {_shape(shape)}"
+            )
+        if tensor.device != student_logits.device:
+            raise ValueError(f"{name} must be on the device of {of}, {student_logits.device}; got {tensor.device}")
+    if teacher_indices.shape != teacher_log_probs.shape:
+        raise ValueError(
+            f"teacher_indices and teacher_log_probs must have one shape; got {_shape(teacher_indices.shape)} and "
+            f"{_shape(teacher_log_probs.shape)}"
+        )
+    k = teacher_indices.shape[-1]
+    if not 1 <= k <= MOST_LISTED:
+        raise ValueError(f"teacher_indices must list 1 to {MOST_LISTED} classes a row; got {k}")
+    if teacher_log_probs.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_log_probs gets no gradient from a sparse loss: pass teacher_log_probs.detach(), or the teacher's "
+            "logits in full to distillation_loss"
+        )
+    check_rows(labels, weight, denominator, options, s_shape, dim, student_logits.device, of)
+    return dim
+
+
+def check_sparse_alone(hidden: Any, weight: Any, bias: Any, head: Any, softcap: Any, scale: float) -> None:
+    """Of the fused linear loss: a sparse teacher takes the place of hidden states and head."""
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "head": head, "softcap": softcap}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"teacher_indices and teacher_log_probs take the place of teacher_{name}; got both")
+    if scale != 1.0:
+        raise ValueError(f"teacher_scale has no meaning for teacher_log_probs; got {scale!r}, wanted 1.0")
+
+
+def check_tail_has_meaning(tail: str, is_sparse: bool) -> None:
+    if tail != "bucket" and not is_sparse:
+        raise ValueError(f"tail has no meaning without teacher_indices and teacher_log_probs; got {tail!r}")
+
+
+# Classes that a sparse teacher lists of a row.
+MOST_LISTED = 4096
+
+
 def refuse_dtensor(name: str) -> NoReturn:
     raise TypeError(f"{name} must be this process's own rows; got a DTensor: pass {name}.to_local()")
 
@@ -607,6 +688,31 @@ def check_label_values(labels: Tensor, wrong: Tensor, vocab_size: int, ignore_in
         )
 
 
+def check_sparse_values(
+    ids: Tensor, log_probs: Tensor, outside: Tensor, repeated: Tensor, vocab_size: int, truncate: bool
+) -> None:
+    """Of rows that count; `outside` and `repeated` say which rows have such ids."""
+    if bool(outside.any()):
+        row = ids[outside][0]
+        wrong = row[(row < -1) | ((row >= vocab_size) & (not truncate))][0].item()
+        also = "" if wrong < 0 else ", or pass vocab='truncate' to leave out classes that the student does not have"
+        raise ValueError(f"teacher_indices must lie in [-1, {vocab_size}), -1 for none{also}; got {wrong}")
+    if bool(repeated.any()):
+        row = ids[repeated][0].sort().values
+        twice = row[1:][(row[1:] == row[:-1]) & (row[1:] >= 0)][0].item()
+        raise ValueError(f"teacher_indices must differ from one another in a row; got {twice} twice")
+    wrong_y = (ids >= 0) & (log_probs > LARGEST_LOG_PROB)
+    if bool(wrong_y.any()):
+        raise ValueError(
+            "teacher_log_probs must be logarithms of probabilities, at most 0 but for rounding; got "
+            f"{log_probs[wrong_y][0].item():g} (top_k_targets makes them of logits)"
+        )
+
+
+# What rounding to 16 bits may make of a logarithm that is not above 0, and more.
+LARGEST_LOG_PROB = 0.1
+
+
 def check_divisor_value(divisor: Tensor) -> None:
     wrong = ~((divisor > 0) & divisor.isfinite())
     if bool(wrong.any()):
@@ -617,7 +723,9 @@ def raise_better(error: RuntimeError, device: torch.device) -> None:
     """The operators can raise RuntimeErrors only. To the caller, values that only they look at are ValueErrors, and
     memory that a smaller batch would not have needed is what training loops know it as."""
     message = str(error)
-    if message.startswith(("labels ", "weight ", "pos_weight ", "denominator ", "inplace=")):
+    if message.startswith(
+        ("labels ", "weight ", "pos_weight ", "denominator ", "inplace=", "teacher_indices ", "teacher_log_probs ")
+    ):
         raise ValueError(message) from None
     if message.startswith("not enough memory for the gradient") and device.type == "cuda":
         raise torch.OutOfMemoryError(f"CUDA out of memory: {message}") from None

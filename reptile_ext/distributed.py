@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -202,6 +202,31 @@ def _agree_on_ranges(
         sizes = (tuple(of_student.tolist()), tuple(of_teacher.tolist()))
         _complain(everyone, sizes, bool(agree), options, [what for _, what in same], rank)
     return Ranges(sizes, starts[0][rank], vocab_size, agree)
+
+
+def agree_on_classes(
+    student: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    group: Any,
+) -> tuple[int, int]:
+    """Of a sparse teacher, which is the same in every process: the first of the student's classes that this process
+    holds, and how many there are in all. (On a GPU the host waits for these two.)"""
+    options = options._replace(truncate=True)
+    ranges = _agree_on_ranges(student, student, labels, weight, options, group)
+    sums = torch.stack([_checksum(x, student.device) for x in teacher])
+    if not bool((torch.stack(_from_all(sums, group)) == sums).all()):
+        raise ValueError("every process of group must have the same teacher_indices and teacher_log_probs; they differ")
+    return int(ranges.first), int(ranges.vocab_size)
+
+
+def refuse_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "sparse_distillation_loss(group=...) has no double backward, and takes no batch of gradients: gather the "
+        "student's logits for these"
+    )
 
 
 def _complain(

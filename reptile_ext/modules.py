@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .binary import binary_distillation_loss
-from .checks import check_memory_budget, check_scale, check_softcap, refuse_attribute, refuse_keyword
+from .checks import check_memory_budget, check_scale, check_softcap, one_of, refuse_attribute, refuse_keyword
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
-from .options import BinaryKeywords, Keywords, Options, make_binary_options, make_options
+from .options import (
+    TAILS,
+    BinaryKeywords,
+    Keywords,
+    Options,
+    SparseKeywords,
+    make_binary_options,
+    make_options,
+    make_sparse_options,
+)
+from .sparse import sparse_distillation_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,12 +31,16 @@ if TYPE_CHECKING:
     class LogitsKeywords(Keywords, total=False):
         group: ProcessGroup | None
 
+    class SparseLogitsKeywords(SparseKeywords, total=False):
+        group: ProcessGroup | None
+
     class LinearKeywords(Keywords, total=False):
         student_softcap: float | None
         teacher_softcap: float | None
         student_scale: float
         teacher_scale: float
         memory_budget: int | None
+        tail: str
 
 
 class _Loss(nn.Module):
@@ -34,6 +48,7 @@ class _Loss(nn.Module):
 
     loss: ClassVar[Callable[..., Tensor]]
     make_options: ClassVar[Callable[..., Options]] = staticmethod(make_options)
+    keywords_of_options: ClassVar[frozenset[str]] = frozenset(Keywords.__annotations__)
     keywords: dict[str, Any]
 
     def __init_subclass__(cls) -> None:
@@ -76,7 +91,8 @@ class _Loss(nn.Module):
 
     def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """The keywords, if the function would take them: complain now, not in the first step."""
-        type(self).make_options(**{name: value for name, value in keywords.items() if name in Keywords.__annotations__})
+        known = self.keywords_of_options
+        type(self).make_options(**{name: value for name, value in keywords.items() if name in known})
         return keywords
 
     def extra_repr(self) -> str:
@@ -172,6 +188,57 @@ class BinaryDistillationLoss(_Loss):
         )
 
 
+class SparseDistillationLoss(_Loss):
+    """`sparse_distillation_loss` with its keywords fixed: a teacher of which K classes a row are known.
+
+    Equivalent PyTorch (temperature T, every row counts)::
+
+        x = F.log_softmax(student_logits.float() / T, -1).gather(-1, teacher_indices)
+        p, y = teacher_log_probs.exp(), teacher_log_probs
+        r, R = 1 - p.sum(-1), 1 - x.exp().sum(-1)
+        loss = T * T * ((p * (y - x)).sum(-1) + r * (r.log() - R.log())).mean()
+
+    The keywords are those of `sparse_distillation_loss` without `weight` and `denominator`, which go to the call. They
+    are attributes too, checked when the module is made and when one is set.
+
+    Shapes: student logits [..., V]; indices (int64 or int32) and log-probabilities [..., K]; labels, if any, integer
+    [...]; result a scalar, or [...] with `reduction="none"`. Dtypes, errors and papers: see `sparse_distillation_loss`.
+
+    Example::
+
+        criterion = SparseDistillationLoss(temperature=2.0)
+        indices, log_probs = top_k_targets(teacher(x), 64, temperature=2.0)  # or from a file
+        criterion(student(x), indices, log_probs).backward()
+    """
+
+    loss = staticmethod(sparse_distillation_loss)
+    make_options = staticmethod(make_sparse_options)
+    keywords_of_options = _Loss.keywords_of_options | {"tail"}
+
+    def __init__(self, **keywords: Unpack[SparseLogitsKeywords]) -> None:
+        super().__init__(**keywords)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_indices: Tensor,
+        teacher_log_probs: Tensor,
+        labels: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        return sparse_distillation_loss(
+            student_logits,
+            teacher_indices,
+            teacher_log_probs,
+            labels,
+            weight=weight,
+            denominator=denominator,
+            **self.keywords,
+        )
+
+
 class LinearDistillationLoss(_Loss):
     """`linear_distillation_loss` with its keywords fixed.
 
@@ -182,8 +249,8 @@ class LinearDistillationLoss(_Loss):
         loss = T * T * (y.exp() * (y - x)).sum(-1).mean()
 
     The keywords are those of `linear_distillation_loss` without `student_head`, `teacher_head`, `student_bias`,
-    `teacher_bias`, `weight`, `denominator` and `num_rows_in`, which go to the call. They are attributes too, checked
-    when the module is made and when one is set (`criterion.temperature = 2.0`).
+    `teacher_bias`, `teacher_indices`, `teacher_log_probs`, `weight`, `denominator` and `num_rows_in`, which go to the
+    call. They are attributes too, checked when the module is made and when one is set (`criterion.temperature = 2.0`).
 
     Shapes: hidden states [..., H], heads [V, H], biases [V]; labels, if any, integer [...]; result a scalar, or [...]
     with `reduction="none"`. Dtypes, errors and papers: see `linear_distillation_loss`.
@@ -202,6 +269,7 @@ class LinearDistillationLoss(_Loss):
     def _checked(self, keywords: dict[str, Any]) -> dict[str, Any]:
         keywords = super()._checked(keywords)
         check_memory_budget(keywords["memory_budget"])
+        one_of("tail", keywords["tail"], TAILS)
         for side in ("student", "teacher"):
             keywords[f"{side}_softcap"] = check_softcap(side, keywords[f"{side}_softcap"])
             keywords[f"{side}_scale"] = check_scale(side, keywords[f"{side}_scale"])
@@ -222,6 +290,8 @@ class LinearDistillationLoss(_Loss):
         weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
         num_rows_in: int | None = None,
+        teacher_indices: Tensor | None = None,
+        teacher_log_probs: Tensor | None = None,
     ) -> Tensor:
         return linear_distillation_loss(
             student_hidden,
@@ -236,5 +306,7 @@ class LinearDistillationLoss(_Loss):
             weight=weight,
             denominator=denominator,
             num_rows_in=num_rows_in,
+            teacher_indices=teacher_indices,
+            teacher_log_probs=teacher_log_probs,
             **self.keywords,
         )

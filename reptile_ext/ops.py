@@ -120,9 +120,11 @@ _library = _load()
 # After the library, whose absence `_load` explains, and the version, on which private parts of torch depend.
 from . import _C, compat  # noqa: E402
 
-# Names in the order of the operators' numbers: what there are kernels for, and what becomes of the rows' losses.
+# Names in the order of the operators' numbers: what there are kernels for, what becomes of the rows' losses.
 KERNELS: tuple[str, ...] = _C.divergences()
 REDUCTIONS: tuple[str, ...] = _C.reductions()
+# What becomes of the classes that a sparse teacher does not list.
+TAILS: tuple[str, ...] = _C.tails()
 # How many numbers a row has in each part of its stats: maxima, sums, mixture sums.
 ROW_STATS_SIZES = tuple(_C.row_stats_sizes())
 
@@ -229,6 +231,9 @@ binary_distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.repti
 binary_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.binary_distillation_loss_.default
 scale_elements_: Callable[..., None] = torch.ops.reptile_ext.scale_elements_.default
 
+sparse_distillation_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.reptile_ext.sparse_distillation_loss.default
+sparse_distillation_loss_: Callable[..., Tensor] = torch.ops.reptile_ext.sparse_distillation_loss_.default
+
 # THE ARGUMENTS of the operators are listed in csrc/torch/arguments.h and nowhere else. All operators but
 # scale_gradient_ and scale_elements_ have these: two models' logits, constants of the loss that are tensors, what the
 # gradient is multiplied by, and numbers.
@@ -308,6 +313,8 @@ _register_fake("scale_gradient_", lambda given: None)
 _register_fake("binary_distillation_loss", _fake_binary_loss_and_gradient)
 _register_fake("binary_distillation_loss_", _fake_binary_loss)
 _register_fake("scale_elements_", lambda given: None)
+_register_fake("sparse_distillation_loss", _fake_loss_and_gradient)
+_register_fake("sparse_distillation_loss_", _fake_loss)
 
 
 def _out_of_place(name: str, arguments: str, in_place: Callable[..., None]) -> Any:

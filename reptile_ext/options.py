@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 
 from .checks import integer_of, is_non_negative, is_temperature, number_of, one_of, pair_of
-from .ops import KERNELS, NUMBERS, REDUCTIONS
+from .ops import KERNELS, NUMBERS, REDUCTIONS, TAILS
 
 __all__ = [
     "BINARY_DIVERGENCES",
@@ -22,11 +22,14 @@ __all__ = [
     "DIVERGENCE_TABLE",
     "KERNELS",
     "REDUCTIONS",
+    "TAILS",
     "BinaryKeywords",
     "Keywords",
     "Options",
+    "SparseKeywords",
     "make_binary_options",
     "make_options",
+    "make_sparse_options",
 ]
 
 TEMPERATURE_SCALINGS = ("t2", "none")
@@ -53,6 +56,9 @@ class Divergence(NamedTuple):
     mirror: str | None = None
     mirror_swaps_beta: bool = False  # β of the one is 1 − β of the other
     needs_labels: bool = False
+    # Of a sparse teacher, those that it goes with. "renormalize" takes one that is finite where p is 0, and whose
+    # classes may be merged where p/q is the same (every f-divergence's may).
+    tails: tuple[str, ...] = ("bucket", "restrict")
     # Where it is another one's kernel: at some β, and throughout, times a factor.
     limits: Mapping[float, str] = {}
     kernel: str | None = None
@@ -60,10 +66,11 @@ class Divergence(NamedTuple):
 
 
 _SMALLEST = 1e-30  # below this, a β other than 0 has no room in float32
+_UP_TO_ZERO_P = ("bucket", "restrict", "renormalize")
 _SKEW = Beta(0.1, lambda v: v == 0 or _SMALLEST <= v < 1, "0 or a number from 1e-30 to 1, 1 excluded")
 
 DIVERGENCE_TABLE: dict[str, Divergence] = {
-    "forward_kl": Divergence(mirror="reverse_kl"),
+    "forward_kl": Divergence(mirror="reverse_kl", tails=TAILS),
     "reverse_kl": Divergence(mirror="forward_kl"),
     "symmetric_kl": Divergence(
         beta=Beta(0.5, lambda v: 0 <= v <= 1, "a number between 0 and 1"),
@@ -75,21 +82,26 @@ DIVERGENCE_TABLE: dict[str, Divergence] = {
         beta=Beta(0.5, lambda v: _SMALLEST <= v < 1, "a number between 0 (at least 1e-30) and 1, both excluded"),
         mirror="jsd",
         mirror_swaps_beta=True,
+        tails=_UP_TO_ZERO_P,
     ),
     "scaled_jsd": Divergence(
         beta=Beta(0.5, lambda v: v == 0 or _SMALLEST <= v <= 1, "0 or a number from 1e-30 to 1"),
         limits={0.0: "forward_kl", 1.0: "reverse_kl"},
         kernel="jsd",
         factor=lambda v: 1.0 / (v * (1.0 - v)),
+        tails=_UP_TO_ZERO_P,
     ),
-    "skew_kl": Divergence(beta=_SKEW, limits={0.0: "forward_kl"}, mirror="skew_reverse_kl"),
-    "skew_reverse_kl": Divergence(beta=_SKEW, limits={0.0: "reverse_kl"}, mirror="skew_kl"),
-    "tvd": Divergence(mirror="tvd"),
-    "hellinger": Divergence(mirror="hellinger"),
-    "soft_cross_entropy": Divergence(mirror="mirrored_soft_cross_entropy"),
-    "mse": Divergence(mirror="mse"),
+    "skew_kl": Divergence(beta=_SKEW, limits={0.0: "forward_kl"}, mirror="skew_reverse_kl", tails=_UP_TO_ZERO_P),
+    "skew_reverse_kl": Divergence(beta=_SKEW, limits={0.0: "reverse_kl"}, mirror="skew_kl", tails=_UP_TO_ZERO_P),
+    "tvd": Divergence(mirror="tvd", tails=_UP_TO_ZERO_P),
+    "hellinger": Divergence(mirror="hellinger", tails=_UP_TO_ZERO_P),
+    "soft_cross_entropy": Divergence(mirror="mirrored_soft_cross_entropy", tails=TAILS),
+    "mse": Divergence(mirror="mse", tails=()),
     "dkd": Divergence(
-        beta=Beta(8.0, lambda v: 0 <= v < math.inf, "a finite number >= 0"), mirror="mirrored_dkd", needs_labels=True
+        beta=Beta(8.0, lambda v: 0 <= v < math.inf, "a finite number >= 0"),
+        mirror="mirrored_dkd",
+        needs_labels=True,
+        tails=(),
     ),
 }
 DIVERGENCES = tuple(DIVERGENCE_TABLE)
@@ -166,6 +178,12 @@ class BinaryKeywords(TypedDict, total=False):
     inplace: bool
 
 
+class SparseKeywords(Keywords, total=False):
+    """Those of `sparse_distillation_loss`."""
+
+    tail: str
+
+
 class Options(NamedTuple):
     """The keywords of a loss, checked and resolved: the operators' numbers by their names, and what Python needs."""
 
@@ -184,6 +202,7 @@ class Options(NamedTuple):
     truncate: bool = True  # also right for vocabularies of one size
     inplace: bool = False
     needs_labels: bool = False
+    tail: int = 0  # position in TAILS, of a sparse teacher
 
     @classmethod
     def of_operator(cls, given: Mapping[str, Any]) -> Options:
@@ -283,3 +302,28 @@ def make_binary_options(**keywords: Any) -> Options:
     if options.kernel() == "mse":  # of the logit, not the mean of it and of a class that is 0 for both
         options = options._replace(soft_scale=2.0 * options.soft_scale)
     return options
+
+
+def check_tail(tail: str, divergence: str, kernel: str) -> int:
+    """The position of a tail in TAILS, if it goes with a divergence and the kernel that its β makes of it."""
+    number = one_of("tail", tail, TAILS)
+    tails = DIVERGENCE_TABLE[divergence].tails
+    if kernel != divergence and kernel in DIVERGENCE_TABLE:
+        tails = tuple(name for name in tails if name in DIVERGENCE_TABLE[kernel].tails)
+    if tail not in tails:
+        fitting = ", ".join(repr(name) for name in DIVERGENCES if tail in DIVERGENCE_TABLE[name].tails)
+        its = " or ".join(f"tail={name!r}" for name in tails) or "distillation_loss, of the teacher's logits in full"
+        limit = f" (at this beta it is {kernel})" if kernel in DIVERGENCE_TABLE[divergence].limits.values() else ""
+        raise ValueError(
+            f"divergence={divergence!r}{limit} does not go with tail={tail!r}: it is infinite, or not defined, by the "
+            f"classes listed alone; pass one of {fitting}, or {its}"
+        )
+    return number
+
+
+def make_sparse_options(*, tail: str = "bucket", **keywords: Any) -> Options:
+    """The same of `sparse_distillation_loss`. The teacher's log-probabilities are used as they are given: T_t enters S
+    alone."""
+    options = make_options(**keywords)
+    number = check_tail(tail, keywords.get("divergence", "forward_kl"), options.kernel())
+    return options._replace(teacher_temperature=1.0, tail=number)

@@ -24,6 +24,8 @@ from .checks import (
     check_label_values,
     check_pos_weight_values,
     check_rows_in,
+    check_sparse_tensors,
+    check_sparse_values,
     check_target_values,
     check_tensors,
     check_weight_values,
@@ -31,18 +33,26 @@ from .checks import (
 from .options import (
     KERNELS,
     REDUCTIONS,
+    TAILS,
     BinaryKeywords,
     Keywords,
     Options,
+    SparseKeywords,
     make_binary_options,
     make_options,
+    make_sparse_options,
     mirror,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["binary_distillation_loss", "distillation_loss", "linear_distillation_loss"]
+__all__ = [
+    "binary_distillation_loss",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "sparse_distillation_loss",
+]
 
 
 class Rows(NamedTuple):
@@ -444,8 +454,8 @@ def counted_rows(labels: Tensor | None, weight: Tensor | None, ignore_index: int
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -456,6 +466,8 @@ def linear_distillation_loss(
     teacher_scale: float = 1.0,
     memory_budget: int | None = None,
     num_rows_in: int | None = None,
+    teacher_indices: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:
     """`reptile_ext.linear_distillation_loss` in plain PyTorch, logits in full; `memory_budget` has no effect, and
@@ -463,10 +475,16 @@ def linear_distillation_loss(
     leading, counted = student_hidden.shape[:-1], None
     # What does not fit is complained of below.
     fitting = (x if isinstance(x, Tensor) and x.shape == leading else None for x in (labels, keywords.get("weight")))
-    if teacher_hidden.shape[:-1] == leading:
+    if teacher_hidden is None or teacher_hidden.shape[:-1] == leading:
         counted = counted_rows(next(fitting), next(fitting), keywords.get("ignore_index", -100))
-        student_hidden, teacher_hidden = (without_ignored(x, counted) for x in (student_hidden, teacher_hidden))
+        student_hidden = without_ignored(student_hidden, counted)
     student = linear_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+    if teacher_indices is not None and teacher_log_probs is not None:
+        loss = sparse_distillation_loss(student, teacher_indices, teacher_log_probs, labels, **keywords)
+        return nan_if_rows_are_lost(loss, counted, num_rows_in, True)
+    assert teacher_hidden is not None
+    if teacher_hidden.shape[:-1] == leading:
+        teacher_hidden = without_ignored(teacher_hidden, counted)
     teacher = linear_logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
     return nan_if_rows_are_lost(distillation_loss(student, teacher, labels, **keywords), counted, num_rows_in, True)
 
@@ -502,21 +520,7 @@ def with_options(
     t = t[..., :vocab_size].reshape(-1, vocab_size).contiguous().to(arithmetic)
 
     may_check = check_values and _has_values_at_hand(s)
-    with torch.no_grad():
-        w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(arithmetic)
-        counted = w != 0
-        wrong = torch.zeros_like(counted)
-        if weight is not None and may_check:
-            check_weight_values(compat.values_of(w))
-        if labels is not None:
-            labels = labels.reshape(-1).to(torch.int64)
-            counted = counted & (labels != options.ignore_index)
-            wrong = counted & ((labels < 0) | (labels >= vocab_size))
-            if may_check:
-                values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
-                check_label_values(values, values != options.ignore_index, vocab_size, options.ignore_index)
-            labels = torch.where(counted & ~wrong, labels, 0)
-        w = torch.where(counted, w, 0.0)
+    labels, w, counted, wrong = _rows_that_count(s, labels, weight, options, may_check)
 
     # An ignored row is never read: its logits are replaced before any arithmetic, so that a NaN in it cannot come back
     # through 0 · NaN in the gradient.
@@ -526,6 +530,29 @@ def with_options(
     # A wrong label where it could not be an error: that row alone.
     losses = losses * torch.where(wrong, torch.nan, 1.0)
     return _reduced(losses.reshape(leading), w, counted, denominator, options, may_check)
+
+
+@torch.no_grad()
+def _rows_that_count(
+    s: Tensor, labels: Tensor | None, weight: Tensor | None, options: Options, may_check: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Of rows [N, V]: labels that are in range; weights, 0 of ignored rows; which rows count, and which of them have a
+    label out of range."""
+    vocab_size = s.shape[-1]
+    w = s.new_ones(s.shape[0]) if weight is None else weight.reshape(-1).to(s.dtype)
+    counted = w != 0
+    wrong = torch.zeros_like(counted)
+    if weight is not None and may_check:
+        check_weight_values(compat.values_of(w))
+    if labels is not None:
+        labels = labels.reshape(-1).to(torch.int64)
+        counted = counted & (labels != options.ignore_index)
+        wrong = counted & ((labels < 0) | (labels >= vocab_size))
+        if may_check:
+            values = compat.values_of(torch.where(wrong, labels, options.ignore_index))
+            check_label_values(values, values != options.ignore_index, vocab_size, options.ignore_index)
+        labels = torch.where(counted & ~wrong, labels, 0)
+    return labels, torch.where(counted, w, 0.0), counted, wrong
 
 
 def _has_values_at_hand(x: Tensor) -> bool:
@@ -636,6 +663,164 @@ def binary_distillation_loss(
     options = make_binary_options(**keywords)
     check_binary_tensors(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
     return binary_with_options(student_logits, teacher_logits, labels, weight, pos_weight, denominator, options)
+
+
+# ----------------------------------------------- sparse teachers: K classes and, of all the others, one number or none
+
+
+class SparseRows(NamedTuple):
+    """The teacher's side of [N, V] rows of the student."""
+
+    ids: Tensor  # [N, K], −1: none
+    y: Tensor  # [N, K] log-probabilities as they were given, −inf where there is no id
+    dropped: Tensor  # [N]: mass of classes that the student does not have
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """logsumexp over the last dimension, kept; −inf of nothing but −inf, with a gradient of 0."""
+    top = z.detach().amax(-1, keepdim=True)
+    none = top == -torch.inf
+    top = torch.where(none, 0.0, top)
+    total = (z - top).exp().sum(-1, keepdim=True)
+    return torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + top)
+
+
+def _few_classes(z: Tensor, teacher: SparseRows, tail: str) -> tuple[Tensor, Tensor]:
+    """Student and teacher as rows of K + 1 classes [N, K + 1]: those that the teacher lists and, last, all the others
+    as one. Logits over T_s, and logarithms of probabilities that do not have to add up to 1; −inf in both where there
+    is no class.
+
+    Merging classes changes no D in which p/q is the same for all of them, and so none where p is 0 ("renormalize").
+    The student's is the logarithm of a sum over the other classes: 1 − Σ q would have no digits left where they have
+    little.
+    """
+    listed = teacher.ids >= 0
+    any_listed = listed.any(-1, keepdim=True)
+    # A place without an id becomes the row's first id once more; a row without any writes class 0 over itself.
+    first = teacher.ids.gather(-1, listed.to(torch.int8).argmax(-1, keepdim=True)).clamp(min=0)
+    ids = torch.where(listed, teacher.ids, first)
+    at_ids = z.gather(-1, ids)
+    others = z.scatter(-1, ids, torch.where(any_listed, -torch.inf, at_ids))
+    of_student = torch.where(listed, at_ids, -torch.inf)
+    of_others = torch.full_like(of_student[:, :1], -torch.inf) if tail == "restrict" else _log_sum_exp(others)
+    return torch.cat([of_student, of_others], -1), few_classes_of_teacher(teacher, tail, z.shape[-1])
+
+
+def few_classes_of_teacher(teacher: SparseRows, tail: str, vocab_size: int) -> Tensor:
+    """The teacher's side of `_few_classes`."""
+    r = torch.zeros_like(teacher.y[:, 0])
+    if tail == "bucket":
+        rest = 1 - teacher.dropped - teacher.y.exp().sum(-1)  # below 0 by rounding: p is rescaled
+        are_all = (teacher.ids >= 0).sum(-1) == vocab_size
+        r = torch.where(are_all, 0.0, rest.clamp(min=0))
+    return torch.cat([teacher.y, r.log().unsqueeze(-1)], -1)
+
+
+def _is_broken(s: Tensor, teacher: SparseRows, tail: str) -> Tensor:
+    """Which rows have a NaN, a +inf, or nothing but −inf where they need something."""
+    broken = ~s.amax(-1).isfinite() | ~(teacher.y.amax(-1) < torch.inf)
+    if tail in ("restrict", "renormalize"):
+        broken = broken | (teacher.y == -torch.inf).all(-1)
+    if tail == "restrict":
+        at_ids = s.gather(-1, teacher.ids.clamp(min=0))
+        broken = broken | ((at_ids == -torch.inf) | (teacher.ids < 0)).all(-1)
+    return broken
+
+
+def loss_of_few_classes(of_student: Tensor, of_teacher: Tensor, teacher: SparseRows, options: Options) -> Tensor:
+    """The soft part of ℓ, from the rows of `_few_classes`."""
+    of = (options.divergence, options.beta, options.one_minus_beta, 1.0, 1.0)
+    if TAILS[options.tail] != "zero":
+        return options.soft_scale * _divergence(of_student, of_teacher, None, of)
+    # Σ p (y − x) = P (KL(p / P ‖ q) + log P), and −Σ p x = P (cross entropy of p / P and q)
+    mass = teacher.y.exp().sum(-1) / (1 - teacher.dropped)
+    none = mass == 0
+    of_teacher = torch.where(none.unsqueeze(-1), of_student.detach(), of_teacher)
+    losses = _divergence(of_student, of_teacher, None, of)
+    if options.kernel() == "forward_kl":
+        losses = losses + torch.where(none, 1.0, mass).log()
+    return options.soft_scale * torch.where(none, 0.0, mass) * losses
+
+
+def sparse_row_losses(s: Tensor, teacher: SparseRows, labels: Tensor | None, options: Options) -> Tensor:
+    """ℓ of every row of [N, V] logits of one floating dtype."""
+    losses: Tensor = s.new_zeros(s.shape[0])
+    if options.soft_scale > 0:
+        # Multiplied with NaN, not filled: a broken row's gradient is NaN in all classes, also where a tail has none.
+        z = s / options.student_temperature
+        z = z * torch.where(_is_broken(s.detach(), teacher, TAILS[options.tail]), torch.nan, 1.0).unsqueeze(-1)
+        losses = loss_of_few_classes(*_few_classes(z, teacher, TAILS[options.tail]), teacher, options)
+    if options.hard_weight > 0:
+        assert labels is not None
+        losses = losses + options.hard_weight * cross_entropy(s, labels, options.label_smoothing)
+    return losses
+
+
+def sparse_with_options(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    denominator: float | Tensor | None,
+    options: Options,
+    check_values: bool = True,
+) -> Tensor:
+    """`sparse_distillation_loss` of arguments that are checked already; constants' values are if `check_values`."""
+    s = student_logits.movedim(options.dim, -1)
+    leading, vocab_size = s.shape[:-1], s.shape[-1]
+    double = torch.float64 in (s.dtype, teacher_log_probs.dtype)
+    arithmetic = torch.float64 if double else torch.float32
+    s = s.reshape(-1, vocab_size).to(arithmetic)
+    may_check = check_values and _has_values_at_hand(s)
+    labels, w, counted, wrong = _rows_that_count(s, labels, weight, options, may_check)
+    teacher, wrong_list = _sparse_rows(s, teacher_indices, teacher_log_probs, counted, options, may_check)
+    s = torch.where(counted.unsqueeze(-1), s, 0.0)
+    losses = torch.where(counted, w * sparse_row_losses(s, teacher, labels, options), 0.0)
+    losses = losses * torch.where(wrong | wrong_list, torch.nan, 1.0)
+    return _reduced(losses.reshape(leading), w, counted, denominator, options, may_check)
+
+
+@torch.no_grad()
+def _sparse_rows(
+    s: Tensor, teacher_indices: Tensor, teacher_log_probs: Tensor, counted: Tensor, options: Options, may_check: bool
+) -> tuple[SparseRows, Tensor]:
+    """The teacher of rows [N, V], and which rows have indices out of range, or one twice."""
+    vocab_size, k = s.shape[-1], teacher_indices.shape[-1]
+    ids = teacher_indices.reshape(-1, k).to(torch.int64)
+    y = teacher_log_probs.reshape(-1, k).to(s.dtype)
+    # Ignored rows are never read: they have class 0 alone, of which the teacher is certain.
+    is_first = torch.arange(k, device=s.device) == 0
+    ids = torch.where(counted.unsqueeze(-1), ids, torch.where(is_first, 0, -1))
+    y = torch.where(counted.unsqueeze(-1), y, 0.0)
+    ordered = ids.sort(-1).values
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+    outside = ((ids < -1) | ((ids >= vocab_size) & (not options.truncate))).any(-1)
+    if may_check:
+        values = [compat.values_of(x) for x in (ids, y, outside, repeated)]
+        check_sparse_values(values[0], values[1], values[2], values[3], vocab_size, options.truncate)
+    wrong = repeated | outside
+    dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
+    ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)
+    y = torch.where(ids >= 0, y, -torch.inf)
+    return SparseRows(ids, y, dropped), wrong
+
+
+def sparse_distillation_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    **keywords: Unpack[SparseKeywords],
+) -> Tensor:
+    """`reptile_ext.sparse_distillation_loss` in plain PyTorch: same arguments and result, any device, any order of
+    derivative. `inplace` is accepted and has no effect."""
+    options = make_sparse_options(**keywords)
+    check_sparse_tensors(student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
+    return sparse_with_options(student_logits, teacher_indices, teacher_log_probs, labels, weight, denominator, options)
 
 
 def _scaled(loss: Tensor, scale: float) -> Tensor:

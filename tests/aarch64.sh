@@ -33,6 +33,7 @@ flags="-std=c++17 $flags"
 xargs -P 2 -L 1 $compiler <<COMMANDS
 $flags -O3 $portable -fno-exceptions -DREPTILE_EXT_KERNELS=kernels_portable -c csrc/cpu/loss_rows.cpp -o $build/portable.o
 $flags -O2 -ftree-vectorize -fno-signed-zeros $portable -fno-exceptions -DREPTILE_EXT_BINARY_KERNELS=binary_kernels_portable -c csrc/cpu/binary.cpp -o $build/binary.o
+$flags -O3 $portable -fno-exceptions -DREPTILE_EXT_SPARSE_KERNELS=sparse_kernels_portable -c csrc/cpu/sparse.cpp -o $build/sparse.o
 $flags -O3 -c csrc/cpu/dispatch.cpp -o $build/dispatch.o
 $flags -O2 -Wno-return-type -c tests/fuzz/fuzz_rows.cpp -o $build/fuzz_rows.o
 $flags -O2 -Wno-return-type -c tests/fuzz/fuzz_elements.cpp -o $build/fuzz_elements.o

@@ -47,6 +47,8 @@ rm -f "$build"/*.o
   while read -r name options; do
     echo "$name csrc/cpu/loss_rows.cpp ${options//'${avx512}'/$avx512} -fno-exceptions $sanitize" \
       "-DREPTILE_EXT_KERNELS=kernels_$name"
+    echo "sparse_$name csrc/cpu/sparse.cpp ${options//'${avx512}'/$avx512} -fno-exceptions $sanitize" \
+      "-DREPTILE_EXT_SPARSE_KERNELS=sparse_kernels_$name"
     [ "$name" = avx512_bf16 ] || echo "binary_$name csrc/cpu/binary.cpp ${options//'${avx512}'/$avx512}" \
       "-fno-exceptions -fno-signed-zeros $sanitize -DREPTILE_EXT_BINARY_KERNELS=binary_kernels_$name"
   done <<<"$sets"

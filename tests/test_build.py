@@ -24,8 +24,13 @@ CSRC = ROOT / "csrc"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SETS = ("portable", "avx2", "avx512", "avx512_bf16") if X86 else ("portable",)
-# Objects of a set: its name, of the rows' kernels; of single elements', which avx512_bf16 shares with avx512.
-OBJECTS = (*SETS, *(f"binary_{name}" for name in SETS if name != "avx512_bf16"))
+# Objects of a set: its name, of the rows' kernels; of sparse teachers' rows; of single elements', which avx512_bf16
+# shares with avx512.
+OBJECTS = (
+    *SETS,
+    *(f"sparse_{name}" for name in SETS),
+    *(f"binary_{name}" for name in SETS if name != "avx512_bf16"),
+)
 
 
 def tool(*names: str) -> str:
@@ -56,7 +61,7 @@ def last_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def target_of(name: str) -> str:
-    return name if name.startswith("binary_") else f"kernel_{name}"
+    return name if name.startswith(("binary_", "sparse_")) else f"kernel_{name}"
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +102,8 @@ def test_an_object_of_a_set_exports_one_function(objects: dict[str, Path], name:
     assert len(exported) == 1, exported
     letter, function = exported[0]
     assert letter == "T", "a strong function"
-    assert re.fullmatch(rf"reptile_ext::\w+_{name.removeprefix('binary_')}\(.*\)", function), function
+    of_set = name.removeprefix("binary_").removeprefix("sparse_")
+    assert re.fullmatch(rf"reptile_ext::\w+_{of_set}\(.*\)", function), function
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -118,12 +124,13 @@ def test_bug_19_wide_registers_are_in_their_own_objects_only(objects: dict[str, 
     assert (
         registers["portable"]
         == registers["binary_portable"]
+        == registers["sparse_portable"]
         == registers["ops"]
         == registers["dispatch"]
         == (False, False)
     )
     if X86:
-        assert registers["avx2"] == registers["binary_avx2"] == (True, False)
+        assert registers["avx2"] == registers["binary_avx2"] == registers["sparse_avx2"] == (True, False)
         assert registers["avx512"][1]
         assert registers["avx512_bf16"][1]
 

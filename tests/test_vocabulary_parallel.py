@@ -13,6 +13,7 @@ from distributed_worker import in_processes
 from oracle import arithmetic_of, assert_near, exact, keywords_of, make_labels, make_logits
 from torch import Tensor
 
+from reptile_ext import reference
 from reptile_ext.options import DIVERGENCES
 
 pytestmark = pytest.mark.skipif(
@@ -218,3 +219,33 @@ def test_a_process_that_dies_gives_the_others_an_error() -> None:
     found = in_processes(worker.main, 3, "left_alone", world_size=3, expected=2)
     assert sorted(found) == [0, 1]
     assert all(text.startswith("error: ") for text in found.values()), found
+
+
+@each_world
+@pytest.mark.filterwarnings("ignore:tail=")
+def test_a_sparse_teacher_equals_one_process(world_size: int) -> None:
+    """Every tail and divergence, options, two dtypes, in place; broken rows; what is wrong is said in every process."""
+    found = found_by("sparse_teacher", world_size)
+    i = 0
+    for dtype in (torch.float64, torch.bfloat16):
+        student, ids, log_probs, labels = worker.sparse_case(dtype)
+        for tail, divergence in worker.SPARSE_CASES:
+            for keywords in worker.SPARSE_KEYWORDS if divergence == "forward_kl" else worker.SPARSE_KEYWORDS[1:2]:
+                keywords = keywords | keywords_of(divergence) | {"tail": tail}
+                leaf = student.detach().double().clone().requires_grad_()
+                right = reference.sparse_distillation_loss(leaf, ids, log_probs, labels, **keywords)
+                right.sum().backward()
+                assert leaf.grad is not None
+                of_dtype, loss, _ = found[0][0][i]
+                assert [rank[0][i][1] for rank in found] == [loss] * world_size
+                assert of_dtype == str(torch.float64 if dtype == torch.float64 else torch.float32)
+                gradient = joined([rank[0][i][2] for rank in found])
+                close = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-6}
+                torch.testing.assert_close(tensor(loss), right.detach(), **{**close, "rtol": min(close["rtol"], 1e-5)})
+                torch.testing.assert_close(gradient, leaf.grad, **close)
+                i += 1
+    for rank in found:
+        assert rank[1] == [False, False, False, True, False, False, False]
+        assert [all(row) for row in rank[2]] == rank[1] or not rank[2][0]
+        assert "teacher_indices must lie in [-1, 37)" in rank[3][0]
+        assert "same teacher_indices and teacher_log_probs" in rank[3][1]

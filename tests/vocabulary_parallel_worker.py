@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 
 import reptile_ext
-from reptile_ext.options import DIVERGENCES
+from reptile_ext.options import DIVERGENCE_TABLE, DIVERGENCES, TAILS
 
 ROWS = 7
+SPARSE_CASES = [(tail, name) for tail in TAILS for name in DIVERGENCES if tail in DIVERGENCE_TABLE[name].tails]
 
 
 def main(rank: int, port: int, world_size: int, name: str, results: Any) -> None:
@@ -383,4 +384,62 @@ def left_alone(rank: int, world_size: int) -> str:
     return "no error"
 
 
-TOGETHER = (equals, trainable_teacher, edges, ways, training, dtensors, refused, communication)
+SPARSE_KEYWORDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": (2.0, 1.5), "hard_weight": 0.5},
+    {"temperature": 2.0, "hard_weight": 0.3, "label_smoothing": 0.2, "reduction": "none"},
+    {"soft_weight": 0.0, "hard_weight": 1.0, "reduction": "sum"},
+)
+
+
+def sparse_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, teacher = make_logits("random", ROWS, 37, dtype)
+    student[4, 30] = -torch.inf
+    ids, log_probs = reptile_ext.top_k_targets(teacher.double(), 6, 1.5)
+    ids[2, 3], log_probs[2, 3] = -1, -torch.inf
+    return student, ids, log_probs.float(), make_labels(ROWS, 37)
+
+
+def sparse_teacher(rank: int, world_size: int) -> Any:
+    """Losses and gradients of every divergence and tail; what a broken row, wrong indices and lists that differ do; and
+    how much is communicated."""
+    warnings.filterwarnings("ignore", message="tail=")
+    group, found = dist.group.WORLD, []
+    for dtype in (torch.float64, torch.bfloat16):
+        student, ids, log_probs, labels = sparse_case(dtype)
+        for tail, divergence in SPARSE_CASES:
+            for keywords in SPARSE_KEYWORDS if divergence == "forward_kl" else SPARSE_KEYWORDS[1:2]:
+                keywords = keywords | keywords_of(divergence) | {"tail": tail}
+                own = part(student, ENDS[37][world_size], rank)
+                logits = own * 1
+                inplace = divergence == "jsd"
+                loss = reptile_ext.sparse_distillation_loss(
+                    logits, ids, log_probs, labels, group=group, inplace=inplace, **keywords
+                )
+                (loss * torch.ones_like(loss)).sum().backward()
+                assert own.grad is not None
+                assert not inplace or torch.equal(logits.detach(), own.grad)
+                found.append((str(loss.dtype), loss.tolist(), own.grad.tolist()))
+    student, ids, log_probs, labels = sparse_case(torch.float64)
+    student[3, 20] = torch.nan
+    own = part(student, ENDS[37][world_size], rank)
+    broken = reptile_ext.sparse_distillation_loss(own, ids, log_probs, reduction="none", group=group)
+    broken.sum().backward()
+    assert own.grad is not None
+    said = []
+    for wrong_ids, wrong_y in ((ids + 37, log_probs), (ids, log_probs - (rank == 0) * 0.5)):
+        try:
+            reptile_ext.sparse_distillation_loss(own, wrong_ids, wrong_y, group=group)
+        except ValueError as error:
+            said.append(str(error))
+    mesh = init_device_mesh("cpu", (world_size,))
+    even = student.detach()[:, :36].nan_to_num(0.0)
+    sharded = DTensor.from_local(even.chunk(world_size, -1)[rank].contiguous(), mesh, [Shard(1)], run_check=False)
+    kept = torch.where(ids < 36, ids, -1)
+    by_dtensor = reptile_ext.sparse_distillation_loss(sharded, kept, log_probs)
+    right = reptile_ext.sparse_distillation_loss(even, kept, log_probs)
+    torch.testing.assert_close(by_dtensor, right)
+    return found, broken.isnan().tolist(), own.grad.isnan().tolist(), said
+
+
+TOGETHER = (sparse_teacher, equals, trainable_teacher, edges, ways, training, dtensors, refused, communication)

@@ -20,6 +20,12 @@ const BinaryKernels& binary_kernels_portable();
 const BinaryKernels& binary_kernels_avx2();
 const BinaryKernels& binary_kernels_avx512();
 #endif
+const SparseKernels& sparse_kernels_portable();
+#if defined(REPTILE_EXT_X86)
+const SparseKernels& sparse_kernels_avx2();
+const SparseKernels& sparse_kernels_avx512();
+const SparseKernels& sparse_kernels_avx512_bf16();
+#endif
 
 namespace {
 
@@ -39,13 +45,24 @@ constexpr const BinaryKernels& (*kBinaryKernels[])() = {
     binary_kernels_avx512,  // they round to bfloat16 without the instruction
 #endif
 };
+constexpr const SparseKernels& (*kSparseKernels[])() = {
+    sparse_kernels_portable,
+#if defined(REPTILE_EXT_X86)
+    sparse_kernels_avx2,
+    sparse_kernels_avx512,
+    sparse_kernels_avx512_bf16,
+#endif
+};
 constexpr int kNumSets = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
 static_assert(kNumSets == sizeof(kKernels) / sizeof(kKernels[0]));
 static_assert(kNumSets == sizeof(kBinaryKernels) / sizeof(kBinaryKernels[0]));
+static_assert(kNumSets == sizeof(kSparseKernels) / sizeof(kSparseKernels[0]));
 
 std::atomic<int> in_use{-1};
 
-Selection selection(int set) { return {kInstructionSets[set].name, &kKernels[set](), &kBinaryKernels[set]()}; }
+Selection selection(int set) {
+  return {kInstructionSets[set].name, &kKernels[set](), &kBinaryKernels[set](), &kSparseKernels[set]()};
+}
 
 Selection use(int set) {
   in_use.store(set, std::memory_order_relaxed);

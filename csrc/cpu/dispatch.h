@@ -9,6 +9,7 @@ struct Selection {
   const char* name;
   const Kernels* kernels;
   const BinaryKernels* binary_kernels;
+  const SparseKernels* sparse_kernels;
 };
 
 // The set in use: the one named by REPTILE_EXT_CPU, else the newest that this processor can run. If the variable names

@@ -58,12 +58,18 @@ py::dict cpu_info() {
   return info;
 }
 
-// out = a xor b: two reads and one write of each byte, the write past the caches where the processor can. What a loss
-// that touches memory only as often as it must cannot beat.
+// out = a xor b: two reads and one write of each byte, the write past the caches where the processor can; or out = a,
+// one read, if b is null. What a loss that touches memory only as often as it must cannot beat.
 void stream_range(const char* a, const char* b, char* out, int64_t begin, int64_t end) {
   int64_t i = begin;
+  const auto byte = [&](int64_t j) { return b ? char(a[j] ^ b[j]) : a[j]; };
 #if defined(__SSE2__)
-  for (; i < end && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) out[i] = char(a[i] ^ b[i]);
+  for (; i < end && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) out[i] = byte(i);
+  for (; !b && i + 64 <= end; i += 64) {
+    for (int64_t j = i; j < i + 64; j += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + j)));
+    }
+  }
   for (; i + 64 <= end; i += 64) {
     for (int64_t j = i; j < i + 64; j += 16) {
       const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + j));
@@ -73,7 +79,7 @@ void stream_range(const char* a, const char* b, char* out, int64_t begin, int64_
   }
   _mm_sfence();
 #endif
-  for (; i < end; ++i) out[i] = char(a[i] ^ b[i]);
+  for (; i < end; ++i) out[i] = byte(i);
 }
 
 void stream_limit(uintptr_t a, uintptr_t b, uintptr_t out, int64_t num_bytes, int threads) {
@@ -122,8 +128,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "reductions", [] { return names_of(reptile_ext::kReductionNames); },
       "The names of the reductions, in the order of the operators' numbers.");
+  m.def(
+      "tails", [] { return names_of(reptile_ext::kTailNames); },
+      "What becomes of the classes that a sparse teacher does not list, in the order of the operators' numbers.");
   m.def("cpu_info", &cpu_info, "This processor: its machine name and the compiled-in instruction sets it can run.");
   m.def("stream_limit", &stream_limit, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("num_bytes"),
         py::arg("threads"),
-        "The yardstick of the benchmarks: read num_bytes at the addresses a and b and write as many at out.");
+        "The yardstick of the benchmarks: read num_bytes at the addresses a and b (0: at a alone) and write as many at "
+        "out.");
 }

@@ -18,7 +18,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A message that begins with labels, weight, denominator or inplace becomes a ValueError in Python (functional.py).
+// A message that begins with labels, weight, denominator, inplace or teacher_… becomes a ValueError in Python
+// (functional.py).
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error(message); }
 
 // A tensor's description, looked up once.
@@ -109,6 +110,14 @@ struct Arguments {
         ", Tensor? pos_weight, bool needs_gradient) -> (Tensor loss, Tensor gradient)");                              \
   m.def("binary_distillation_loss_(Tensor(a!) student" REPTILE_EXT_SCHEMA ", Tensor? pos_weight) -> Tensor");         \
   m.def("scale_elements_(Tensor(a!) gradient, Tensor factor, Tensor? labels, Tensor? weight, int ignore_index) -> ()")
+#define REPTILE_EXT_DEFINE_SPARSE(m)                                                                          \
+  m.def("sparse_distillation_loss(Tensor student" REPTILE_EXT_SCHEMA                                          \
+        ", Tensor indices, int tail, bool truncate, bool needs_gradient) -> (Tensor loss, Tensor gradient)"); \
+  m.def("sparse_distillation_loss_(Tensor(a!) student" REPTILE_EXT_SCHEMA                                     \
+        ", Tensor indices, int tail, bool truncate) -> Tensor")
+#define REPTILE_EXT_IMPLEMENT_SPARSE(m)                                                  \
+  m.impl("sparse_distillation_loss", TORCH_BOX(&reptile_ext::sparse_distillation_loss)); \
+  m.impl("sparse_distillation_loss_", TORCH_BOX(&reptile_ext::sparse_distillation_loss_))
 #define REPTILE_EXT_IMPLEMENT(m)                                                           \
   m.impl("distillation_loss", TORCH_BOX(&reptile_ext::distillation_loss));                 \
   m.impl("distillation_loss_", TORCH_BOX(&reptile_ext::distillation_loss_));               \
@@ -351,6 +360,15 @@ std::pair<const char*, const char*> byte_range(const View& view, const char* nam
   return {begin, begin + (last + 1) * int64_t(size_of(dtype_of(view, name)))};
 }
 
+bool may_share_memory(const View& floats, const View& indices) {
+  if (floats.is_empty() || indices.is_empty()) return false;
+  int64_t count = 1;
+  for (int64_t d = 0; d < indices.ndim; ++d) count *= indices.sizes[d];
+  const auto [begin, end] = byte_range(floats, "student");
+  const char* first = static_cast<const char*>(indices.data);
+  return begin < first + count * int64_t(sizeof(int64_t)) && first < end;
+}
+
 void check_inplace(const View& view, const View& other, const std::string& name = "teacher_logits") {
   if (view.is_empty()) return;
   if (may_overlap_itself(view)) {
@@ -365,6 +383,39 @@ void check_inplace(const View& view, const View& other, const std::string& name 
   if (!same && s_begin < t_end && t_begin < s_end) {
     fail("inplace=True needs " + name + " in memory of its own; got a view of the memory of student_logits");
   }
+}
+
+// -------------------------------------------------------------------------------- teachers that are k classes a row
+
+// All but the weights, what the sum is divided by, and whether the values of the indices are right. The arguments have
+// the student in the teacher's place.
+SparseProblem sparse_problem_of(const Arguments& a, const Tensor& indices, const Tensor& log_probs, int64_t tail,
+                                const View& student, const View* gradient, std::vector<int64_t>& leading) {
+  SparseProblem p;
+  p.rows = problem_of(a, student, gradient, leading, Part::kLoss);
+  if (tail < 0 || tail > int64_t(Tail::kZero)) fail("tail is unknown");
+  if (needs_labels(p.rows.divergence) || p.rows.divergence == Divergence::kMse) {
+    fail("divergence must be one of probabilities, without a label among them");
+  }
+  p.tail = Tail(tail);
+  const View ids(indices), y(log_probs);
+  if (ids.ndim < 1 || ids.ndim != y.ndim || !std::equal(ids.sizes, ids.sizes + ids.ndim, y.sizes)) {
+    fail("indices and log-probabilities must have one shape");
+  }
+  p.k = ids.sizes[ids.ndim - 1];
+  if (p.k < 1 || p.k > kMostListed) fail("indices must list 1 to 4096 classes a row");
+  check_vector(ids, p.rows.num_rows * p.k, "indices");
+  check_vector(y, p.rows.num_rows * p.k, "log-probabilities");
+  if (ids.dtype != aoti_torch_dtype_int64()) fail("indices must be int64");
+  p.indices = static_cast<const int64_t*>(ids.data);
+  p.log_probs.data = y.data;
+  p.log_probs.dtype = dtype_of(y, "log-probabilities");
+  if (p.log_probs.dtype == DType::kFloat64) p.rows.teacher.dtype = DType::kFloat64;  // the results' dtype
+  if (gradient && gradient->data == student.data) {
+    check_inplace(student, y, "teacher_log_probs");
+    if (may_share_memory(student, ids)) fail("inplace=True needs teacher_indices in memory of their own");
+  }
+  return p;
 }
 
 // ------------------------------------------------------------------------ elements that are distributions of their own

@@ -12,6 +12,10 @@
 // labels, weight and pos_weight have the shape of the logits:
 //
 //     binary_distillation_loss, binary_distillation_loss_, scale_elements_
+//
+// and of teachers that are k classes a row, whose log-probabilities [rows, k] are `teacher`:
+//
+//     sparse_distillation_loss, sparse_distillation_loss_
 #pragma once
 
 #include "arguments.h"
@@ -27,6 +31,9 @@ Tensor run_stats(const Arguments& a, const View& student, Part part, int count, 
                  const OptionalTensor& sums);
 // The same as `run` of logits that each are a distribution of their own.
 Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const View& student, const View* gradient);
+// The same of a teacher that is k classes a row; `a` has the student in the teacher's place.
+Tensor run_sparse(const Arguments& a, const Tensor& indices, const Tensor& log_probs, int64_t tail, bool truncate,
+                  const View& student, const View* gradient);
 Device device_of(const Tensor& tensor);
 // A tensor for the gradient, as empty_like would make it.
 Tensor new_gradient(const Tensor& student);
@@ -92,6 +99,35 @@ std::tuple<Tensor, Tensor> binary_distillation_loss(REPTILE_EXT_PARAMETERS, cons
 Tensor binary_distillation_loss_(REPTILE_EXT_PARAMETERS, const OptionalTensor& pos_weight) {
   const View view(student);
   return run_binary(REPTILE_EXT_ARGUMENTS, pos_weight, view, &view);
+}
+
+std::tuple<Tensor, Tensor> sparse_distillation_loss(REPTILE_EXT_PARAMETERS, const Tensor& indices, const int64_t& tail,
+                                                    const bool& truncate, const bool& needs_gradient) {
+  const Tensor& log_probs = teacher;
+  const auto run_on = [&](const Tensor& teacher, const View& view, const View* gradient) {
+    return run_sparse(REPTILE_EXT_ARGUMENTS, indices, log_probs, tail, truncate, view, gradient);
+  };
+  const View view(student);
+  dtype_of(view, "student");  // before there is a gradient like it
+  if (!needs_gradient) {
+    const int64_t nothing[1] = {0};
+    return {run_on(student, view, nullptr), new_tensor(device_of(student), 1, nothing, view.dtype)};
+  }
+  Tensor gradient = new_gradient(student);
+  const View gradient_view(gradient);
+  Tensor loss = run_on(student, view, &gradient_view);
+  return {std::move(loss), std::move(gradient)};
+}
+
+Tensor sparse_distillation_loss_(REPTILE_EXT_PARAMETERS, const Tensor& indices, const int64_t& tail,
+                                 const bool& truncate) {
+  const Tensor& log_probs = teacher;
+  const View view(student);
+  check_inplace(view, view);
+  const auto run_on = [&](const Tensor& teacher) {
+    return run_sparse(REPTILE_EXT_ARGUMENTS, indices, log_probs, tail, truncate, view, &view);
+  };
+  return run_on(student);
 }
 
 }  // namespace

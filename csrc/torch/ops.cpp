@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/simd/storage.h"
 #include "kept_memory.h"
 
 namespace reptile_ext {
@@ -181,11 +182,9 @@ double divisor_of(const Arguments& a, double total) {
   return a.reduction == int64_t(Reduction::kMean) && total != 0 ? total : 1;  // of nothing 0, not NaN
 }
 
-Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
-  std::vector<int64_t> leading;
-  LossProblem p = problem_of(a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
-  if (combined) combined->put_into(p);
-
+// The loss of rows [leading]; `run` computes p.row_losses, and the gradient.
+template <class Run>
+Tensor loss_of_rows(const Arguments& a, LossProblem& p, const std::vector<int64_t>& leading, const Run& run) {
   double total = 0;
   const std::vector<double> weights = row_weights(a, p, &total);
   if (!weights.empty()) p.weights = weights.data();
@@ -197,7 +196,7 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
 
   std::vector<double> row_losses(static_cast<size_t>(p.num_rows));
   p.row_losses = row_losses.data();
-  run_rows(p);
+  run();
 
   void* out = View(loss).data;
   const auto write = [&](int64_t i, double value) {
@@ -215,6 +214,89 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
     write(0, sum * p.gradient_scale);
   }
   return loss;
+}
+
+Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
+  std::vector<int64_t> leading;
+  LossProblem p = problem_of(a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
+  if (combined) combined->put_into(p);
+  return loss_of_rows(a, p, leading, [&] { run_rows(p); });
+}
+
+// What rounding to 16 bits may make of a logarithm that is not above 0, and more.
+constexpr double kLargestLogProb = 0.1;
+
+// Whether the indices of a row that counts are in range and differ, and its log-probabilities are some. `slots` is
+// memory for 4 · kMostListed numbers.
+void check_list(const SparseProblem& p, int64_t row, bool truncate, int32_t* slots) {
+  const int64_t vocab_size = p.rows.vocab_size;
+  uint32_t num_slots = 16;
+  while (num_slots < 2 * p.k) num_slots *= 2;
+  std::fill_n(slots, num_slots, -1);
+  const int64_t* ids = p.indices + row * p.k;
+  for (int64_t i = 0; i < p.k; ++i) {
+    const int64_t id = ids[i];
+    if (id < -1 || (id >= vocab_size && !truncate)) {
+      fail("teacher_indices must lie in [-1, " + std::to_string(vocab_size) + "), -1 for none" +
+           (id < 0 ? "" : ", or pass vocab='truncate' to leave out classes that the student does not have") + "; got " +
+           std::to_string(id));
+    }
+    if (id < 0) continue;
+    uint32_t slot = uint32_t(uint64_t(id) * 0x9e3779b97f4a7c15u >> 40) & (num_slots - 1);
+    for (; slots[slot] >= 0; slot = (slot + 1) & (num_slots - 1)) {
+      if (ids[slots[slot]] == id) {
+        fail("teacher_indices must differ from one another in a row; got " + std::to_string(id) + " twice");
+      }
+    }
+    slots[slot] = int32_t(i);
+  }
+}
+
+template <class T>
+void check_log_probs(const SparseProblem& p, int64_t row) {
+  const T* y = static_cast<const T*>(p.log_probs.data) + row * p.k;
+  for (int64_t i = 0; i < p.k; ++i) {
+    if (p.indices[row * p.k + i] >= 0 && to_float(y[i]) > kLargestLogProb) {
+      fail("teacher_log_probs must be logarithms of probabilities, at most 0 but for rounding; got " +
+           std::to_string(to_float(y[i])) + " (top_k_targets makes them of logits)");
+    }
+  }
+}
+
+Tensor run_sparse(const Arguments& a, const Tensor& indices, const Tensor& log_probs, int64_t tail, bool truncate,
+                  const View& student, const View* gradient) {
+  std::vector<int64_t> leading;
+  SparseProblem p = sparse_problem_of(a, indices, log_probs, tail, student, gradient, leading);
+  const Selection set = current_instruction_set();
+  const int64_t chunk = rows_per_task(std::max<int64_t>(1, p.rows.vocab_size));
+  return loss_of_rows(a, p.rows, leading, [&] {
+    // All of it before anything is written.
+    parallel_rows(p.rows.num_rows, std::max<int64_t>(1, (1 << 13) / p.k), [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> slots(size_t(4 * p.k + 16));
+      for (int64_t r = begin; r < end; ++r) {
+        if (p.rows.weights && p.rows.weights[r] == 0) continue;
+        check_list(p, r, truncate, slots.data());
+        switch (p.log_probs.dtype) {
+          case DType::kFloat32:
+            check_log_probs<float>(p, r);
+            break;
+          case DType::kBFloat16:
+            check_log_probs<BFloat16>(p, r);
+            break;
+          case DType::kFloat16:
+            check_log_probs<Float16>(p, r);
+            break;
+          case DType::kFloat64:
+            check_log_probs<double>(p, r);
+            break;
+        }
+      }
+    });
+    const size_t scratch = set.sparse_kernels->scratch_bytes(p, *set.kernels);
+    parallel_rows(p.rows.num_rows, chunk, [&](int64_t begin, int64_t end) {
+      set.sparse_kernels->loss_rows(p, *set.kernels, begin, end, thread_scratch(scratch));
+    });
+  });
 }
 
 Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
@@ -333,9 +415,15 @@ void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::op
 }  // namespace
 }  // namespace reptile_ext
 
-STABLE_TORCH_LIBRARY(reptile_ext, m) { REPTILE_EXT_DEFINE(m); }
+STABLE_TORCH_LIBRARY(reptile_ext, m) {
+  REPTILE_EXT_DEFINE(m);
+  REPTILE_EXT_DEFINE_SPARSE(m);
+}
 
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CPU, m) {
+  REPTILE_EXT_IMPLEMENT(m);
+  REPTILE_EXT_IMPLEMENT_SPARSE(m);
+}
 
 // Through ctypes: gives back the memory that is kept for gradients; and how many bytes that is.
 extern "C" __attribute__((visibility("default"))) void reptile_ext_release_memory() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -19,13 +20,17 @@ from ..checks import (
     check_memory_budget,
     check_num_rows_in,
     check_rows,
+    check_sparse_alone,
+    check_sparse_tensors,
+    check_tail_has_meaning,
     raise_better,
     refuse_dtensor,
     warn_of_temperature,
 )
 from ..functional import for_operators, needs_reference
-from ..options import REDUCTIONS, Options, make_options
+from ..options import REDUCTIONS, Options, make_options, make_sparse_options
 from ..reference import counted_rows
+from ..sparse import is_on_cuda, pair_for_operators
 from .dtensor import gathered, is_dtensor
 from .head import linear_map
 from .loop import LinearConfig
@@ -63,6 +68,9 @@ def linear_distillation_loss(
     denominator: float | Tensor | None = None,
     vocab: str = "error",
     num_rows_in: int | None = None,
+    teacher_indices: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
+    tail: str = "bucket",
 ) -> Tensor:
     """`distillation_loss` of the logits of two heads, without the logits: rows go through in chunks, both products, the
     fused loss and the products back to hidden states and head, all in the forward pass.
@@ -102,6 +110,8 @@ def linear_distillation_loss(
             a GPU a 128th of its memory, but never less than 2,048 rows of both. On the CPU more than 512 rows of the
             student's are of no use, and up to 256 MiB are kept for the next call (`reptile_ext.release_scratch()` gives
             them back).
+        teacher_indices, teacher_log_probs, tail: a sparse teacher, as of `sparse_distillation_loss`, in the place of
+            teacher_hidden and teacher_weight: [..., K].
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -130,7 +140,11 @@ def linear_distillation_loss(
     they are cast to the dtype of the hidden states and gathered, and get the mean of the processes' gradients, as FSDP2
     does by default. Each process's loss is that of its own rows.
     """
-    options = make_options(
+    is_sparse = teacher_indices is not None or teacher_log_probs is not None
+    if is_sparse:
+        check_sparse_alone(teacher_hidden, teacher_weight, teacher_bias, teacher_head, teacher_softcap, teacher_scale)
+    check_tail_has_meaning(tail, is_sparse)
+    options = (functools.partial(make_sparse_options, tail=tail) if is_sparse else make_options)(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
@@ -143,6 +157,14 @@ def linear_distillation_loss(
         vocab=vocab,
     )
     check_is_tensor("student_hidden", student_hidden)
+    if is_sparse:
+        check_sparse_tensors(
+            student_hidden, teacher_indices, teacher_log_probs, labels, weight, denominator, options, "student_hidden"
+        )
+        assert teacher_indices is not None
+        assert teacher_log_probs is not None
+        indices, teacher_hidden = pair_for_operators(teacher_indices, teacher_log_probs)
+        indices, teacher_hidden = indices.flatten(0, -2), teacher_hidden.flatten(0, -2)
     check_is_tensor("teacher_hidden", teacher_hidden)
     assert teacher_hidden is not None
     student_hidden, student_weight, student_bias = _weight_of_head(
@@ -167,7 +189,8 @@ def linear_distillation_loss(
     budget = check_memory_budget(memory_budget)
     if options.student_temperature > LARGE_TEMPERATURE or options.teacher_temperature > LARGE_TEMPERATURE:
         warn_of_temperature(options, student[0], teacher[0])
-    check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
+    if not is_sparse:
+        check_linear_shapes(student[0], student[1], teacher[0], teacher[1], options)
     leading = student_hidden.shape[:-1]
     check_rows(labels, weight, denominator, options, student_hidden.shape, len(leading), device, "student_hidden")
     num_rows_in = check_num_rows_in(num_rows_in, leading, labels is None and weight is None)
@@ -175,10 +198,14 @@ def linear_distillation_loss(
     student[0] = student[0].reshape(-1, student[0].shape[-1])
     if teacher_weight is not None or _is_matrix(teacher[0]):
         teacher[0] = teacher[0].reshape(-1, teacher[0].shape[-1])
+    if is_sparse:
+        teacher[1] = indices
     tensors = (*student, *teacher)
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
     softcaps, scales = (of_student[0], of_teacher[0]), (of_student[1], of_teacher[1])
-    config = LinearConfig(options, budget, softcaps, scales, num_rows_in)
+    config = LinearConfig(options, budget, softcaps, scales, num_rows_in, is_sparse)
+    if is_sparse:
+        is_on_cuda(device)  # which says what that means
     if needs_reference(device, "linear_distillation_loss"):
         # A denominator that is a number stays one: its value is checked.
         loss = LinearLoss.reference(config, tensors, (labels, weight, denominator), check_values=True)

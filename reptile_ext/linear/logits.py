@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ BLOCK = 1024  # rows, columns and inner elements of the products that `_product_
 
 class LogitsSource(NamedTuple):
     """One model's logits: of [N, H] hidden states, softcap(scale · (h Wᵀ + b)); or given as `hidden`, [..., V], where
-    `weight` is None."""
+    `weight` is None. With `indices`, of a sparse teacher: `hidden` are log-probabilities [N, K] of these classes."""
 
     hidden: Tensor
     weight: Tensor | None
@@ -25,15 +26,20 @@ class LogitsSource(NamedTuple):
     softcap: float | None
     scale: float
     row_numbers: Tensor | None = None  # of given logits: which rows to take; None: all rows of a matrix
+    indices: Tensor | None = None
 
     def first_classes(self, vocab_size: int) -> LogitsSource:
         """The first `vocab_size` classes alone, which are then the only ones computed."""
+        if self.indices is not None:
+            return self
         if self.weight is None:
             return self._replace(hidden=self.hidden[..., :vocab_size])
         bias = None if self.bias is None else self.bias[:vocab_size]
         return self._replace(weight=self.weight[:vocab_size], bias=bias)
 
     def num_classes(self) -> int:
+        if self.indices is not None:
+            return sys.maxsize  # whatever the student has
         return self.hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
     def product_bytes(self) -> int:
@@ -42,6 +48,8 @@ class LogitsSource(NamedTuple):
 
     def copy_bytes(self, needs_grad: bool) -> int:
         """Of a row in what `logits` and `softcap_slope` allocate."""
+        if self.indices is not None:
+            return self.hidden.shape[-1] * (self.hidden.dtype.itemsize + 8) * (self.row_numbers is not None)
         wide = 8 if self.hidden.dtype == torch.float64 else 4
         copies = wide * ((self.softcap is not None) + (self.softcap is not None and needs_grad))
         if self.weight is None:
@@ -78,6 +86,10 @@ class LogitsSource(NamedTuple):
         if self.softcap is None:
             return z if scale == 1.0 else _wide(z, scale)
         return _wide(z, scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def indices_of(self, part: slice) -> Tensor | None:
+        """Of some rows of a sparse teacher, whose `logits` are log-probabilities."""
+        return None if self.indices is None else self.indices[self.index_of(part)]
 
     def softcap_slope(self, logits: Tensor, ignored: Tensor | None) -> Tensor | None:
         """d logits / d product, from the logits; 0 in ignored rows, whatever they hold. None: no softcap."""

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..autograd import Constants
 from ..checks import check_weight_values
 from ..functional import LogitsLoss
 from ..options import REDUCTIONS, Options
 from ..reference import counted_rows
+from ..sparse import loss_for as sparse_loss_for
 from .gradients import Gradients
 from .logits import LogitsSource
 from .plan import chunk_sizes, plan
@@ -30,12 +30,15 @@ class LinearConfig(NamedTuple):
     softcaps: tuple[float | None, float | None]  # of student and teacher, as the next
     scales: tuple[float, float]
     num_rows_in: int | None = None
+    is_sparse: bool = False  # the teacher is log-probabilities in the place of hidden states, and indices in the head's
 
     def sources(self, tensors: tuple[Any, ...]) -> tuple[LogitsSource, LogitsSource]:
         """Of hidden states, head and bias of the student, and of the teacher."""
         hidden, weight, bias, *of_teacher = tensors
         student = LogitsSource(hidden, weight, bias, self.softcaps[0], self.scales[0])
         hidden, weight, bias = of_teacher
+        if self.is_sparse:
+            return student, LogitsSource(hidden, None, None, None, 1.0, indices=weight)
         return student, LogitsSource(hidden, weight, bias, self.softcaps[1], self.scales[1])
 
 
@@ -79,7 +82,6 @@ def run_chunks(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """`run` of rows that are all to be computed, but for the ignored ones, which are not to be read."""
     options, (labels, weight, denominator) = config.options, constants
-    numbers = ops.numbers(options)
     vocab_size = min(source.num_classes() for source in sources)
     student, teacher = (source.first_classes(vocab_size) for source in sources)
     num_rows, device = student.hidden.shape[0], student.hidden.device
@@ -107,7 +109,10 @@ def run_chunks(
             s_product = students.of(part)
             t_product = teachers.of(part)
             s = student.logits(part, s_product)
-            t = teacher.logits(part, t_product) if uses_teacher else s
+            t = teacher.logits(part, t_product) if uses_teacher or config.is_sparse else s
+            indices = teacher.indices_of(part)
+            loss_of = LogitsLoss if indices is None else sparse_loss_for(s.device)
+            models = (s, t) if indices is None else (s, t, indices)
             of_part: Constants = (_rows_of(labels, part), _rows_of(weight, part), denominator)
             grad_of_part = grad_output if grad_output is None or grad_output.dim() == 0 else grad_output[part]
             ignored_here = _rows_of(ignored, part)
@@ -122,12 +127,12 @@ def run_chunks(
                     t_gradient.mul_(t_slope)
             if needs_student:
                 s_slope = student.softcap_slope(s, ignored_here)
-                loss = ops.distillation_loss_(s, t, *of_part, grad_of_part, *numbers)
+                loss = loss_of.in_place(options, models, of_part, grad_of_part)
                 if s_slope is not None:
                     s_product[:] = s.mul_(s_slope)  # type: ignore[index]
                 students.add_gradient_to(of_student, part)
             else:
-                loss = ops.distillation_loss(s, t, *of_part, None, *numbers, False)[0]
+                loss = loss_of.call(options, models, of_part, None, False)[0]
             if t_gradient is not None and t_product is None:
                 of_teacher.set_given(part, t_gradient)
             elif t_gradient is not None and t_product is not None:

@@ -31,7 +31,9 @@ class LinearLoss:
     @staticmethod
     def config_of(given: Mapping[str, Any]) -> LinearConfig:
         softcaps, scales = ((given[f"student_{name}"], given[f"teacher_{name}"]) for name in ("softcap", "scale"))
-        return LinearConfig(Options.of_operator(given), given["memory_budget"], softcaps, scales, given["num_rows_in"])
+        options = Options.of_operator(given)._replace(tail=given["tail"], truncate=given["truncate"])
+        more = (given["memory_budget"], softcaps, scales, given["num_rows_in"], given["is_sparse"])
+        return LinearConfig(options, *more)
 
     @staticmethod
     def gradients_at_once(config: LinearConfig, student_hidden: Tensor, needed: Sequence[bool]) -> tuple[bool, ...]:
@@ -93,7 +95,13 @@ class LinearLoss:
             for source in config.sources(tensors)
         )
         labels, weight, denominator = constants
-        loss = reference.with_options(student, teacher, labels, weight, denominator, config.options, check_values)
+        if config.is_sparse:
+            pair = tensors[4], tensors[3]
+            loss = reference.sparse_with_options(
+                student, *pair, labels, weight, denominator, config.options, check_values
+            )
+        else:
+            loss = reference.with_options(student, teacher, labels, weight, denominator, config.options, check_values)
         return reference.nan_if_rows_are_lost(loss, counted, config.num_rows_in, check_values)
 
 
@@ -103,7 +111,8 @@ SCHEMA = ", ".join(
         *(f"{kind} {name}" for name, kind in TENSORS.items()),
         *ops.DECLARATIONS[len(ops.MODELS) :],
         *("int? memory_budget", "float? student_softcap", "float? teacher_softcap"),
-        *("float student_scale", "float teacher_scale", "SymInt? num_rows_in", "bool[] needed"),
+        *("float student_scale", "float teacher_scale", "SymInt? num_rows_in"),
+        *("bool is_sparse", "int tail", "bool truncate", "bool[] needed"),
     ]
 )
 
@@ -145,7 +154,8 @@ def operator_arguments(
     needed: Sequence[bool],
 ) -> tuple[Any, ...]:
     numbers = (*ops.numbers(config.options), config.memory_budget, *config.softcaps, *config.scales)
-    return (*tensors, *constants, grad_output, *numbers, config.num_rows_in, list(needed))
+    of_teacher = (config.is_sparse, config.options.tail, config.options.truncate)
+    return (*tensors, *constants, grad_output, *numbers, config.num_rows_in, *of_teacher, list(needed))
 
 
 class TracedLinearLoss(LinearLoss):
