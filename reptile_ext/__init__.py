@@ -7,13 +7,17 @@
 `LinearDistillationLoss` those of hidden states and heads, `binary_distillation_loss` and `BinaryDistillationLoss` those
 of logits that each are a distribution of their own (one logit, many labels), `sparse_distillation_loss` and
 `SparseDistillationLoss` those of teachers of which K classes a row are known; `reptile_ext.reference` is the same in
-plain PyTorch. The training API is `reptile_ext.training` (extra `train`). Importing this package needs torch and numpy
-alone.
+plain PyTorch. `TeacherCache` keeps a teacher's answers on disk. The training API is `reptile_ext.training` (extra
+`train`). Importing this package needs torch and numpy alone.
 """
 
-from typing import NoReturn
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from .cache import TeacherCache
 
 try:
     from . import ops as ops  # first: it loads the compiled files, or says why it cannot
@@ -33,10 +37,18 @@ except ImportError as error:
     # none, gets in and can say what to do.
     _message = str(error)
 
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         raise ImportError(_message)
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Imported when first asked for: most programs read no cache.
+        if name in ("TeacherCache", "cache"):
+            module = importlib.import_module(".cache", __name__)
+            return module if name == "cache" else module.TeacherCache
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
@@ -44,6 +56,7 @@ __all__ = [
     "DistillationLoss",
     "LinearDistillationLoss",
     "SparseDistillationLoss",
+    "TeacherCache",
     "__version__",
     "binary_distillation_loss",
     "captured_mass",

@@ -1,4 +1,4 @@
-"""The command line: reptile distill | evaluate | benchmark | doctor.
+"""The command line: reptile distill | evaluate | benchmark | cache-info | doctor.
 
 `doctor` has to work where nothing else does, so that this module imports only the standard library; each command
 imports what it needs when it runs.
@@ -27,6 +27,7 @@ USAGE = """usage: reptile <command> [options]
   distill [recipe]   train a teacher, distil it into a student, compare with the student alone (default: code-lm)
   evaluate <folder>  held-out metrics of the distilled student of a run folder
   benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
+  cache-info <folder>  what a teacher cache is of, what it holds and how exact it is; --verify reads it all
   doctor             say what is installed, whether the kernels load, and what to do if not
 
 reptile <command> --help says more; reptile --version says which version this is.
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "distill": distill,
         "evaluate": evaluate,
         "benchmark": benchmark,
+        "cache-info": cache_info,
         "doctor": doctor,
     }
     if command in ("-h", "--help"):
@@ -228,6 +230,27 @@ def benchmark(argv: list[str]) -> int:
     check(**{name: options.get(name, defaults[name]) for name in inspect.signature(check).parameters})
     _make_folder(o.out)
     return run(**options, compile=not o.no_compile, out=o.out / "benchmark.json", plot=o.out / "benchmark.png")
+
+
+def cache_info(argv: list[str]) -> int:
+    """Print what a teacher cache is of, what it holds and how exact it is, as JSON."""
+    parser = _Parser(prog="reptile cache-info", description=cache_info.__doc__)
+    parser.add_argument("folder", type=_path, help="folder of `TeacherCache.write`")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    parser.add_argument(
+        "--plot", type=_path, metavar="FILE", help="PNG of captured mass and entropy, position by position"
+    )
+    parser.add_argument("--samples", type=int, default=1000, help="how many are looked at for these (default: 1000)")
+    o = parser.read(argv)
+    if o.samples < 1:
+        parser.error(f"--samples must be at least 1; got {o.samples}")
+    from .cache import TeacherCache, report
+
+    cache = TeacherCache.open(o.folder)
+    if o.verify:
+        cache.verify()
+    print(json.dumps(cache.info() | report.of_rows(cache, o.samples, o.plot), indent=2))
+    return 0
 
 
 def doctor(argv: list[str]) -> int:

@@ -177,7 +177,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
         (f"evaluate {tmp_path}", f"folder must be the run folder of a `reptile distill`; got {tmp_path}, which has no"),
         ("evaluate", "the following arguments are required: folder"),
-        ("distil", "unknown command 'distil'; known: distill, evaluate, benchmark, doctor; did you mean distill?"),
+        (
+            "distil",
+            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-info, doctor; did you mean distill?",
+        ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
         ("doctor --verbose", "unrecognized arguments: --verbose"),
     ):

@@ -14,6 +14,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "../cpu/cache.h"
 #include "../cpu/instruction_sets.h"
 #include "../divergence.h"
 
@@ -100,6 +101,48 @@ void stream_limit(uintptr_t a, uintptr_t b, uintptr_t out, int64_t num_bytes, in
   for (std::thread& other : others) other.join();
 }
 
+// The cache's blocks (cpu/cache.h), from and into memory that is named by its address.
+py::tuple cache_encode(uintptr_t ids, uintptr_t log_probs, int64_t num_rows, int64_t k, int64_t vocab_size,
+                       double max_kl, bool is_sampled) {
+  namespace cache = reptile_ext::cache;
+  if (num_rows < 0 || k < 1 || k > cache::kMaxClasses || vocab_size < k || vocab_size > cache::kMaxVocabSize) {
+    throw py::value_error("num_rows, k or vocab_size is out of range");
+  }
+  cache::Stats stats;
+  cache::Outcome outcome;
+  std::string block;
+  {
+    py::gil_scoped_release release;
+    block.resize(size_t(cache::max_block_bytes(num_rows, k, vocab_size)), 0);
+    int64_t num_bytes = 0;
+    outcome = cache::encode_block(reinterpret_cast<const int32_t*>(ids), reinterpret_cast<const float*>(log_probs),
+                                  num_rows, k, vocab_size, max_kl, is_sampled, reinterpret_cast<uint8_t*>(&block[0]),
+                                  &num_bytes, &stats);
+    block.resize(size_t(num_bytes));
+  }
+  return py::make_tuple(int(outcome.error), outcome.row, py::bytes(block), stats.worst_kl, stats.sum_kl,
+                        stats.worst_log_prob_error, stats.sum_mass);
+}
+
+py::tuple cache_decode(const py::buffer& memory, int64_t offset, int64_t num_bytes, int64_t num_rows, int64_t begin,
+                       int64_t end, int64_t k, int64_t vocab_size, uintptr_t ids, uintptr_t log_probs) {
+  namespace cache = reptile_ext::cache;
+  const py::buffer_info info = memory.request();
+  const int64_t size = info.size * info.itemsize;
+  if (offset < 0 || num_bytes < 0 || offset > size || num_bytes > size - offset - cache::kSlack || begin < 0 ||
+      begin > end || end > num_rows || k < 1 || k > cache::kMaxClasses || vocab_size < k ||
+      vocab_size > cache::kMaxVocabSize) {
+    throw py::value_error("rows, bytes, k or vocab_size are out of range");
+  }
+  cache::Outcome outcome;
+  {
+    py::gil_scoped_release release;
+    outcome = cache::decode_rows(static_cast<const uint8_t*>(info.ptr) + offset, num_bytes, num_rows, begin, end, k,
+                                 vocab_size, reinterpret_cast<int64_t*>(ids), reinterpret_cast<float*>(log_probs));
+  }
+  return py::make_tuple(int(outcome.error), outcome.row);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -136,4 +179,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"),
         "The yardstick of the benchmarks: read num_bytes at the addresses a and b (0: at a alone) and write as many at "
         "out.");
+  m.def(
+      "cache_encode", &cache_encode, py::arg("ids"), py::arg("log_probs"), py::arg("num_rows"), py::arg("k"),
+      py::arg("vocab_size"), py::arg("max_kl"), py::arg("is_sampled"),
+      "(error, row, block, worst KL, sum of KL, worst log-probability error, sum of mass) of rows of a teacher cache.");
+  m.def("cache_decode", &cache_decode, py::arg("memory"), py::arg("offset"), py::arg("num_bytes"), py::arg("num_rows"),
+        py::arg("begin"), py::arg("end"), py::arg("k"), py::arg("vocab_size"), py::arg("ids"), py::arg("log_probs"),
+        "(error, row) of decoding rows of a block into memory at two addresses.");
 }

@@ -1,0 +1,6 @@
+"""A teacher's answers on disk, to distil from without the teacher: `TeacherCache` (docs/cache.md)."""
+
+from .reader import TeacherCache
+from .writer import CacheWriter
+
+__all__ = ["CacheWriter", "TeacherCache"]
