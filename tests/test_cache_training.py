@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import gc
 import itertools
+import json
+import subprocess
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import reptile_ext
-from reptile_ext import TeacherCache
+from reptile_ext import TeacherCache, cli
 from reptile_ext.training import Objective, Reptile, Until
+from reptile_ext.training.weights import load_weights
 
 V, K = 37, 8
 MAX_KL = 1e-6
@@ -424,3 +430,153 @@ def test_batches_that_do_not_fit_are_named(cache: TeacherCache) -> None:
         Objective(student, TEACHER, shift_labels=True)(student, good),
         Objective(student, TEACHER, shift_labels=True)(student, {n: x for n, x in good.items() if n != "sample_id"}),
     )
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+SMALL = (
+    "--vocabulary 300 --length 16 --transfer-tokens 2000 --held-out-tokens 1000 --teacher-width 16 --student-width 16 "
+    "--teacher-steps 30 --steps 20 --eval-every 10 --checkpoint-every 10 --quiet"
+).split()
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reptile_ext.training.recipes import code_lm
+
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, json, subprocess)]
+    monkeypatch.setattr(code_lm, "standard_library", lambda: (texts[:2], texts[2:]))
+
+
+@pytest.mark.usefixtures("little_text")
+def test_the_commands_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reptile_ext.training.recipes import code_lm, comparison
+
+    folder, run, plain = tmp_path / "cache", tmp_path / "run", tmp_path / "plain"
+    assert cli.main(["cache-teacher", *SMALL, "--top-k", "300", "--out", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "187 samples, 2,992 positions" in said
+    assert "300 classes hold 1.000 of the mass" in said
+
+    # Each sample's rows are the teacher's answers to that sample.
+    cache = TeacherCache.open(folder, vocab_size=300, temperature=1.0)
+    settings = code_lm.CodeLM(**{
+        name[2:].replace("-", "_"): int(value) for name, value in zip(SMALL[:-1:2], SMALL[1:-1:2], strict=True)
+    })  # fmt: skip
+    task = code_lm.build(settings, folder / "teacher")
+    load_weights(folder / "teacher" / "teacher" / "student.safetensors", task.teacher)
+    ((ids, _),) = itertools.islice(iter(task.held_out), 1)
+    with torch.no_grad():
+        wanted = task.teacher.eval()(ids).softmax(-1)
+    for i, row in enumerate(wanted):
+        indices, log_probs = cache[f"held-out-{i}"]
+        found = torch.zeros_like(row).scatter_(-1, indices.clamp(min=0), log_probs.exp())
+        assert (found - row).abs().sum(-1).max() < (2 * 1e-3) ** 0.5 + 1e-6
+
+    alive: list[weakref.ref[nn.Module]] = []
+    found_alive: dict[str, int] = {}
+    make, train = code_lm.Transformer.__init__, comparison._Stages.train
+
+    def made(self: nn.Module, *arguments: Any) -> None:
+        make(self, *arguments)  # type: ignore[arg-type]
+        alive.append(weakref.ref(self))
+
+    def trained(self: Any, name: str, *arguments: Any) -> None:
+        gc.collect()
+        found_alive[name] = sum(model() is not None for model in alive)
+        train(self, name, *arguments)
+
+    monkeypatch.setattr(code_lm.Transformer, "__init__", made)
+    monkeypatch.setattr(comparison._Stages, "train", trained)
+    del task
+    assert cli.main(["distill", *SMALL, "--cache", str(folder), "--out", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "distilled from cache, K = 300" in said
+    assert "peak MB" in said
+    assert found_alive == {"teacher": 1, "student": 1, "student alone": 1, "student from cache": 0}
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["models"]) == ["teacher", "student", "student from cache", "student alone"]
+    full, cached = report["models"]["student"], report["models"]["student from cache"]
+    # All classes are kept, so that only the coding is between the two.
+    assert cached["cross_entropy"] == pytest.approx(full["cross_entropy"], abs=0.02)
+    assert cached["loss"] == pytest.approx(full["loss"], abs=0.02)
+    assert cached["cross_entropy"] != full["cross_entropy"]
+    assert report["cache"]["k"] == 300
+    # The teacher is the cache's, not one that was trained again.
+    name = "teacher/student.safetensors"
+    assert (run / name).read_bytes() == (folder / "teacher" / name).read_bytes()
+    if Path("/proc/self/clear_refs").exists():
+        assert report["models"]["teacher"]["peak_bytes"] is None
+        assert cached["peak_bytes"] > 0
+
+    # Without the flag nothing is as it was not.
+    assert cli.main(["distill", *SMALL, "--out", str(plain)]) == 0
+    assert "peak MB" not in capsys.readouterr().out
+    assert "cache" not in (plain / "config.toml").read_text()
+    without = json.loads((plain / "report.json").read_text())
+    assert without.keys() == report.keys() - {"cache"}
+    assert without["models"]["student"]["cross_entropy"] == full["cross_entropy"]
+    assert (plain / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+
+    # What is of other data, another tokenizer or another temperature is refused by name, before anything is trained.
+    for flags, words in (
+        ("--transfer-tokens 1984", "data: the cache in"),
+        ("--vocabulary 301", "vocab_size: the cache in"),
+        ("--temperature 2", "temperature: the cache in"),
+    ):
+        argv = ["distill", *SMALL, *flags.split(), "--cache", str(folder), "--out", str(tmp_path / "other")]
+        assert cli.main(argv) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(code_lm, "_tokenizer", _merged_otherwise(code_lm._tokenizer))
+    assert cli.main(["distill", *SMALL, "--cache", str(folder), "--out", str(tmp_path / "other")]) == 2
+    assert "tokenizer: the cache in" in capsys.readouterr().err
+
+
+def _merged_otherwise(make: Any) -> Any:
+    """A tokenizer of the same size that differs."""
+
+    def made(size: int, texts: list[str], path: Path) -> Any:
+        return make(size, texts[:1], path)
+
+    return made
+
+
+@pytest.mark.usefixtures("little_text")
+def test_a_stopped_cache_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reptile_ext.training.recipes import comparison
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli.main(["cache-teacher", *SMALL, "--top-k", "8", "--out", str(whole)]) == 0
+
+    targets, calls = comparison.top_k_targets, itertools.count()
+
+    def stop(*arguments: Any) -> Any:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return targets(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "top_k_targets", stop)
+        assert cli.main(["cache-teacher", *SMALL, "--top-k", "8", "--out", str(broken)]) == 130
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        f"reptile cache-teacher: stopped; go on with `reptile cache-teacher --resume {broken}`"
+    ]
+    assert cli.main(["distill", *SMALL, "--cache", str(broken), "--out", str(tmp_path / "run")]) == 2
+    assert "is unfinished" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "top_k_targets", lambda *x: (next(calls), targets(*x))[1])
+        assert cli.main(["cache-teacher", "--resume", str(broken), "--quiet"]) == 0
+    assert next(calls) == 8 + 17  # 24 batches of 8 samples, 7 of which were there
+    one, other = (TeacherCache.open(folder) for folder in (whole, broken))
+    assert set(one) == set(other)
+    assert one.info()["teacher"] == other.info()["teacher"]
+    for name in one:
+        assert all(torch.equal(x, y) for x, y in zip(one[name], other[name], strict=True))
+    assert cli.main(["cache-teacher", *SMALL, "--out", str(whole)]) == 2
+    assert "is not empty" in capsys.readouterr().err
