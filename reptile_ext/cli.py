@@ -115,6 +115,7 @@ def distill(argv: list[str]) -> int:
     """Train a teacher, distil it into a student, and compare with the same student trained without a teacher."""
     recipes = _recipes()
     name, recipe, settings, options, folder = _recipe_to_run("distill", argv, distill.__doc__, "runs/RECIPE-TIME")
+    recipes.check(settings)  # before there is a folder
     if options.resume is None:
         _make_empty(folder)
         _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})

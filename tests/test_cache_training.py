@@ -434,10 +434,11 @@ def test_batches_that_do_not_fit_are_named(cache: TeacherCache) -> None:
 
 # ------------------------------------------------------------------------------------------------ the commands
 
-SMALL = (
-    "--vocabulary 300 --length 16 --transfer-tokens 2000 --held-out-tokens 1000 --teacher-width 16 --student-width 16 "
-    "--teacher-steps 30 --steps 20 --eval-every 10 --checkpoint-every 10 --quiet"
-).split()
+SMALL = [
+    *("--vocabulary=300", "--length=16", "--transfer-tokens=2000", "--held-out-tokens=1000"),
+    *("--teacher-width=16", "--student-width=16", "--teacher-steps=30", "--steps=20"),
+    *("--eval-every=10", "--checkpoint-every=10", "--quiet"),
+]
 
 
 @pytest.fixture
@@ -462,9 +463,8 @@ def test_the_commands_end_to_end(
 
     # Each sample's rows are the teacher's answers to that sample.
     cache = TeacherCache.open(folder, vocab_size=300, temperature=1.0)
-    settings = code_lm.CodeLM(**{
-        name[2:].replace("-", "_"): int(value) for name, value in zip(SMALL[:-1:2], SMALL[1:-1:2], strict=True)
-    })  # fmt: skip
+    given = (flag.removeprefix("--").split("=") for flag in SMALL[:-1])
+    settings = code_lm.CodeLM(**{name.replace("-", "_"): int(value) for name, value in given})
     task = code_lm.build(settings, folder / "teacher")
     load_weights(folder / "teacher" / "teacher" / "student.safetensors", task.teacher)
     ((ids, _),) = itertools.islice(iter(task.held_out), 1)

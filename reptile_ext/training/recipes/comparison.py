@@ -227,14 +227,20 @@ class _Stages:
         self.lines += [{"model": name, **line} for line in read_log(folder / "metrics.jsonl")]
 
 
+def check(settings: Settings) -> None:
+    """Raise a ValueError for a folder among the settings that is no teacher cache, or is unfinished."""
+    folder: str | None = getattr(settings, "cache", None)
+    if folder is not None:
+        _open(folder, temperature=settings.temperature)
+
+
 def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = True) -> dict[str, Any]:
     """Do all of it in `folder`, going on where an earlier run of the same settings was stopped; return the report."""
     started = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    check(settings)
     cache_folder: str | None = getattr(settings, "cache", None)
-    if cache_folder is not None:  # is it one at all?
-        _open(cache_folder, temperature=settings.temperature)
     task = recipe.build(settings, folder)
     student_alone = copy.deepcopy(task.student)  # before the student is trained: the same start
     stages = _Stages(settings, task, folder, progress_bar, measures_memory=cache_folder is not None)
