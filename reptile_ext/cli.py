@@ -203,7 +203,10 @@ def cache_teacher(argv: list[str]) -> int:
     teacher cache: for `reptile distill --cache FOLDER`."""
 
     def add_flags(parser: _Parser) -> None:
-        parser.add_argument("--top-k", type=int, help="classes kept of each position, 1 to 4096 (default: 64)")
+        parser.add_argument(
+            "--kind", choices=("sampled", "top_k"), help="drawn or likeliest classes (default: sampled)"
+        )
+        parser.add_argument("--k", type=int, help="classes kept of each position, 1 to 4096 (default: 64)")
 
     recipes = _recipes()
     name, recipe, settings, options, folder = _recipe_to_run(
@@ -211,20 +214,21 @@ def cache_teacher(argv: list[str]) -> int:
     )
     own = folder / "teacher"  # the teacher's own run folder, beside the rows
     kept = _read_toml(own / "cache.toml") if options.resume is not None and (own / "cache.toml").is_file() else {}
-    k = kept.get("top_k", 64) if options.top_k is None else options.top_k
+    k = kept.get("k", 64) if options.k is None else options.k
+    kind = options.kind or kept.get("kind", "sampled")
     if not 1 <= k <= 4096:
-        raise CommandError(f"--top-k must be from 1 to 4096; got {k}")
+        raise CommandError(f"--k must be from 1 to 4096; got {k}")
     if getattr(settings, "cache", None) is not None:
         raise CommandError(f"--cache is for `reptile distill`; the folder to write is --out; got {settings.cache}")
     if options.resume is None:
         _make_empty(folder)
         _make_folder(own)
         _write_toml(own / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})
-        _write_toml(own / "cache.toml", {"top_k": k})
+        _write_toml(own / "cache.toml", {"kind": kind, "k": k})
     print(f"recipe {name}, cache folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
     try:
-        info = recipes.cache_teacher(recipe, settings, folder, k, progress_bar=bars)
+        info = recipes.cache_teacher(recipe, settings, folder, kind, k, progress_bar=bars)
     except KeyboardInterrupt:
         again = f"reptile cache-teacher --resume {shlex.quote(str(folder))}"
         raise KeyboardInterrupt(f"; go on with `{again}`") from None
@@ -234,7 +238,9 @@ def cache_teacher(argv: list[str]) -> int:
         raise
     print(
         f"{info['samples']:,} samples, {info['rows']:,} positions, {info['bytes'] / 1e6:.1f} MB, "
-        f"{info['bytes_per_entry']:.2f} bytes an entry; {k} classes hold {info['captured_mass']:.3f} of the mass.\n"
+        f"{info['bytes_per_entry']:.2f} bytes an entry"
+        + ("" if kind == "sampled" else f"; {k} classes hold {info['captured_mass']:.3f} of the mass")
+        + "\n"
         f"`reptile distill --config {shlex.quote(str(own / 'config.toml'))} --cache {shlex.quote(str(folder))}` "
         "distils from it with the same settings"
     )

@@ -456,7 +456,7 @@ def test_the_commands_end_to_end(
     from reptile_ext.training.recipes import code_lm, comparison
 
     folder, run, plain = tmp_path / "cache", tmp_path / "run", tmp_path / "plain"
-    assert cli.main(["cache-teacher", *SMALL, "--top-k", "300", "--out", str(folder)]) == 0
+    assert cli.main(["cache-teacher", *SMALL, "--kind", "top_k", "--k", "300", "--out", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "187 samples, 2,992 positions" in said
     assert "300 classes hold 1.000 of the mass" in said
@@ -551,18 +551,18 @@ def test_a_stopped_cache_goes_on(
     from reptile_ext.training.recipes import comparison
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert cli.main(["cache-teacher", *SMALL, "--top-k", "8", "--out", str(whole)]) == 0
+    assert cli.main(["cache-teacher", *SMALL, "--k", "8", "--out", str(whole)]) == 0
 
-    targets, calls = comparison.top_k_targets, itertools.count()
+    targets, calls = comparison.sampled_targets, itertools.count()
 
     def stop(*arguments: Any) -> Any:
-        if next(calls) == 7:
+        if next(calls) == 7 * 8:
             raise KeyboardInterrupt
         return targets(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "top_k_targets", stop)
-        assert cli.main(["cache-teacher", *SMALL, "--top-k", "8", "--out", str(broken)]) == 130
+        patch.setattr(comparison, "sampled_targets", stop)
+        assert cli.main(["cache-teacher", *SMALL, "--k", "8", "--out", str(broken)]) == 130
     said = capsys.readouterr().err
     assert said.splitlines() == [
         f"reptile cache-teacher: stopped; go on with `reptile cache-teacher --resume {broken}`"
@@ -570,9 +570,9 @@ def test_a_stopped_cache_goes_on(
     assert cli.main(["distill", *SMALL, "--cache", str(broken), "--out", str(tmp_path / "run")]) == 2
     assert "is unfinished" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "top_k_targets", lambda *x: (next(calls), targets(*x))[1])
+        patch.setattr(comparison, "sampled_targets", lambda *x: (next(calls), targets(*x))[1])
         assert cli.main(["cache-teacher", "--resume", str(broken), "--quiet"]) == 0
-    assert next(calls) == 8 + 17  # 24 batches of 8 samples, 7 of which were there
+    assert next(calls) == 187 + 1  # of 187 samples 56 were there, and one was asked for twice
     one, other = (TeacherCache.open(folder) for folder in (whole, broken))
     assert set(one) == set(other)
     assert one.info()["teacher"] == other.info()["teacher"]

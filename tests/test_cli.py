@@ -184,7 +184,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
             "mean distill?",
         ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
-        ("cache-teacher --top-k 0", "--top-k must be from 1 to 4096; got 0"),
+        ("cache-teacher --k 0", "--k must be from 1 to 4096; got 0"),
         (f"cache-teacher --cache {tmp_path}", "--cache is for `reptile distill`; the folder to write is --out"),
         (f"cache-teacher --resume {tmp_path}", "--resume must be the run folder of a `reptile cache-teacher`; got "),
         ("cache-teacher digits --out run", "recipe: its samples are others in every pass"),

@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from ...cache.format import TEACHER
 from ...files import TEMPORARY, write_atomically, write_json
 from ...linear import release_scratch
 from ...modules import DistillationLoss
-from ...sparse import top_k_targets
+from ...sparse import sampled_targets, top_k_targets
 from ...timing import highest_memory
 from .. import Reptile, Result, Until
 from ..batches import logits_of
@@ -287,10 +288,11 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
 
 
 def cache_teacher(
-    recipe: Recipe, settings: Settings, folder: Path, k: int, progress_bar: bool = True
+    recipe: Recipe, settings: Settings, folder: Path, kind: str, k: int, progress_bar: bool = True
 ) -> dict[str, Any]:
-    """Train the recipe's teacher in `folder`/teacher, and write its k likeliest classes at each position of the samples
-    that the students see, and of those held out, to `folder`; go on where that was stopped. Returns `info()` of it."""
+    """Train the recipe's teacher in `folder`/teacher, and write k classes at each position of the samples that the
+    students see, and of those held out, to `folder`: its likeliest ("top_k") or drawn ones ("sampled"). Go on where that
+    was stopped. Returns `info()` of it."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     own = folder / TEACHER
@@ -299,17 +301,18 @@ def cache_teacher(
     if cacheable is None:
         raise ValueError("recipe: its samples are others in every pass, so that a teacher's answers cannot be kept")
     if k > cacheable.vocab_size:
-        raise ValueError(f"top_k must be at most the vocabulary's size, {cacheable.vocab_size}; got {k}")
+        raise ValueError(f"k must be at most the vocabulary's size, {cacheable.vocab_size}; got {k}")
     stages = _Stages(settings, task, own, progress_bar, measures_memory=False)
     reptile = stages.on_labels(task.teacher, settings.teacher_learning_rate)
     stages.train("teacher", reptile, task.teacher_train, task.held_out, settings.teacher_steps)
     where = {Cacheable.sample_id(part, i): x for part, inputs in cacheable.inputs.items() for i, x in enumerate(inputs)}
     tokens = sum(x.numel() for x in where.values())
-    print(f"cache: {len(where):,} samples, {tokens:,} tokens, K = {k}", flush=True)
+    print(f"cache: {len(where):,} samples, {tokens:,} tokens, {kind}, K = {k}", flush=True)
     device = reptile.accelerator.device
     with TeacherCache.write(
         folder,
         vocab_size=cacheable.vocab_size,
+        kind=kind,
         k=k,
         temperature=settings.temperature,
         teacher=_digest_of(task.teacher),
@@ -324,9 +327,14 @@ def cache_teacher(
             for start in range(0, len(todo), settings.teacher_batch):
                 names = todo[start : start + settings.teacher_batch]
                 inputs = torch.stack([where[name] for name in names]).to(device)
-                indices, log_probs = top_k_targets(logits_of(task.teacher, inputs), k, settings.temperature)
-                for name, of_sample in zip(names, zip(indices, log_probs, strict=True), strict=True):
-                    writer.add(name, *of_sample)
+                for name, logits in zip(names, logits_of(task.teacher, inputs), strict=True):
+                    if kind == "top_k":
+                        rows = top_k_targets(logits, k, settings.temperature)
+                    else:  # a sample's draws are its own, whatever was there before
+                        seed = zlib.crc32(f"{settings.seed} {name}".encode())
+                        generator = torch.Generator(device).manual_seed(seed)
+                        rows = sampled_targets(logits, k, settings.temperature, generator)
+                    writer.add(name, *rows)
                 bar.update(inputs.numel())
     return TeacherCache.open(folder).info()
 
@@ -359,11 +367,15 @@ def _digest_of(model: nn.Module) -> str:
 
 
 def _notes_on_cache(info: Mapping[str, Any], device: torch.device) -> list[str]:
+    held = (
+        f"{info['k']} draws a position"
+        if info["kind"] == "sampled"
+        else f"{info['k']} classes hold {info['captured_mass']:.3f} of the mass"
+    )
     memory = "allocated on the GPU" if device.type == "cuda" else "resident memory of the process, libraries included"
     return [
         f"Cache: {info['rows']:,} positions in {info['bytes'] / 1e6:.1f} MB, {info['bytes_per_entry']:.2f} bytes an "
-        f"entry; {info['k']} classes hold {info['captured_mass']:.3f} of the mass. The student from it is trained "
-        "last, when the teacher is no longer in memory.",
+        f"entry; {held}. The student from it is trained last, when the teacher is no longer in memory.",
         f"Peak memory: the highest of a training, evaluations included ({memory}); - where it was trained before.",
     ]
 
