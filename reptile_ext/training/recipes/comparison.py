@@ -291,8 +291,8 @@ def cache_teacher(
     recipe: Recipe, settings: Settings, folder: Path, kind: str, k: int, progress_bar: bool = True
 ) -> dict[str, Any]:
     """Train the recipe's teacher in `folder`/teacher, and write k classes at each position of the samples that the
-    students see, and of those held out, to `folder`: its likeliest ("top_k") or drawn ones ("sampled"). Go on where that
-    was stopped. Returns `info()` of it."""
+    students see, and of those held out, to `folder`: its likeliest ("top_k") or drawn ones ("sampled"). Go on where
+    that was stopped. Returns `info()` of it."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     own = folder / TEACHER
