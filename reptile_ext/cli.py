@@ -1,4 +1,4 @@
-"""The command line: reptile distill | evaluate | benchmark | cache-info | doctor.
+"""The command line: reptile distill | evaluate | benchmark | cache-teacher | cache-info | doctor.
 
 `doctor` has to work where nothing else does, so that this module imports only the standard library; each command
 imports what it needs when it runs.
@@ -27,6 +27,7 @@ USAGE = """usage: reptile <command> [options]
   distill [recipe]   train a teacher, distil it into a student, compare with the student alone (default: code-lm)
   evaluate <folder>  held-out metrics of the distilled student of a run folder
   benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
+  cache-teacher [recipe]  train a recipe's teacher and keep its answers on disk, for distill --cache
   cache-info <folder>  what a teacher cache is of, what it holds and how exact it is; --verify reads it all
   doctor             say what is installed, whether the kernels load, and what to do if not
 
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "distill": distill,
         "evaluate": evaluate,
         "benchmark": benchmark,
+        "cache-teacher": cache_teacher,
         "cache-info": cache_info,
         "doctor": doctor,
     }
@@ -112,42 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def distill(argv: list[str]) -> int:
     """Train a teacher, distil it into a student, and compare with the same student trained without a teacher."""
     recipes = _recipes()
-    # The recipe decides which flags there are, so it is looked for first: the first word, or a key of the file.
-    early = _Parser(prog="reptile distill", add_help=False)
-    early.add_argument("--config", type=_path)
-    early.add_argument("--resume", type=_path)
-    known, rest = early.parse_known_args(argv)
-    given = bool(argv) and not argv[0].startswith("-")
-    if known.resume is not None and (known.config is not None or given or set(rest) - {"--quiet"}):
-        raise CommandError("--resume takes recipe and settings from the folder: only --quiet goes with it")
-    path, values = known.config, {}
-    if known.resume is not None:
-        path, values = known.resume / "config.toml", _read_run(known.resume, "--resume")
-    elif path is not None:
-        values = _read_toml(path)
-    name = values.pop("recipe", "code-lm")
-    if given:
-        name, argv = argv[0], argv[1:]
-    recipe = _recipe(name)
-
-    parser = _Parser(
-        prog=f"reptile distill {name}",
-        description=distill.__doc__,
-        epilog=f"Recipes: {', '.join(recipes.RECIPES)}; `reptile distill RECIPE --help` shows the settings of one.",
-    )
-    parser.add_argument("--config", type=_path, metavar="FILE", help="TOML file of settings; flags win over it")
-    parser.add_argument("--out", type=_path, metavar="FOLDER", help="run folder (default: runs/RECIPE-TIME)")
-    parser.add_argument("--resume", type=_path, metavar="FOLDER", help="go on with the stopped run in this folder")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    settings, options = _settings(recipe.settings, values, parser, argv, path)
-
-    if options.resume is not None:
-        folder = options.resume
-    else:
-        folder = options.out or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        _make_folder(folder)
-        if any(folder.iterdir()):
-            raise CommandError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}")
+    name, recipe, settings, options, folder = _recipe_to_run("distill", argv, distill.__doc__, "runs/RECIPE-TIME")
+    recipes.check(settings)  # before there is a folder
+    if options.resume is None:
+        _make_empty(folder)
         _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})
     print(f"recipe {name}, run folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
@@ -156,12 +126,8 @@ def distill(argv: list[str]) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with `reptile distill --resume {shlex.quote(str(folder))}`") from None
     except Exception:
-        if options.resume is None and all(path.is_file() for path in folder.iterdir()):
-            # Nothing has been trained: the same --out must do for the next attempt.
-            for file in folder.iterdir():
-                file.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        if options.resume is None:
+            _remove_untrained(folder)
         raise
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     print(f"\n{report['minutes']:.1f} minutes. In {folder}: {files}")
@@ -230,6 +196,55 @@ def benchmark(argv: list[str]) -> int:
     check(**{name: options.get(name, defaults[name]) for name in inspect.signature(check).parameters})
     _make_folder(o.out)
     return run(**options, compile=not o.no_compile, out=o.out / "benchmark.json", plot=o.out / "benchmark.png")
+
+
+def cache_teacher(argv: list[str]) -> int:
+    """Train a recipe's teacher, and keep its answers to what the students see and what is held out on disk, in a
+    teacher cache: for `reptile distill --cache FOLDER`."""
+
+    def add_flags(parser: _Parser) -> None:
+        parser.add_argument(
+            "--kind", choices=("sampled", "top_k"), help="drawn or likeliest classes (default: sampled)"
+        )
+        parser.add_argument("--k", type=int, help="classes kept of each position, 1 to 4096 (default: 64)")
+
+    recipes = _recipes()
+    name, recipe, settings, options, folder = _recipe_to_run(
+        "cache-teacher", argv, cache_teacher.__doc__, "runs/cache-RECIPE-TIME", add_flags, inside="teacher"
+    )
+    own = folder / "teacher"  # the teacher's own run folder, beside the rows
+    kept = _read_toml(own / "cache.toml") if options.resume is not None and (own / "cache.toml").is_file() else {}
+    k = kept.get("k", 64) if options.k is None else options.k
+    kind = options.kind or kept.get("kind", "sampled")
+    if not 1 <= k <= 4096:
+        raise CommandError(f"--k must be from 1 to 4096; got {k}")
+    if getattr(settings, "cache", None) is not None:
+        raise CommandError(f"--cache is for `reptile distill`; the folder to write is --out; got {settings.cache}")
+    if options.resume is None:
+        _make_empty(folder)
+        _make_folder(own)
+        _write_toml(own / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})
+        _write_toml(own / "cache.toml", {"kind": kind, "k": k})
+    print(f"recipe {name}, cache folder {folder}", flush=True)
+    bars = not options.quiet and sys.stderr.isatty()
+    try:
+        info = recipes.cache_teacher(recipe, settings, folder, kind, k, progress_bar=bars)
+    except KeyboardInterrupt:
+        again = f"reptile cache-teacher --resume {shlex.quote(str(folder))}"
+        raise KeyboardInterrupt(f"; go on with `{again}`") from None
+    except Exception:
+        if options.resume is None:
+            _remove_untrained(own, folder)
+        raise
+    print(
+        f"{info['samples']:,} samples, {info['rows']:,} positions, {info['bytes'] / 1e6:.1f} MB, "
+        f"{info['bytes_per_entry']:.2f} bytes an entry"
+        + ("" if kind == "sampled" else f"; {k} classes hold {info['captured_mass']:.3f} of the mass")
+        + "\n"
+        f"`reptile distill --config {shlex.quote(str(own / 'config.toml'))} --cache {shlex.quote(str(folder))}` "
+        "distils from it with the same settings"
+    )
+    return 0
 
 
 def cache_info(argv: list[str]) -> int:
@@ -359,6 +374,68 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _recipe_to_run(
+    command: str,
+    argv: list[str],
+    description: str | None,
+    default: str,
+    add_flags: Callable[[_Parser], None] = lambda parser: None,
+    inside: str = "",
+) -> tuple[str, Any, Any, argparse.Namespace, Path]:
+    """Name, recipe, settings, other options and folder of a command that takes a recipe. Its folder has the settings in
+    config.toml, in the folder `inside` it where one is named."""
+    # The recipe decides which flags there are, so it is looked for first: the first word, or a key of the file.
+    early = _Parser(prog=f"reptile {command}", add_help=False)
+    early.add_argument("--config", type=_path)
+    early.add_argument("--resume", type=_path)
+    known, rest = early.parse_known_args(argv)
+    given = bool(argv) and not argv[0].startswith("-")
+    if known.resume is not None and (known.config is not None or given or set(rest) - {"--quiet"}):
+        raise CommandError("--resume takes recipe and settings from the folder: only --quiet goes with it")
+    path, values = known.config, {}
+    if known.resume is not None:
+        path = known.resume / inside / "config.toml"
+        values = _read_run(known.resume / inside, "--resume", command)
+    elif path is not None:
+        values = _read_toml(path)
+    name = values.pop("recipe", "code-lm")
+    if given:
+        name, argv = argv[0], argv[1:]
+    recipe = _recipe(name)
+
+    parser = _Parser(
+        prog=f"reptile {command} {name}",
+        description=description,
+        epilog=f"Recipes: {', '.join(_recipes().RECIPES)}; `reptile {command} RECIPE --help` shows one's settings.",
+    )
+    parser.add_argument("--config", type=_path, metavar="FILE", help="TOML file of settings; flags win over it")
+    parser.add_argument("--out", type=_path, metavar="FOLDER", help=f"where to write (default: {default})")
+    parser.add_argument("--resume", type=_path, metavar="FOLDER", help="go on with the stopped run in this folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_flags(parser)
+    settings, options = _settings(recipe.settings, values, parser, argv, path)
+    time = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = options.resume or options.out or Path(default.replace("RECIPE", name).replace("TIME", time))
+    return name, recipe, settings, options, folder
+
+
+def _make_empty(folder: Path) -> None:
+    _make_folder(folder)
+    if any(folder.iterdir()):
+        raise CommandError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}")
+
+
+def _remove_untrained(folder: Path, *around: Path) -> None:
+    """Delete a run folder, and those around it, in which nothing has been trained: the same --out must do for the next
+    attempt."""
+    if all(path.is_file() for path in folder.iterdir()):
+        for file in folder.iterdir():
+            file.unlink()
+        with contextlib.suppress(OSError):
+            for one in (folder, *around):
+                one.rmdir()
+
+
 def _recipes() -> Any:
     """The module of the recipes, or a sentence on the extra that it needs."""
     from .training import recipes
@@ -391,11 +468,11 @@ def _make_folder(folder: Path) -> None:
         raise CommandError(f"--out must be a folder that can be written to; got {folder}")
 
 
-def _read_run(folder: Path, name: str) -> dict[str, Any]:
+def _read_run(folder: Path, name: str, command: str = "distill") -> dict[str, Any]:
     """The settings that a run wrote down."""
     if not (folder / "config.toml").is_file():
         why = "which has no config.toml" if folder.is_dir() else "which is no folder"
-        raise CommandError(f"{name} must be the run folder of a `reptile distill`; got {folder}, {why}")
+        raise CommandError(f"{name} must be the run folder of a `reptile {command}`; got {folder}, {why}")
     return _read_toml(folder / "config.toml")
 
 

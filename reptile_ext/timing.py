@@ -227,6 +227,25 @@ def peak_bytes(
         return None
 
 
+def highest_memory(of: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
+    """Run `of`; return the most memory that there was meanwhile, what was there before included; None where the system
+    does not tell. On a GPU the memory that is allocated, else the process's resident memory."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        of()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    tells = Path("/proc/self/clear_refs")
+    try:
+        _trim()
+        tells.write_text("5")
+    except OSError:
+        of()
+        return None
+    of()
+    return _status("VmHWM")
+
+
 def _status(key: str) -> int:
     """Bytes of this process, as the system has them under `key`."""
     for line in Path("/proc/self/status").read_text().splitlines():

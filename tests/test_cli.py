@@ -125,7 +125,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert (broken / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "settings.toml"
     for text, words in (
         ("stepz = 3\n", f"{file}: unknown setting 'stepz'; did you mean steps?"),
@@ -179,9 +180,18 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate", "the following arguments are required: folder"),
         (
             "distil",
-            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-info, doctor; did you mean distill?",
+            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-teacher, cache-info, doctor; did you "
+            "mean distill?",
         ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
+        ("cache-teacher --k 0", "--k must be from 1 to 4096; got 0"),
+        (f"cache-teacher --cache {tmp_path}", "--cache is for `reptile distill`; the folder to write is --out"),
+        (f"cache-teacher --resume {tmp_path}", "--resume must be the run folder of a `reptile cache-teacher`; got "),
+        ("cache-teacher digits --out run", "recipe: its samples are others in every pass"),
+        (
+            f"distill --cache {tmp_path} --out run",
+            f"cache: {tmp_path} is no teacher cache: {tmp_path}/manifest.json is",
+        ),
         ("doctor --verbose", "unrecognized arguments: --verbose"),
     ):
         assert words in refused(capsys, *argv.split())
@@ -210,6 +220,7 @@ SMALL = (
 COMMANDS = {
     "distill code-lm": SMALL.split(),
     "distill digits": ["--teacher-channels", "8"],
+    "cache-teacher code-lm": SMALL.split(),
     "evaluate": [],
     "benchmark": [],
     "doctor": [],
@@ -256,7 +267,7 @@ def test_every_flag_takes_a_value_or_says_what_is_wrong(
         with pytest.raises(Trained):
             cli.main(command.split())
     actions = [action for action in parsers[-1]._actions if action.dest != "help"]
-    fields = recipes.RECIPES[command.split()[1]].settings.model_fields if command.startswith("distill") else {}
+    fields = recipes.RECIPES[command.split()[1]].settings.model_fields if " " in command else {}
     assert {"--" + name.replace("_", "-") for name in fields} <= {s for a in actions for s in a.option_strings}
 
     wrong, tried, accepted = [], 0, 0

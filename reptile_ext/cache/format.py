@@ -33,6 +33,7 @@ MAX_VOCAB_SIZE = 1 << 24
 MAX_K = 4096
 MAX_LOG_PROB_ERROR = 0.5  # of classes with a probability of 1e-4 and more, whatever max_kl is (csrc/cpu/cache.cpp)
 MAGIC = b"RPTCACHE"
+TEACHER = "teacher"  # a folder of whoever made the cache: no writer or reader looks into it
 SLACK = 8  # bytes that a decoder may read behind a block
 
 # magic, version, kind, vocab_size, width, dtype, samples, rows, offset of the index, CRC-32 of blocks and of index,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,7 @@ class TeacherCache:
         Each of `samples` is an id, or for packed sequences a list of (id, begin, end). T is `length`, or that of the
         longest; what is shorter is filled with -1 and -inf, values with 0; longer ones are an error. In a DataLoader's
         `collate_fn` this runs in the workers, ahead of the training step."""
-        rows = []
-        for sample in samples:
-            pieces = [(sample, 0, None)] if isinstance(sample, str) or not isinstance(sample, Sequence) else sample
-            rows.append([self._range(*piece) for piece in pieces])
+        rows = [self._pieces(sample) for sample in samples]
         lengths = [sum(end - begin for _, begin, end in pieces) for pieces in rows]
         if length is None:
             length = max(lengths, default=0)
@@ -206,6 +203,23 @@ class TeacherCache:
             for x, filling in zip(outputs, (-1, -torch.inf) if coded else (0,), strict=True):
                 x[i, at:] = filling
         return outputs if coded else outputs[0]
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> Any:
+        """A `collate_fn` for a DataLoader that decodes the cache's rows in the workers, for `Reptile` and `Objective`.
+
+        Every sample is a mapping with a "sample_id", its id in the cache or, where it is part of a sample or packed, a
+        list of (id, begin, end). The rest of it goes to `collate_fn` (default: torch's), which has to return a mapping;
+        "teacher_rows" is added to that. The rows are placed as docs/cache.md, "In training", says."""
+        from .batches import Collate
+
+        return Collate(self, collate_fn)
+
+    def _pieces(self, sample: Samples) -> list[tuple[int, int, int]]:
+        """(place, begin, end) of what a sample is made of."""
+        pieces = [(sample, 0, None)] if isinstance(sample, str) or not isinstance(sample, Sequence) else sample
+        if not all(isinstance(piece, (tuple, list)) and len(piece) == 3 for piece in pieces):
+            raise ValueError(f"sample_id must be an id or a list of (id, begin, end); got {sample!r}")
+        return [self._range(*piece) for piece in pieces]
 
     @property
     def _dtype(self) -> torch.dtype:

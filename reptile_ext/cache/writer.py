@@ -389,7 +389,8 @@ def _agree_on_manifest(folder: Path, wanted: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
     if not path.exists():
-        others = [p.name for p in folder.iterdir() if not p.name.startswith((".lock-", TEMPORARY, "manifest.json"))]
+        ours = (".lock-", TEMPORARY, "manifest.json")
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(ours) and p.name != fmt.TEACHER]
         if others and not path.exists():
             raise ValueError(f"folder must be empty or hold a teacher cache; {folder} holds {sorted(others)[0]}")
         try:

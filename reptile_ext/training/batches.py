@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..cache.batches import mask_in
+
 # Keys of a mapping that are not for the models. The rest goes to both as keywords.
-RESERVED = ("labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs")
+RESERVED = (
+    *("labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs"),
+    *("sample_id", "teacher_rows"),  # of a teacher that is a cache
+)
 # Whose first dimension is the number of samples, whatever the other tensors of a batch are.
 _OF_SAMPLES = ("input_ids", "inputs_embeds", "input_features", "input_values", "decoder_input_ids", "attention_mask")
 
@@ -26,6 +31,8 @@ class Batch(NamedTuple):
     teacher_logits: Any = None  # the teacher's answers, in the place of running it
     mask: Tensor | None = None  # 0 at padding; used only where there are no labels
     num_rows_in: int | None = None  # at most so many rows count by labels, or by the mask; None: not known on the host
+    sample_id: Any = None  # of each sample, its id in a teacher cache, or pieces [(id, begin, end), …]
+    teacher_rows: Any = None  # what the cache says of them: (indices, log_probs) [B, T, K], or (logits,)
 
 
 def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:
@@ -49,7 +56,7 @@ def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:
                 )
             found["inputs"] = batch["student_inputs"]
         found |= {"labels": batch.get("labels"), "weight": batch.get("sample_weight")}
-        found |= {name: batch.get(name) for name in ("teacher_inputs", "teacher_logits")}
+        found |= {name: batch.get(name) for name in ("teacher_inputs", "teacher_logits", "sample_id", "teacher_rows")}
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         found = dict(zip(("inputs", "labels", "weight"), batch, strict=False))
     else:
@@ -81,20 +88,11 @@ def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
         if weight is not None and weight.ndim > 1:
             weight = F.pad(weight[:, 1:], (0, 1))
-    return Batch(**(found | {"labels": labels, "weight": weight, "mask": _mask_of(found["inputs"])}))
+    return Batch(**(found | {"labels": labels, "weight": weight, "mask": mask_in(found["inputs"])}))
 
 
 # Integers that are made int64 (bool is none: the losses refuse it by name).
 _NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
-
-
-def _mask_of(inputs: Any) -> Tensor | None:
-    """The mask of the positions that have logits: the decoder's, where there is a decoder."""
-    if not isinstance(inputs, Mapping):
-        return None
-    has_decoder = any(name in inputs for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-    mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim > 1 else None
 
 
 def _check_inputs(name: str, inputs: Any) -> None:

@@ -300,7 +300,10 @@ class DataState:
 
 
 # Libraries whose objects are data, or whose order depends on what `set_epoch` has told them alone.
-_OTHERS = ("datasets.", "pyarrow", "pandas", "PIL", "transformers.", "tokenizers", "torch.nn", "torchvision.transforms")
+_OTHERS = (
+    *("datasets.", "pyarrow", "pandas", "PIL", "transformers.", "tokenizers", "torch.nn", "torchvision.transforms"),
+    "reptile_ext.cache.reader",
+)
 
 
 # Attributes of data as this process first saw them: a run may be resumed in the process in which it was stopped.

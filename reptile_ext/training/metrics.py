@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,21 @@ def better(name: str, new: float, old: float | None) -> bool:
     return old is None or (new > old if METRICS[name] else new < old)
 
 
+class FirstClass(NamedTuple):
+    """A teacher's likeliest class in each row, [...], among the first `classes`; -1 where none is known."""
+
+    indices: Tensor
+    classes: int
+
+    @classmethod
+    def of(cls, indices: Tensor, log_probs: Tensor, classes: int) -> FirstClass:
+        """Of K classes a row [..., K]; a student that has fewer classes is compared in those alone."""
+        listed = (indices >= 0) & (indices < classes)
+        best = log_probs.masked_fill(~listed, -torch.inf).argmax(-1, keepdim=True)
+        first = indices.masked_fill(~listed, -1).gather(-1, best).squeeze(-1)
+        return cls(first, classes)
+
+
 class Evaluation:
     """Accumulates the named metrics batch by batch; with several processes, torchmetrics adds them up."""
 
@@ -73,7 +89,7 @@ class Evaluation:
         loss: Tensor,
         rows: float,
         logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher_logits: Tensor | FirstClass | None,
         labels: Tensor | None,
         weight: Tensor | None = None,
     ) -> None:
@@ -83,6 +99,7 @@ class Evaluation:
             return
         self._metric("loss", MeanMetric).update(loss, rows)
         if self._binary:
+            assert not isinstance(teacher_logits, FirstClass)  # a cache is of classes
             self._update_binary(rows, logits.squeeze(-1), teacher_logits, labels, weight)
             return
         num_classes = logits.shape[-1]
@@ -117,8 +134,11 @@ class Evaluation:
                 f1 = self._metric("f1", MulticlassF1Score, average="macro", **count)
                 f1.update(prediction[kept], labels[kept])
         if "agreement" in self._names and teacher_logits is not None:
-            shared = min(num_classes, teacher_logits.shape[-1])  # vocab="truncate" compares no others
-            first = teacher_logits.reshape(-1, teacher_logits.shape[-1])[:, :shared].argmax(-1)
+            if isinstance(teacher_logits, FirstClass):
+                first, shared = teacher_logits.indices.reshape(-1), teacher_logits.classes
+            else:
+                shared = min(num_classes, teacher_logits.shape[-1])  # vocab="truncate" compares no others
+                first = teacher_logits.reshape(-1, teacher_logits.shape[-1])[:, :shared].argmax(-1)
             prediction = prediction if shared == num_classes else logits[:, :shared].argmax(-1)
             self._metric("agreement", MeanMetric).update((prediction == first)[kept].float())
 

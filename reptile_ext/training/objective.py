@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from ..cache import TeacherCache
+from ..cache.batches import rows_like, rows_of_batch
+from ..cache.format import CODED
 from ..linear import linear_distillation_loss
-from ..modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss
+from ..modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss, SparseDistillationLoss
 from .batches import Batch, logits_in, num_samples, output_of, scalars_in, split
 from .heads import Head, output_layer
 from .modes import in_mode
@@ -57,7 +60,11 @@ class Objective:
             without a graph, whatever mode it is in, and is left in it. Several teachers are a list: the divergence is
             the sum of theirs by `teacher_weights`. "batch": every batch has the logits, under "teacher_logits" (a
             tensor, or a list of one for each teacher), which a batch may have instead of running the teacher, too.
-            None: the labels' cross entropy alone.
+            A `TeacherCache` of kind "top_k", "sampled" or "logits": every batch is a mapping with the ids of its
+            samples in the cache under "sample_id" (docs/cache.md, "In training"); the loss is then
+            `sparse_distillation_loss` with its `tail`, by default "bucket" for "top_k" and "renormalize" for "sampled",
+            and the teacher's temperature is the cache's: `temperature`, by default that for both, may only be it or a
+            pair (T_s, it). None: the labels' cross entropy alone.
         teacher_weights: of several teachers; by default each has the same and they add up to 1.
         teacher_inputs, student_inputs: functions from the inputs of a batch to what the model takes instead. A batch
             that is a mapping may also have both under these names.
@@ -80,7 +87,7 @@ class Objective:
         inplace: True: write the gradient over the logits, as `distillation_loss` does. None, the default: do so where
             the logits' memory is nobody else's, which saves their size. False: never.
         loss: keywords of `distillation_loss`: temperature, hard_weight, ignore_index, …; with `fused_linear`,
-            memory_budget too.
+            memory_budget too, and with a cache of log-probabilities tail.
 
     Shapes: a batch is a tensor of inputs, a pair (inputs, labels), a triple (inputs, labels, weights) or a mapping
     passed to the models as keywords, its "labels" and "sample_weight" apart. Labels are integers [...] for logits
@@ -142,17 +149,19 @@ class Objective:
 
     Raises:
         ValueError: keywords that a step sets itself or that have no meaning; with `fused_linear`, a student without a
-            head, `dim` other than -1, inplace=True or binary=True. When called: a batch without labels where they are
-            needed,
+            head, `dim` other than -1, inplace=True or binary=True; a cache whose kind or temperature does not fit. When
+            called: a batch without labels or "sample_id" where they are needed, samples that have another number of
+            positions in the cache, a student with another number of classes than the cache and not vocab="truncate",
             micro-batches that cannot be counted together, a model that `fused_linear` is not for, and what the losses
             raise.
         TypeError: when called, a batch or a model's output of another kind.
+        KeyError: when called, a sample that is not in the cache.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | Sequence[Teacher] | str | None,
+        teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None,
         *,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
@@ -184,6 +193,12 @@ class Objective:
             )
         if "pos_weight" in loss and not binary:
             raise ValueError("pos_weight is for labels of one logit each, binary=True; got it with binary=False")
+        self.cache = teacher if isinstance(teacher, TeacherCache) else None
+        self._is_sparse = self.cache is not None and self.cache.kind in CODED
+        if self.cache is not None:
+            loss = _keywords_with_cache(self.cache, binary, teacher_inputs, loss)
+        elif "tail" in loss:
+            raise ValueError("tail is for a teacher of which K classes are known, a TeacherCache; got another teacher")
         self.binary = binary
         self._pos_weight: Tensor | None = loss.pop("pos_weight", None)
         self.student, self.teacher = student, teacher
@@ -196,7 +211,11 @@ class Objective:
         self.autocast = autocast
         self.inplace = inplace
         kind: Any = BinaryDistillationLoss if binary else DistillationLoss
-        self.criterion: BinaryDistillationLoss | DistillationLoss = kind(inplace=bool(inplace), **loss)
+        kind = SparseDistillationLoss if self._is_sparse else kind
+        self.criterion: BinaryDistillationLoss | DistillationLoss | SparseDistillationLoss = kind(
+            inplace=bool(inplace), **loss
+        )
+        self._check_temperature()
         self.ignore_index: int = self.criterion.keywords["ignore_index"]
         self._inputs_of = {"student": student_inputs, "teacher": teacher_inputs}
         self._linear_only = linear_only
@@ -226,7 +245,7 @@ class Objective:
     def _set_fused_linear(self, fused_linear: bool) -> None:
         # Where there is no head, a model is asked for its logits.
         self.student_head: Head | None = None
-        self.teacher_heads: list[Head | None] = [None] * len(self.teachers)
+        self.teacher_heads: list[Head | None] = [None] * (len(self.teachers) if self.cache is None else 2)
         self._linear_keywords: dict[str, Any] = {}
         if not fused_linear:
             return
@@ -244,11 +263,26 @@ class Objective:
         self.teacher_heads = [
             Head("teacher", teacher) if isinstance(teacher, nn.Module) and output_layer(teacher) is not None else None
             for teacher in self.teachers
-        ]
+        ] or self.teacher_heads
+
+    def _check_temperature(self) -> None:
+        """Raise a ValueError for another temperature of the teacher than that of the cache."""
+        if self.cache is None:
+            return
+        given, own = self.criterion.keywords["temperature"], self.cache.temperature
+        if not self._is_sparse and own == 1:
+            return  # logits, which any temperature can be had of
+        if (given[1] if isinstance(given, (tuple, list)) else given) != own:
+            raise ValueError(
+                f"temperature={given!r}: the teacher's answers in {self.cache.folder} were written at temperature "
+                f"{own:g}, and no other can be had of them: pass temperature={own:g}, or (T_s, {own:g}) with another "
+                "temperature T_s of the student, or write a cache at the temperature you want"
+            )
 
     def set_keywords(self, **keywords: float) -> None:
         """Other values of temperature and hard_weight from now on."""
         self.criterion = type(self.criterion)(**(self.criterion.keywords | keywords))
+        self._check_temperature()
         if self.student_head is not None:
             self._linear_keywords |= keywords
 
@@ -294,6 +328,8 @@ class Objective:
         has_labels = not isinstance(batch, Mapping) or batch.get("labels") is not None
         shifts = self.shift_labels and (has_labels or bool(self._wants_shift))
         found = split(batch, shifts, self.ignore_index)
+        if self.cache is not None:
+            found = self._look_up(found, self.cache)
         if self.binary:
             return found._replace(labels=self._targets(found.labels))
         if not self._labels_compared and found.labels is not None:
@@ -301,6 +337,46 @@ class Objective:
         if self.student_head is not None:
             found = found._replace(num_rows_in=self._rows_in(found))
         return found
+
+    def _look_up(self, batch: Batch, cache: TeacherCache) -> Batch:
+        """A batch with what the cache says of its samples."""
+        if batch.teacher_logits is not None:
+            raise ValueError("a batch has 'teacher_logits', and the teacher is a cache: pass teacher='batch' for these")
+        mask = batch.mask
+        if getattr(getattr(self.student, "config", None), "is_encoder_decoder", False):
+            has_decoder = isinstance(batch.inputs, Mapping) and "decoder_attention_mask" in batch.inputs
+            mask = mask if has_decoder else None  # not that of the encoder
+        rows = batch.teacher_rows
+        if rows is None and batch.sample_id is None:
+            raise ValueError(
+                "a teacher that is a cache needs 'sample_id' in every batch, of eval too: a mapping such as "
+                "{'input_ids': …, 'labels': …, 'sample_id': [the ids of its samples in the cache]}, or "
+                "DataLoader(collate_fn=cache.collate()) of samples with a 'sample_id'; got a batch without"
+            )
+        rows = rows_of_batch(cache, batch.sample_id, mask) if rows is None else rows
+        if len(rows[0]) != num_samples(batch.inputs):
+            raise ValueError(
+                f"sample_id must be of the batch's {num_samples(batch.inputs)} samples; got {len(rows[0])} ids"
+            )
+        return self._without_unknown(batch._replace(sample_id=None, teacher_rows=rows), mask)
+
+    def _without_unknown(self, batch: Batch, mask: Tensor | None) -> Batch:
+        """Positions that the cache says nothing of do not count: padding, and rows that list no class. (Under left
+        padding the label of the last padding is the first token, shifted.)"""
+        if self._is_sparse:
+            is_known = (batch.teacher_rows[0] >= 0).any(-1)
+        else:
+            is_known = torch.ones(batch.teacher_rows[0].shape[:-1], dtype=torch.bool) if mask is None else mask != 0
+        if bool(is_known.all()):
+            return batch
+        labels = batch.labels
+        if labels is None:
+            shape = is_known.shape if batch.mask is None else batch.mask.shape
+            return batch._replace(mask=is_known.reshape(shape)) if is_known.numel() == shape.numel() else batch
+        if labels.numel() != is_known.numel():
+            return batch  # whose shapes the loss will complain of
+        is_known = is_known.to(labels.device).reshape(labels.shape)
+        return batch._replace(labels=labels.masked_fill(~is_known, self.ignore_index))
 
     def _rows_in(self, batch: Batch) -> int | None:
         """The rows that count, of a batch that has not gone to a GPU yet: those of no weight may be among them."""
@@ -410,7 +486,10 @@ class Objective:
         return outputs
 
     def teacher_outputs(self, batch: Batch) -> list[Tensor]:
-        """For each teacher [..., V] logits or, where it has a head and `fused_linear` is on, [..., H] hidden states."""
+        """For each teacher [..., V] logits or, where it has a head and `fused_linear` is on, [..., H] hidden states.
+        Of a cache [B, T, K] indices and log-probabilities, or logits."""
+        if self.cache is not None:
+            return list(batch.teacher_rows)
         if batch.teacher_logits is not None:
             if self.teacher is None:
                 raise ValueError("teacher=None trains on labels alone; got a batch with 'teacher_logits': pass 'batch'")
@@ -450,6 +529,7 @@ class Objective:
             nobody else holds.
         """
         head = self.student_head
+        teacher_outputs = self._like(outputs, teacher_outputs)
         if head is None:
             loss = self.loss_of_logits(outputs, teacher_outputs, batch, num_rows, overwrite=overwrite)
         else:
@@ -465,10 +545,31 @@ class Objective:
                 loss = loss + weight * share * self._auxiliary[name].to(loss.device)
         return loss
 
+    def _like(self, outputs: Tensor, teacher_outputs: Sequence[Tensor]) -> list[Tensor]:
+        """What a cache says of a batch's positions as what it says of the rows of these outputs."""
+        if self.cache is None:
+            return list(teacher_outputs)
+        return rows_like(tuple(teacher_outputs), outputs.shape[:-1], outputs.device)
+
+    def shared_classes(self, classes: int) -> int:
+        """How many of the student's classes are compared with the cache's."""
+        assert self.cache is not None
+        if classes != self.cache.vocab_size and self.criterion.keywords["vocab"] == "error":
+            raise ValueError(
+                f"the student has {classes} classes, and the cache in {self.cache.folder} is of {self.cache.vocab_size}"
+                ": pass vocab='truncate' if the first "
+                f"{min(classes, self.cache.vocab_size)} are the same (vocabularies padded to other sizes)"
+            )
+        return min(classes, self.cache.vocab_size)
+
     def _linear_loss(
         self, head: Head, outputs: Tensor, teacher_outputs: Sequence[Tensor], batch: Batch, num_rows: float | Tensor
     ) -> Tensor:
         total: Tensor | None = None
+        student = head.keywords("student")
+        if self._is_sparse:
+            shared = self.shared_classes(head.weight.shape[0])  # what is beyond has no part, as with vocab="truncate"
+            student |= {name: x[:shared] for name, x in student.items() if isinstance(x, Tensor)}
         is_of_rows = batch.labels is not None or (batch.mask is not None and batch.mask.shape == outputs.shape[:-1])
         for i, keywords in enumerate(self._shares(self._linear_keywords)):
             teacher: dict[str, Any] = {"teacher_weight": None}  # its outputs are logits
@@ -477,6 +578,9 @@ class Objective:
                 _check_labels(batch.labels)
                 of_teacher = outputs.new_zeros(*outputs.shape[:-1], 1)
                 teacher["teacher_weight"] = outputs.new_zeros(head.weight.shape[0], 1)
+            elif self._is_sparse:
+                of_teacher = None
+                teacher |= dict(zip(("teacher_indices", "teacher_log_probs"), teacher_outputs, strict=True))
             else:
                 of_teacher = teacher_outputs[i]
                 teacher_head = None if batch.teacher_logits is not None else self.teacher_heads[i]
@@ -491,7 +595,7 @@ class Objective:
                     weight=self._row_weight(outputs, batch),
                     denominator=_not_zero(num_rows),
                     num_rows_in=batch.num_rows_in if is_of_rows else None,
-                    **head.keywords("student"),
+                    **student,
                     **teacher,
                     **keywords,
                 )
@@ -533,7 +637,11 @@ class Objective:
             keywords = self.criterion.keywords
             if overwrite and self._nobody_elses() is logits:
                 keywords = keywords | {"inplace": True}
-            loss: Tensor = self.criterion.loss(logits, teacher_logits[0], **call, **keywords)
+            if self._is_sparse:
+                shared = self.shared_classes(logits.shape[-1])
+                logits = logits if shared == logits.shape[-1] else logits[..., :shared]
+            criterion: Any = self.criterion
+            loss: Tensor = criterion.loss(logits, *teacher_logits, **call, **keywords)
             return loss
         return torch.stack(
             [
@@ -551,8 +659,9 @@ class Objective:
         few rows at a time, so that there are never more logits than that."""
         rows = outputs.shape[:-1]
         weight = self._row_weight(outputs, batch)
+        teacher_outputs = self._like(outputs, teacher_outputs)
         if self.student_head is None:
-            yield outputs, list(teacher_outputs), Batch(None, batch.labels, weight)
+            yield outputs, teacher_outputs, Batch(None, batch.labels, weight)
             return
         labels = batch.labels
         if labels is not None and labels.shape != rows:
@@ -564,7 +673,8 @@ class Objective:
                 raise ValueError(
                     f"the teacher must have the student's rows, {list(rows)}; got {list(of_teacher.shape[:-1])}"
                 )
-        heads = [None] * len(teacher_outputs) if batch.teacher_logits is not None else self.teacher_heads
+        is_given = batch.teacher_logits is not None or self.cache is not None
+        heads = [None] * len(teacher_outputs) if is_given else self.teacher_heads
         flat = outputs.flatten(0, -2)
         flat_teachers = [of_teacher.flatten(0, -2) for of_teacher in teacher_outputs]
         flat_labels, flat_weight = (None if x is None else x.flatten() for x in (labels, weight))
@@ -709,6 +819,7 @@ def check_keywords(owner: type, loss: Mapping[str, Any]) -> None:
     known = {
         "memory_budget",
         "pos_weight",
+        "tail",
         *inspect.signature(DistillationLoss).parameters,
         *inspect.signature(owner).parameters,
     }
@@ -721,12 +832,37 @@ def check_keywords(owner: type, loss: Mapping[str, Any]) -> None:
         )
 
 
-def teachers_of(teacher: Teacher | Sequence[Teacher] | str | None) -> list[Teacher]:
+def _keywords_with_cache(
+    cache: TeacherCache, binary: bool, teacher_inputs: Any, loss: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keywords of the loss where a cache is the teacher, its temperature and tail among them. Raises ValueError for
+    what cannot be had of it."""
+    if cache.kind == "hidden":
+        raise ValueError(
+            f"the cache in {cache.folder} holds hidden states, which need the teacher's head: give them to "
+            "linear_distillation_loss (teacher_hidden=cache.batch(ids), teacher_weight=the head's) in a loop of your "
+            "own, or write a cache of kind 'top_k', 'sampled' or 'logits' for Reptile and Objective"
+        )
+    if binary:
+        raise ValueError("a cache holds softmaxes over classes: binary=True has no meaning with it")
+    if teacher_inputs is not None:
+        raise ValueError("teacher_inputs has no meaning with a cache, which is not run")
+    keywords = {"temperature": cache.temperature, **loss}
+    if cache.kind in CODED:
+        return {"tail": "renormalize" if cache.kind == "sampled" else "bucket", **keywords}
+    if "tail" in keywords:
+        raise ValueError(f"tail is for caches of kind {' and '.join(map(repr, CODED))}; this one is of 'logits'")
+    return keywords
+
+
+def teachers_of(teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None) -> list[Teacher]:
     """The models among the teachers. A ModuleList has no forward: it is several, too."""
-    if teacher is None or teacher == "batch":
+    if teacher is None or teacher == "batch" or isinstance(teacher, TeacherCache):
         return []
     several = isinstance(teacher, (list, tuple, nn.ModuleList))
     found: list[Any] = list(teacher) if several else [teacher]  # type: ignore[arg-type]
+    if any(isinstance(x, TeacherCache) for x in found):
+        raise TypeError("a TeacherCache must be the only teacher; got it in a list: pass teacher=cache")
     if not found or not all(callable(x) for x in found):
         raise TypeError(
             "teacher must be a module or function that returns logits, a list of them, 'batch' or None; got "

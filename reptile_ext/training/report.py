@@ -14,14 +14,24 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     """The report of a run as text."""
     names = {"cross_entropy": "held-out loss", "accuracy": "accuracy", "f1": "macro F1", "perplexity": "perplexity"}
     labels = {"teacher": "teacher", "student": "student, distilled", "student alone": "student, no teacher"}
+    if "cache" in report:
+        labels["student from cache"] = f"distilled from cache, K = {report['cache']['k']}"
+    width = max(20, *(len(labels[name]) + 2 for name in report["models"]))
+    has_peaks = any("peak_bytes" in values for values in report["models"].values())
     columns = [name for name in (*metrics, "agreement") if name in report["models"]["student"]]
     lines = [
         "",
-        f"{'':<20}{'parameters':>12}" + "".join(f"{names.get(c, c):>15}" for c in columns) + f"{'seconds':>10}",
+        f"{'':<{width}}{'parameters':>12}"
+        + "".join(f"{names.get(c, c):>15}" for c in columns)
+        + f"{'seconds':>10}"
+        + (f"{'peak MB':>10}" if has_peaks else ""),
     ]
     for name, values in report["models"].items():
         cells = "".join(f"{values[c]:>15.4f}" if c in values else f"{'':>15}" for c in columns)
-        lines.append(f"{labels[name]:<20}{values['parameters']:>12,}{cells}{values['seconds']:>10.1f}")
+        peak = values.get("peak_bytes")
+        cells += f"{values['seconds']:>10.1f}"
+        cells += (f"{'-':>10}" if peak is None else f"{peak / 1e6:>10.0f}") if has_peaks else ""
+        lines.append(f"{labels[name]:<{width}}{values['parameters']:>12,}{cells}")
     lines += ["", f"{'median ms, fwd KL':<20}{'fused loss':>12}{'eager loss':>15}{'eager / fused':>15}"]
     for what, of in report["milliseconds"].items():
         title = "loss fwd + bwd" if what == "loss" else "training step"

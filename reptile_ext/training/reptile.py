@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..cache import TeacherCache
 from ..files import write_atomically
 from .batches import Batch, is_empty
 from .checkpoint import Log, find_checkpoint, load_checkpoint, save_checkpoint, writing_to
@@ -46,7 +47,7 @@ from .guards import (
     naming_unused_parameters,
     stays_where_it_is,
 )
-from .metrics import Evaluation, check_metrics
+from .metrics import Evaluation, FirstClass, check_metrics
 from .modes import being_trained, frozen, in_mode
 from .objective import Objective, Teacher, check_keywords
 from .schedules import SCHEDULES, as_function, share_of_rate
@@ -64,11 +65,12 @@ class Reptile:
         student, teacher: modules that take the same inputs and return logits: a tensor [..., V], or an object with
             `.logits`. The teacher gets no gradient, runs in eval mode, is in no checkpoint, and after `fit` has the
             modes and `requires_grad` it came with. It may be any function that returns logits, several in a list (with
-            `teacher_weights`), or "batch": every batch has its answers. `teacher=None` trains the student on the labels
-            alone with the same loop: how a teacher comes to be, and the baseline to compare with. Models are moved to
-            the device, but those that are quantised, offloaded or spread over devices: they are used where they are.
-            A student in train mode keeps its parts' modes; one in eval mode is trained in train mode, all but frozen
-            parts (without a parameter that wants a gradient).
+            `teacher_weights`), or "batch": every batch has its answers; or a `TeacherCache`, which has them on disk:
+            every batch says by "sample_id" which (docs/cache.md, "In training"). `teacher=None` trains the student on
+            the labels alone with the same loop: how a teacher comes to be, and the baseline to compare with. Models are
+            moved to the device, but those that are quantised, offloaded or spread over devices: they are used where
+            they are. A student in train mode keeps its parts' modes; one in eval mode is trained in train mode, all but
+            frozen parts (without a parameter that wants a gradient).
         metrics: what `evaluate` measures, names from `METRICS`.
         optimizer: makes an optimizer from parameters; default AdamW with `learning_rate` and `weight_decay`.
         schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `until.steps`), after a linear warm-up
@@ -95,12 +97,14 @@ class Reptile:
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
         teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
-            `fused_linear`, memory_budget too, and no inplace. temperature and hard_weight may be schedules: a function
+            `fused_linear`, memory_budget too, and no inplace; with a cache of log-probabilities, those of
+            `sparse_distillation_loss`. temperature and hard_weight may be schedules: a function
             of the number of steps done, or "linear:4->1" or "cosine:4->1" from the first step to `until.steps`.
 
     A batch is a tensor, a pair (inputs, labels), a triple (inputs, labels, sample_weight) or a mapping passed to the
-    models as keywords, but for "labels", "sample_weight", "teacher_logits", "teacher_inputs" and "student_inputs". See
-    `Objective`. A step without a row that counts is none: it changes nothing and is not counted.
+    models as keywords, but for "labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs",
+    "sample_id" and "teacher_rows". See `Objective`. A step without a row that counts is none: it changes nothing and is
+    not counted.
 
     With torchrun or accelerate launch, the processes share each step. Data are the same in all of them and are shared
     out; dropout is not the same.
@@ -109,7 +113,7 @@ class Reptile:
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | Sequence[Teacher] | str | None,
+        teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None,
         *,
         metrics: Sequence[str] = (),
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -155,6 +159,11 @@ class Reptile:
             for name in ("temperature", "hard_weight")
             if callable(loss.get(name)) or isinstance(loss.get(name), str)
         }
+        if "temperature" in self._schedules and isinstance(teacher, TeacherCache):
+            raise ValueError(
+                f"temperature: the teacher's answers in {teacher.folder} were written at {teacher.temperature:g} and "
+                "cannot be had at another: it may be no schedule"
+            )
         loss |= {name: as_function(name, of, 1)(0) for name, of in self._schedules.items()}
         self.objective = Objective(
             student,
@@ -459,13 +468,17 @@ class Reptile:
                 for logits, teacher_logits, part in objective.logits_in_parts(outputs, teacher_outputs, batch):
                     rows = objective.counted_rows(logits, part)
                     loss = objective.loss_of_logits(logits, teacher_logits, part, rows)
-                    evaluation.update(loss, float(rows), logits, self._answer(teacher_logits), part.labels, part.weight)
+                    answer = self._answer(teacher_logits, logits.shape[-1])
+                    evaluation.update(loss, float(rows), logits, answer, part.labels, part.weight)
         set_random_state(random_numbers)
         put_data_back()
         return evaluation.compute()
 
-    def _answer(self, teacher_logits: Sequence[Tensor]) -> Tensor | None:
-        """What the teachers say together: the weighted mean of their probabilities."""
+    def _answer(self, teacher_logits: Sequence[Tensor], classes: int) -> Tensor | FirstClass | None:
+        """What the teachers say together: the weighted mean of their probabilities; of K classes, which is first."""
+        if self.objective.cache is not None and len(teacher_logits) == 2:
+            indices, log_probs = teacher_logits
+            return FirstClass.of(indices, log_probs, self.objective.shared_classes(classes))
         if len(teacher_logits) < 2:
             return teacher_logits[0] if teacher_logits else None
         weights = self.objective.teacher_weights

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliImplicitFlag
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ...files import write_atomically
-from .comparison import Count, Rate, Recipe, Settings, Task, Weight
+from .comparison import Cacheable, Count, Rate, Recipe, Settings, Task, Weight
 
 # Tests and other people's packages, and what is no code: tables of characters and of help texts.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
@@ -46,6 +47,8 @@ class CodeLM(Settings):
     """Size of the student's embedding and of its LSTM's state."""
     fused_linear: CliImplicitFlag[bool] = False
     """Train from hidden states and heads, without the logits in full, and measure what that saves."""
+    cache: str | None = None
+    """Folder of `reptile cache-teacher`: distil one more student from it, without the teacher."""
 
     batch: Count = 4
     teacher_batch: Count = 8
@@ -56,6 +59,13 @@ class CodeLM(Settings):
     learning_rate: Rate = 4e-3
     eval_every: Count = 350
     checkpoint_every: Count = 350
+
+    @field_validator("cache")
+    @classmethod
+    def _found_from_anywhere(cls, folder: str | None) -> str | None:
+        if folder == "":
+            raise ValueError("wanted a folder")
+        return None if folder is None else str(Path(folder).absolute())
 
     @model_validator(mode="after")
     def _one_way_to_save_memory(self) -> CodeLM:
@@ -169,6 +179,14 @@ def build(settings: CodeLM, folder: Path) -> Task:
         held_out=loader(held_out, 8, shuffle=False),
         metrics=("cross_entropy", "perplexity", "accuracy"),
         fused_linear=settings.fused_linear,
+        cacheable=Cacheable(
+            vocab_size=vocabulary,
+            tokenizer="sha256:" + hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+            data=_digest_of_data(train_text, held_out_text, settings),
+            inputs={"train": transfer[:, :-1], "held-out": held_out[:, :-1]},
+            student_train=DataLoader(Identified(transfer, "train"), settings.batch, shuffle=True),
+            held_out=DataLoader(Identified(held_out, "held-out"), 8),
+        ),
         notes=(
             f"Text: Python's standard library, {train[:, 1:].numel():,} tokens to train on, of which the teacher reads "
             f"{seen:,}; vocabulary {vocabulary:,}.",
@@ -178,6 +196,20 @@ def build(settings: CodeLM, folder: Path) -> Task:
             f"Held out: {held_out[:, 1:].numel():,} tokens of other files. Loss in nats a token.",
         ),
     )
+
+
+class Identified(Dataset[dict[str, Any]]):
+    """Blocks [N, T + 1] as mappings of ids, labels and what the teacher cache knows the sample by."""
+
+    def __init__(self, blocks: Tensor, part: str) -> None:
+        self._blocks, self._part = blocks, part
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        block = self._blocks[i]
+        return {"ids": block[:-1], "labels": block[1:], "sample_id": Cacheable.sample_id(self._part, i)}
 
 
 def standard_library() -> tuple[list[str], list[str]]:
@@ -212,6 +244,14 @@ def _blocks(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
     if length >= len(ids):
         raise ValueError(f"length must be below the number of tokens of the shorter text, {len(ids)}; got {length}")
     return ids.unfold(0, length + 1, length)
+
+
+def _digest_of_data(train: Sequence[str], held_out: Sequence[str], settings: CodeLM) -> str:
+    """Of the texts, and of which parts of them the students see: of what a tokenizer then makes samples."""
+    digest = hashlib.sha256(f"{settings.length} {settings.transfer_tokens} {settings.held_out_tokens}".encode())
+    for text in (*train, "", *held_out):
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _thin(blocks: Tensor, name: str, settings: CodeLM) -> Tensor:

@@ -2,16 +2,20 @@
 
 A recipe brings its data, a teacher, a student and its settings; `run` does the same with all of them: train the
 teacher, distil it into the student, train the same student without a teacher (same start, same data in the same order,
-same steps, same learning rate), and compare the three on data that none of them saw.
+same steps, same learning rate), and compare the three on data that none of them saw. Where there is a cache of the
+teacher's answers, one more student is distilled from it. `cache_teacher` makes such a cache.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,13 +23,21 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ...files import write_atomically, write_json
+from ...cache import TeacherCache
+from ...cache.format import TEACHER
+from ...files import TEMPORARY, write_atomically, write_json
+from ...linear import release_scratch
 from ...modules import DistillationLoss
-from .. import Reptile, Until
-from ..checkpoint import read_log
+from ...sparse import sampled_targets, top_k_targets
+from ...timing import highest_memory
+from .. import Reptile, Result, Until
+from ..batches import logits_of
+from ..checkpoint import latest_checkpoint, read_log
 from ..costs import time_losses
+from ..modes import frozen
 from ..report import draw_curves, format_table
 from ..weights import load_weights
 
@@ -116,6 +128,22 @@ class Settings(BaseSettings):
 
 
 @dataclass
+class Cacheable:
+    """Samples of a task that are the same in every pass, so that a teacher's answers to them can be kept."""
+
+    vocab_size: int
+    tokenizer: str  # hashes, which a cache is compared by
+    data: str
+    inputs: Mapping[str, Tensor]  # [N, T] of "train" and "held-out"
+    student_train: Iterable[Any]  # the samples of the task's loaders, in their order, as mappings with "sample_id"
+    held_out: Iterable[Any]
+
+    @staticmethod
+    def sample_id(part: str, number: int) -> str:
+        return f"{part}-{number}"
+
+
+@dataclass
 class Task:
     """What a recipe brings. The loaders give pairs (inputs, labels)."""
 
@@ -127,6 +155,7 @@ class Task:
     metrics: Sequence[str]  # of METRICS, without "agreement"
     notes: Sequence[str]  # what each of the three sees, said with the results
     fused_linear: bool = False  # for models that show their heads: train all three without logits in full
+    cacheable: Cacheable | None = None
 
 
 @dataclass(frozen=True)
@@ -135,73 +164,220 @@ class Recipe:
     build: Callable[[Any, Path], Task]  # (settings, run folder); may leave a file such as the vocabulary there
 
 
+class _Stages:
+    """The models of a run, trained one after the other in folders of a run folder."""
+
+    def __init__(self, settings: Settings, task: Task, folder: Path, progress_bar: bool, measures_memory: bool) -> None:
+        self._settings, self._folder, self._progress_bar = settings, folder, progress_bar
+        self._measures_memory = measures_memory
+        self._common: dict[str, Any] = {
+            "schedule": settings.schedule,
+            "warmup": settings.warmup,
+            "weight_decay": settings.weight_decay,
+            "accumulate": settings.accumulate,
+            "precision": settings.precision,
+            "seed": settings.seed,
+            "fused_linear": task.fused_linear,
+        }
+        self._metrics = tuple(task.metrics)
+        self.table: dict[str, dict[str, Any]] = {}
+        self.lines: list[dict[str, Any]] = []
+
+    def on_labels(self, model: nn.Module, learning_rate: float) -> Reptile:
+        return Reptile(model, None, learning_rate=learning_rate, metrics=self._metrics, **self._common)
+
+    def on_teacher(self, student: nn.Module, teacher: nn.Module | TeacherCache) -> Reptile:
+        settings = self._settings
+        metrics = (*self._metrics, "agreement")
+        keywords = {"metrics": metrics, "learning_rate": settings.learning_rate, **settings.loss(), **self._common}
+        return Reptile(student, teacher, **keywords)
+
+    def train(self, name: str, reptile: Reptile, train: Iterable[Any], held_out: Iterable[Any], steps: int) -> None:
+        print(f"{name}: {steps} steps", flush=True)
+        settings, folder = self._settings, self._folder / name.replace(" ", "-")
+        results: list[Result] = []
+        last = latest_checkpoint(folder)
+        is_done = last is not None and int(last.name) >= steps
+
+        def fit() -> None:
+            found = reptile.fit(
+                train,
+                held_out,
+                until=Until(steps=steps),
+                eval_every=settings.eval_every,
+                checkpoint_every=settings.checkpoint_every,
+                folder=folder,
+                resume=True,
+                progress_bar=self._progress_bar,
+            )
+            results.append(found)
+
+        peak: dict[str, Any] = {}
+        try:
+            if self._measures_memory:
+                gc.collect()
+                release_scratch()
+                bytes_ = highest_memory(fit, reptile.accelerator.device)
+                peak = {"peak_bytes": None if is_done else bytes_}
+            else:
+                fit()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name}: {error}") from error
+        parameters = sum(parameter.numel() for parameter in reptile.student.parameters())
+        self.table[name] = {"parameters": parameters, **results[0].metrics, "seconds": results[0].seconds, **peak}
+        self.lines += [{"model": name, **line} for line in read_log(folder / "metrics.jsonl")]
+
+
+def check(settings: Settings) -> None:
+    """Raise a ValueError for a folder among the settings that is no teacher cache, or is unfinished."""
+    folder: str | None = getattr(settings, "cache", None)
+    if folder is not None:
+        _open(folder, temperature=settings.temperature)
+
+
 def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = True) -> dict[str, Any]:
     """Do all of it in `folder`, going on where an earlier run of the same settings was stopped; return the report."""
     started = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    check(settings)
+    cache_folder: str | None = getattr(settings, "cache", None)
     task = recipe.build(settings, folder)
     student_alone = copy.deepcopy(task.student)  # before the student is trained: the same start
-    common: dict[str, Any] = {
-        "schedule": settings.schedule,
-        "warmup": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "accumulate": settings.accumulate,
-        "precision": settings.precision,
-        "seed": settings.seed,
-        "fused_linear": task.fused_linear,
-    }
-    labels = {**common, "metrics": task.metrics}
-    teacher = Reptile(task.teacher, None, learning_rate=settings.teacher_learning_rate, **labels)
-    distilled = Reptile(
-        task.student,
-        task.teacher,
-        learning_rate=settings.learning_rate,
-        **settings.loss(),
-        **{**common, "metrics": (*task.metrics, "agreement")},
-    )
-    alone = Reptile(student_alone, None, learning_rate=settings.learning_rate, **labels)
-    stages = {
-        "teacher": (teacher, task.teacher_train, settings.teacher_steps),
-        "student": (distilled, task.student_train, settings.steps),
-        "student alone": (alone, task.student_train, settings.steps),
-    }
-    table: dict[str, dict[str, float]] = {}
-    lines = []
-    for name, (reptile, train, steps) in stages.items():
-        print(f"{name}: {steps} steps", flush=True)
-        stage_folder = folder / name.replace(" ", "-")
-        try:
-            result = reptile.fit(
-                train,
-                task.held_out,
-                until=Until(steps=steps),
-                eval_every=settings.eval_every,
-                checkpoint_every=settings.checkpoint_every,
-                folder=stage_folder,
-                resume=True,
-                progress_bar=progress_bar,
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from error
-        parameters = sum(parameter.numel() for parameter in reptile.student.parameters())
-        table[name] = {"parameters": parameters, **result.metrics, "seconds": result.seconds}
-        lines += [{"model": name, **line} for line in read_log(stage_folder / "metrics.jsonl")]
+    stages = _Stages(settings, task, folder, progress_bar, measures_memory=cache_folder is not None)
+    metrics, cacheable = task.metrics, task.cacheable
+    from_cache: Reptile | None = None
+    expected: dict[str, Any] = {}
+    if cache_folder is not None:
+        assert cacheable is not None
+        expected = {name: getattr(cacheable, name) for name in ("vocab_size", "tokenizer", "data")}
+        expected["temperature"] = settings.temperature
+        from_cache = stages.on_teacher(copy.deepcopy(task.student), _open(cache_folder, **expected))
+    teacher = stages.on_labels(task.teacher, settings.teacher_learning_rate)
+    distilled = stages.on_teacher(task.student, task.teacher)
+    alone = stages.on_labels(student_alone, settings.learning_rate)
+    if cache_folder is not None:
+        _take_teacher(Path(cache_folder) / TEACHER / "teacher", folder / "teacher")
+    stages.train("teacher", teacher, task.teacher_train, task.held_out, settings.teacher_steps)
+    if cache_folder is not None:
+        _open(cache_folder, **expected, teacher=_digest_of(task.teacher))
+    stages.train("student", distilled, task.student_train, task.held_out, settings.steps)
+    stages.train("student alone", alone, task.student_train, task.held_out, settings.steps)
 
     batch = next(iter(task.student_train))
     times = time_losses(task.student, task.teacher, batch[0], settings.temperature)
-    report = {"models": table, "milliseconds": times, "notes": list(task.notes), "minutes": 0.0}
+    report: dict[str, Any] = {"models": stages.table, "milliseconds": times, "notes": list(task.notes), "minutes": 0.0}
     if task.fused_linear:
         report["fused_linear"] = distilled.measure_fused_linear(batch)
+    if from_cache is not None and cacheable is not None:
+        del task, teacher, distilled, alone, student_alone, batch  # no teacher in memory
+        stages.train("student from cache", from_cache, cacheable.student_train, cacheable.held_out, settings.steps)
+        order = ("teacher", "student", "student from cache", "student alone")
+        report["models"] = {name: stages.table[name] for name in order}
+        report["cache"] = from_cache.objective.cache.info()  # type: ignore[union-attr]
+        report["notes"] += _notes_on_cache(report["cache"], from_cache.accelerator.device)
     report["minutes"] = (time.perf_counter() - started) / 60
-    text = "".join(f"{line}\n" for line in map(json.dumps, lines))
+    text = "".join(f"{line}\n" for line in map(json.dumps, stages.lines))
     write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     weights = folder / "student" / "student.safetensors"
     write_atomically(folder / "student.safetensors", lambda path: shutil.copyfile(weights, path))
-    write_atomically(folder / "curves.png", lambda path: draw_curves(lines, task.metrics, path))
+    write_atomically(folder / "curves.png", lambda path: draw_curves(stages.lines, metrics, path))
     write_json(folder / "report.json", report)
-    print(format_table(report, task.metrics), flush=True)
+    print(format_table(report, metrics), flush=True)
     return report
+
+
+def cache_teacher(
+    recipe: Recipe, settings: Settings, folder: Path, kind: str, k: int, progress_bar: bool = True
+) -> dict[str, Any]:
+    """Train the recipe's teacher in `folder`/teacher, and write k classes at each position of the samples that the
+    students see, and of those held out, to `folder`: its likeliest ("top_k") or drawn ones ("sampled"). Go on where
+    that was stopped. Returns `info()` of it."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    own = folder / TEACHER
+    task = recipe.build(settings, own)
+    cacheable = task.cacheable
+    if cacheable is None:
+        raise ValueError("recipe: its samples are others in every pass, so that a teacher's answers cannot be kept")
+    if k > cacheable.vocab_size:
+        raise ValueError(f"k must be at most the vocabulary's size, {cacheable.vocab_size}; got {k}")
+    stages = _Stages(settings, task, own, progress_bar, measures_memory=False)
+    reptile = stages.on_labels(task.teacher, settings.teacher_learning_rate)
+    stages.train("teacher", reptile, task.teacher_train, task.held_out, settings.teacher_steps)
+    where = {Cacheable.sample_id(part, i): x for part, inputs in cacheable.inputs.items() for i, x in enumerate(inputs)}
+    tokens = sum(x.numel() for x in where.values())
+    print(f"cache: {len(where):,} samples, {tokens:,} tokens, {kind}, K = {k}", flush=True)
+    device = reptile.accelerator.device
+    with TeacherCache.write(
+        folder,
+        vocab_size=cacheable.vocab_size,
+        kind=kind,
+        k=k,
+        temperature=settings.temperature,
+        teacher=_digest_of(task.teacher),
+        tokenizer=cacheable.tokenizer,
+        data=cacheable.data,
+        resume=True,
+    ) as writer:
+        todo = list(writer.todo(where))
+        done = tokens - sum(where[sample_id].numel() for sample_id in todo)
+        bar = tqdm(total=tokens, initial=done, unit="token", unit_scale=True, disable=not progress_bar)
+        with bar, torch.no_grad(), frozen([task.teacher]):
+            for start in range(0, len(todo), settings.teacher_batch):
+                names = todo[start : start + settings.teacher_batch]
+                inputs = torch.stack([where[name] for name in names]).to(device)
+                for name, logits in zip(names, logits_of(task.teacher, inputs), strict=True):
+                    if kind == "top_k":
+                        rows = top_k_targets(logits, k, settings.temperature)
+                    else:  # a sample's draws are its own, whatever was there before
+                        seed = zlib.crc32(f"{settings.seed} {name}".encode())
+                        generator = torch.Generator(device).manual_seed(seed)
+                        rows = sampled_targets(logits, k, settings.temperature, generator)
+                    writer.add(name, *rows)
+                bar.update(inputs.numel())
+    return TeacherCache.open(folder).info()
+
+
+def _open(folder: str, **expected: Any) -> TeacherCache:
+    try:
+        return TeacherCache.open(folder, **expected)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cache: {error}") from error
+
+
+def _take_teacher(found: Path, wanted: Path) -> None:
+    """The teacher that the cache is of, trained already; where it is gone, the run trains its own."""
+    if wanted.exists() or latest_checkpoint(found) is None:
+        return
+    temporary = wanted.with_name(f"{TEMPORARY}{wanted.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+    shutil.copytree(found, temporary)
+    temporary.rename(wanted)
+
+
+def _digest_of(model: nn.Module) -> str:
+    """Of a model's weights."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        values = x.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _notes_on_cache(info: Mapping[str, Any], device: torch.device) -> list[str]:
+    held = (
+        f"{info['k']} draws a position"
+        if info["kind"] == "sampled"
+        else f"{info['k']} classes hold {info['captured_mass']:.3f} of the mass"
+    )
+    memory = "allocated on the GPU" if device.type == "cuda" else "resident memory of the process, libraries included"
+    return [
+        f"Cache: {info['rows']:,} positions in {info['bytes'] / 1e6:.1f} MB, {info['bytes_per_entry']:.2f} bytes an "
+        f"entry; {held}. The student from it is trained last, when the teacher is no longer in memory.",
+        f"Peak memory: the highest of a training, evaluations included ({memory}); - where it was trained before.",
+    ]
 
 
 def evaluate(recipe: Recipe, settings: Settings, folder: Path) -> dict[str, float]:
