@@ -179,7 +179,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate", "the following arguments are required: folder"),
         (
             "distil",
-            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-info, doctor; did you mean distill?",
+            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-import, cache-info, doctor; "
+            "did you mean distill?",
         ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
         ("doctor --verbose", "unrecognized arguments: --verbose"),
