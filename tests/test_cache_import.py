@@ -365,7 +365,10 @@ def test_rows_of_the_wrong_token_are_refused(teacher: Teacher, tmp_path: Path) -
         ((axolotl, "hold the token of the row itself"), (late, "hold the one after"))
     ):
         file = write(tmp_path / f"{number}.jsonl", [make(teacher, ids) for ids in sequences])
-        with pytest.raises(ValueError, match=f"the rows are of other tokens: of .*{words}.*: wanted another align"):
+        with pytest.raises(
+            ValueError,
+            match=f"the rows are of other tokens: of .*{words}.*: wanted another align.*such samples: delete it",
+        ):
             import_rows(tmp_path / f"{number}", file, k=2, vocab_size=teacher.V, format="columns", align="next")
         with pytest.raises(ValueError, match="finished"):
             TeacherCache.open(tmp_path / f"{number}")

@@ -121,8 +121,8 @@ def import_rows(
                 try:
                     sample_id = record.number if id is None else fmt.checked_id(value_of(record.value, id))
                     if sample_id in seen:
-                        file, number = seen[sample_id]
-                        raise ValueError(f"wanted each sample once; got {sample_id!r} again, as in {file}, {number}")
+                        file, earlier = seen[sample_id]
+                        raise ValueError(f"wanted each sample once; got {sample_id!r} again, as in {file}, {earlier}")
                     seen[sample_id] = record.file, record.number
                     if writer is not None and sample_id in writer:
                         found.skipped += 1
@@ -134,16 +134,22 @@ def import_rows(
                     indices, values = _packed(answer, k, vocab_size, found)
                     found.add(answer.tokens, indices, values)
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                    ours = type(error) in (TypeError, ValueError)
+                    ours = isinstance(error, (TypeError, ValueError))
                     said = error if ours else f"this is not of the format: {type(error).__name__} {error}"
                     raise ValueError(f"{record.file}, {record.unit} {record.number}: {said}") from error
                 if writer is None:  # not before the first is right: an error there leaves no folder
                     writer = stack.enter_context(begin())
-                writer.add(sample_id, indices, values)
+                try:
+                    writer.add(sample_id, indices, values)
+                except ValueError as error:
+                    raise ValueError(f"{record.file}, {record.unit} {record.number}: {error}") from error
                 bar(record.bytes, found.tokens)
             found.check_alignment()
         except ValueError as error:
-            kept = f"; {len(writer)} samples are kept in {folder}: go on with resume" if writer and len(writer) else ""
+            number = len(writer) if writer is not None else 0
+            kept = f"; {number} samples are kept in {folder}: go on with resume" if number else ""
+            if number and any(isinstance(e, _OtherTokensError) for e in (error, error.__cause__)):
+                kept = f"; {folder} holds {number} such samples: delete it"
             raise ValueError(f"{error}{kept}") from error
         if writer is None or not seen:
             raise ValueError(f"files must hold at least one record; got none in {', '.join(paths)}")
@@ -239,6 +245,10 @@ def _check_own(answer: Answer, where: np.ndarray, ids: np.ndarray, logs: np.ndar
         raise ValueError(f"position {t}: is the list of another position? Wanted {said}; got {own:.4g}")
 
 
+class _OtherTokensError(ValueError):
+    """What was added before is as wrong."""
+
+
 class _Found:
     """What the rows were like: mass that top-k has lost is said, never silent."""
 
@@ -279,7 +289,7 @@ class _Found:
         own, margin = self._hits[1], 5 * self._compared**0.5
         for n, whose in ((0, "the token of the row itself"), (2, "the one after that")):
             if self._hits[n] > own + margin:
-                raise ValueError(
+                raise _OtherTokensError(
                     f"the rows are of other tokens: of {self._compared} lists {own} hold the next token and "
                     f"{self._hits[n]} hold {whose}: wanted another align, or the tokens that the teacher has read"
                 )

@@ -69,7 +69,7 @@ class Vocabulary:
             return found[0]
         if not found:
             raise ValueError(f"{text!r} is no token of the tokenizer ({self.name[:19]}…)")
-        raise ValueError(f"{text!r} is the text of tokens {found[0]} and {found[1]}: {_TO_IDS}")
+        raise ValueError(f"{text!r} is the text of tokens {min(found)} and {max(found)}: {_TO_IDS}")
 
     def _bytes_of_all(self) -> dict[bytes, list[int]]:
         written = json.loads(self._tokenizer.to_str())
