@@ -1,4 +1,4 @@
-"""The command line: reptile distill | evaluate | benchmark | cache-teacher | cache-info | doctor.
+"""The command line: reptile distill | evaluate | benchmark | cache-teacher | cache-import | cache-info | doctor.
 
 `doctor` has to work where nothing else does, so that this module imports only the standard library; each command
 imports what it needs when it runs.
@@ -28,6 +28,7 @@ USAGE = """usage: reptile <command> [options]
   evaluate <folder>  held-out metrics of the distilled student of a run folder
   benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
   cache-teacher [recipe]  train a recipe's teacher and keep its answers on disk, for distill --cache
+  cache-import <folder> <file>  a teacher cache from the log-probabilities of a server or a data set
   cache-info <folder>  what a teacher cache is of, what it holds and how exact it is; --verify reads it all
   doctor             say what is installed, whether the kernels load, and what to do if not
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": evaluate,
         "benchmark": benchmark,
         "cache-teacher": cache_teacher,
+        "cache-import": cache_import,
         "cache-info": cache_info,
         "doctor": doctor,
     }
@@ -247,6 +249,48 @@ def cache_teacher(argv: list[str]) -> int:
     return 0
 
 
+def cache_import(argv: list[str]) -> int:
+    """Make a teacher cache from the log-probabilities that a server or a data set has written; print what it found, as
+    JSON. docs/cache.md has the formats."""
+    parser = _Parser(prog="reptile cache-import", description=cache_import.__doc__)
+    add = parser.add_argument
+    add("folder", type=_path, help="of the cache: a new one, or with --resume one that was stopped")
+    add("files", nargs="+", metavar="file", help=".jsonl, .jsonl.gz, .parquet, or - for standard input")
+    add("--k", type=int, required=True, help="the most log-probabilities that a position keeps")
+    add("--vocab-size", type=int, required=True, help="number of the teacher's classes")
+    add("--format", choices=("server", "columns"), default="server", help="server: vLLM, OpenAI, SGLang (default)")
+    add(
+        "--align",
+        choices=("next", "own", "last"),
+        help="with --format columns: row t is of the token after token t (next), of token t itself (own), or the rows "
+        "are of the last tokens themselves (last)",
+    )
+    add("--tokenizer", type=_path, metavar="FOLDER", help="with a tokenizer.json: tokens are compared with it")
+    add("--id", metavar="KEY", help="of the sample's id (default: the number of the line, from 1)")
+    add("--tokens", metavar="KEY", help="of the token ids: the prompt's, or with --format columns all (input_ids)")
+    add("--text", metavar="KEY", help="of the same as a text, to compare or in the place of the ids")
+    add("--ids", metavar="KEY", help="with --format columns (default: target_token_ids)")
+    add("--log-probs", metavar="KEY", help="with --format columns (default: target_logprobs)")
+    add("--temperature", type=float, default=1.0, help="at which they were made (default: 1; nothing is computed)")
+    add("--teacher", metavar="NAME", help="or a hash, to be asked for when the cache is opened")
+    add("--data", metavar="NAME", help="likewise")
+    add("--max-kl", type=float, default=1e-3, help="nats that coding may cost a position (default: 0.001)")
+    add("--rank", type=int, default=0, help="of several writers with files of their own (default: 0)")
+    add("--world-size", type=int, default=1, help="how many there are (default: 1)")
+    add("--resume", action="store_true", help="go on: what is in the folder is not read again")
+    add("--quiet", action="store_true", help="no progress bar")
+    options = vars(parser.read(argv))
+    bar = not options.pop("quiet") and sys.stderr.isatty()
+    from .cache import import_rows
+
+    try:
+        found = import_rows(**options, progress_bar=bar)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; go on with --resume, the rest as it was") from None
+    print(json.dumps(found, indent=2))
+    return 0
+
+
 def cache_info(argv: list[str]) -> int:
     """Print what a teacher cache is of, what it holds and how exact it is, as JSON."""
     parser = _Parser(prog="reptile cache-info", description=cache_info.__doc__)
@@ -314,6 +358,7 @@ def doctor(argv: list[str]) -> int:
 
 # Distributions whose absence means that the extra is not installed.
 _EXTRAS = {
+    "cache": ("pyarrow", "tokenizers", "tqdm"),
     "train": (
         "accelerate",
         "filelock",
@@ -324,7 +369,7 @@ _EXTRAS = {
         "tokenizers",
         "torchmetrics",
         "tqdm",
-    )
+    ),
 }
 
 

@@ -180,8 +180,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ("evaluate", "the following arguments are required: folder"),
         (
             "distil",
-            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-teacher, cache-info, doctor; did you "
-            "mean distill?",
+            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-teacher, cache-import, cache-info, "
+            "doctor; did you mean distill?",
         ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
         ("cache-teacher --k 0", "--k must be from 1 to 4096; got 0"),
