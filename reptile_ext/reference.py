@@ -674,6 +674,7 @@ class SparseRows(NamedTuple):
     ids: Tensor  # [N, K], −1: none
     y: Tensor  # [N, K] log-probabilities as they were given, −inf where there is no id
     dropped: Tensor  # [N]: mass of classes that the student does not have
+    eps: float  # of the log-probabilities' own dtype
 
 
 def _log_sum_exp(z: Tensor) -> Tensor:
@@ -703,15 +704,23 @@ def _few_classes(z: Tensor, teacher: SparseRows, tail: str) -> tuple[Tensor, Ten
     others = z.scatter(-1, ids, torch.where(any_listed, -torch.inf, at_ids))
     of_student = torch.where(listed, at_ids, -torch.inf)
     of_others = torch.full_like(of_student[:, :1], -torch.inf) if tail == "restrict" else _log_sum_exp(others)
-    return torch.cat([of_student, of_others], -1), few_classes_of_teacher(teacher, tail, z.shape[-1])
+    few = torch.cat([of_student, of_others], -1)
+    return few, few_classes_of_teacher(teacher, tail, z.shape[-1], few.detach()[:, -1])
 
 
-def few_classes_of_teacher(teacher: SparseRows, tail: str, vocab_size: int) -> Tensor:
-    """The teacher's side of `_few_classes`."""
+def few_classes_of_teacher(teacher: SparseRows, tail: str, vocab_size: int, of_others: Tensor) -> Tensor:
+    """The teacher's side of `_few_classes`; of_others is the student's last class."""
     r = torch.zeros_like(teacher.y[:, 0])
     if tail == "bucket":
-        rest = 1 - teacher.dropped - teacher.y.exp().sum(-1)  # below 0 by rounding: p is rescaled
+        p = teacher.y.exp()
+        rest = 1 - teacher.dropped - p.sum(-1)  # below 0 by rounding: p is rescaled
         are_all = (teacher.ids >= 0).sum(-1) == vocab_size
+        # Where the student has nothing outside of the list, all others are masked. What the log-probabilities' rounding
+        # leaves of r there is nothing, and would be infinitely far.
+        of_logarithms = -torch.where(p > 0, p * teacher.y, 0.0).sum(-1)
+        computed = min(teacher.eps, torch.finfo(torch.float32).eps)
+        rounding = 2 * teacher.eps * of_logarithms + 16 * computed * (1 + of_logarithms)
+        are_all = are_all | ((of_others == -torch.inf) & (rest < rounding))
         r = torch.where(are_all, 0.0, rest.clamp(min=0))
     return torch.cat([teacher.y, r.log().unsqueeze(-1)], -1)
 
@@ -803,7 +812,7 @@ def _sparse_rows(
     dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
     ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)
     y = torch.where(ids >= 0, y, -torch.inf)
-    return SparseRows(ids, y, dropped), wrong
+    return SparseRows(ids, y, dropped, torch.finfo(teacher_log_probs.dtype).eps), wrong
 
 
 def sparse_distillation_loss(

@@ -191,7 +191,7 @@ def loss_in_chunks(
     losses: Tensor = few.new_zeros(n)
     if options.soft_scale > 0:
         tail = TAILS[options.tail]
-        of_teacher = reference.few_classes_of_teacher(teacher, tail, vocab_size)
+        of_teacher = reference.few_classes_of_teacher(teacher, tail, vocab_size, few.detach()[:, -1])
         # A broken row is NaN whatever its tail looks at.
         broken = few.detach()[:, -1].isnan() | (few.detach() == torch.inf).any(-1)
         few = few * torch.where(broken, torch.nan, 1.0).unsqueeze(-1)

@@ -530,6 +530,28 @@ def test_probabilities_above_one_by_rounding_are_scaled() -> None:
 # --------------------------------------------------------------------------- what went wrong for others who did this
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("divergence", ["forward_kl", "symmetric_kl", "jsd"])
+def test_equal_rows_with_a_shared_mask_that_are_listed_in_full_are_equal(
+    divergence: str, dtype: torch.dtype, each_set: str
+) -> None:
+    """What rounding leaves of the teacher's mass is not infinitely far from a student who has nothing there."""
+    s = torch.randn(64, 300, dtype=torch.float64)
+    s[:, torch.randperm(300)[40:]] = -torch.inf
+    ids, log_probs = top_k_targets(s, 64, 1.0)
+    for of in (loss_of, reference.sparse_distillation_loss):
+        loss, gradient = value_and_gradient(
+            of, s.to(dtype), ids, log_probs.to(dtype), divergence=divergence, reduction="none"
+        )
+        assert (loss < 64 * EPSILON[dtype]).all()
+        assert gradient.isfinite().all()
+        # Mass that is really there stays infinitely far, or as far as the divergence goes.
+        less = value_and_gradient(
+            of, s.to(dtype), ids[:, :20], log_probs[:, :20].to(dtype), divergence=divergence, reduction="none"
+        )[0]
+        assert (less == torch.inf).all() if divergence != "jsd" else (less > 0.001).all()
+
+
 def test_two_classes_of_which_one_is_listed_lose_nothing() -> None:
     """verl #7806: q = (0.6, 0.4), p = (0.9, 0.1), one class: the cut sum was −0.243, clamped to 0 without a gradient,
     where the reverse KL is 0.311239. Of two classes the bucket is the other one."""

@@ -304,6 +304,31 @@ REPTILE_EXT_OUT_OF_LINE double sum_of_exponentials(const double* values, int64_t
   return reduce_add(sum);
 }
 
+double eps_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 0x1p-52;
+    case DType::kFloat32:
+      return 0x1p-23;
+    case DType::kFloat16:
+      return 0x1p-10;
+    default:
+      return 0x1p-7;
+  }
+}
+
+// How far the teacher's mass may be from 1 where it is 1: by the rounding of its logarithms to their type, and by that
+// of the log_softmax which they come from, in float32 or better.
+template <class Scalar>
+double rounding_of(const Listed<Scalar>& listed, double eps) {
+  double of_logarithms = 0;
+  for (int64_t i = 0; i < listed.k; ++i) {
+    const double y = listed.teacher[i];
+    if (y > -kInf) of_logarithms -= exp(y) * y;
+  }
+  return 2 * eps * of_logarithms + 16 * (eps < 0x1p-23 ? eps : 0x1p-23) * (1 + of_logarithms);
+}
+
 // Fills the list from the row's indices; returns the teacher's mass of classes that the student does not have, and how
 // many classes are listed.
 template <class Scalar>
@@ -408,7 +433,10 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
     listed.student[k] = p.tail == Tail::kRestrict ? -kInf : rest.logit(temperature);
     listed.teacher[k] = -kInf;
     if (p.tail == Tail::kBucket && !is_all) {
-      const double r = 1 - dropped - mass;
+      double r = 1 - dropped - mass;
+      // Where the student has nothing outside of the list, all others are masked; what the log-probabilities' rounding
+      // leaves of r there is nothing, and would be infinitely far.
+      if (rest.sum == 0 && r < rounding_of(listed, eps_of(p.log_probs.dtype))) r = 0;
       listed.teacher[k] = r > 0 ? log(r) : r == r ? -kInf : kNaN;
     }
     if (p.tail == Tail::kZero) share = mass / (1 - dropped);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -403,6 +404,9 @@ def _read_parts(folder: Path, world_size: int) -> list[dict[str, Any]]:
             f"({fmt.part_name(missing[0])} is missing). Go on by TeacherCache.write(..., resume=True)"
         )
     listed = {shard["name"] for part in parts for shard in part["shards"]}
+    for name in sorted(listed):  # a file elsewhere is not this cache's, whatever its checksum
+        if not re.fullmatch(r"rows-\d{5}-\d{6,}\.cache", name):
+            raise ValueError(f"{folder}: a part of the cache lists {name!r}, which is no name of a shard")
     for part in parts:
         for shard in part["shards"]:
             _check_size(folder / shard["name"], shard["bytes"])
