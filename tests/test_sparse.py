@@ -543,11 +543,13 @@ def test_equal_rows_with_a_shared_mask_that_are_listed_in_full_are_equal(
         loss, gradient = value_and_gradient(
             of, s.to(dtype), ids, log_probs.to(dtype), divergence=divergence, reduction="none"
         )
-        assert (loss < 64 * EPSILON[dtype]).all()
+        # A logarithm's rounding moves its class by eps / 2 of it, and the divergence by the square of that.
+        assert (loss < torch.finfo(dtype).eps ** 2 + 1e-6).all()
         assert gradient.isfinite().all()
         # Mass that is really there stays infinitely far, or as far as the divergence goes.
+        fewer = torch.full_like(s, -torch.inf).scatter(-1, ids[:, :20], s.gather(-1, ids[:, :20])).to(dtype)
         less = value_and_gradient(
-            of, s.to(dtype), ids[:, :20], log_probs[:, :20].to(dtype), divergence=divergence, reduction="none"
+            of, fewer, ids[:, :20], log_probs[:, :20].to(dtype), divergence=divergence, reduction="none"
         )[0]
         assert (less == torch.inf).all() if divergence != "jsd" else (less > 0.001).all()
 
