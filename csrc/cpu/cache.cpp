@@ -195,7 +195,7 @@ class RowEncoder {
                    double* kl, double* log_prob_error) {
     const size_t n = entries_.size();
     const double range = range_of(range_code);
-    // Where on each curve the entries lie, 0 … 1; all curves are looked at with 4 bits, the three best with others.
+    // Where on each curve the entries lie, 0 … 1; all curves are tried with 4 bits, the three best with others.
     for (int s = 0; s < kNumCurves; ++s) {
       float* place = places_.data() + size_t(s) * n;
       const float steepness = float(kCurves[s]), scale = float(1 / range);

@@ -157,7 +157,7 @@ def import_rows(
 
 
 def _packed(answer: Answer, k: int, vocab_size: int, found: _Found) -> tuple[np.ndarray, np.ndarray]:
-    """[T, K] ids and log-probabilities of an answer whose every entry has been looked at."""
+    """[T, K] ids and log-probabilities of an answer whose every entry has been checked."""
     places = [t for t, row in enumerate(answer.rows) if row is not None]
     rows = [row for row in answer.rows if row is not None]
     indices = np.full((len(answer.rows), k), -1, np.int32)
