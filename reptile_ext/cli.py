@@ -299,7 +299,9 @@ def cache_info(argv: list[str]) -> int:
     parser.add_argument(
         "--plot", type=_path, metavar="FILE", help="PNG of captured mass and entropy, position by position"
     )
-    parser.add_argument("--samples", type=int, default=1000, help="how many are looked at for these (default: 1000)")
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="how many samples these are taken from (default: 1000)"
+    )
     o = parser.read(argv)
     if o.samples < 1:
         parser.error(f"--samples must be at least 1; got {o.samples}")

@@ -173,7 +173,7 @@ def sparse_distillation_loss(
             4,096. The leading shape is that of the student's logits without their class dimension.
         teacher_log_probs: [..., K], float32, bfloat16, float16 or float64: the logarithms of their probabilities among
             all V classes, **at the teacher's temperature**: they are used as they are given. Where there is no class
-            they are not looked at. They get no gradient. `top_k_targets` makes both of logits, `sampled_targets`
+            they are not read. They get no gradient. `top_k_targets` makes both of logits, `sampled_targets`
             unbiased ones.
         labels: as of `distillation_loss`; they need not be among the K.
         tail: what becomes of the classes that are not listed. With p the K probabilities, P their sum, r = 1 − P, q the

@@ -172,7 +172,7 @@ def loss_in_chunks(
     leading, n = own.shape[:-1], math.prod(own.shape[:-1])
     own = own.reshape(n, own.shape[-1])
     double = torch.float64 in (student.dtype, log_probs.dtype)
-    # Rows of all classes, of which nothing but the shape is looked at.
+    # Rows of all classes, of which the shape alone is used.
     shape = student.new_empty(1, dtype=torch.float64).expand(n, vocab_size)
     labels, w, counted, wrong = reference._rows_that_count(shape, labels, weight, options, may_check)
     teacher, wrong_list = reference._sparse_rows(shape, indices, log_probs, counted, options, may_check)

@@ -944,7 +944,7 @@ def test_any_combination(data: st.DataObject) -> None:
 
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program that a GPU gets, on the CPU: no value of labels or weights is looked at."""
+    """The program that a GPU gets, on the CPU: the host reads no value of labels or weights."""
     for module in (rows, loop):
         monkeypatch.setattr(module, "can_look", lambda x: False)
 
@@ -1093,7 +1093,7 @@ def test_derivatives_of_derivatives_of_the_rows_that_are_left() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch")
 def test_num_rows_in_in_traced_and_transformed_programs() -> None:
-    """The number may differ from step to step, and is looked at where the program runs."""
+    """The number may differ from step to step, and is read where the program runs."""
     torch.compiler.reset()
     case = make_case(torch.float32, bias=False)
     head, teachers = case["student_weight"].requires_grad_(), case["teacher_weight"]

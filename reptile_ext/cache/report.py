@@ -55,6 +55,6 @@ def _draw(mass: torch.Tensor, entropy: torch.Tensor, cache: TeacherCache, path: 
     left.set(xlabel="probability that the classes of a row hold", ylabel="positions")
     right.hist(entropy.numpy(), bins=60)
     right.set(xlabel="entropy, nats")
-    figure.suptitle(f"{cache.folder.name}: {cache.kind}, {len(cache):,} samples, {len(mass):,} positions looked at")
+    figure.suptitle(f"{cache.folder.name}: {cache.kind}, {len(cache):,} samples, {len(mass):,} positions")
     figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)
