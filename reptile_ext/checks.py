@@ -707,10 +707,19 @@ def check_sparse_values(
             "teacher_log_probs must be logarithms of probabilities, at most 0 but for rounding; got "
             f"{log_probs[wrong_y][0].item():g} (top_k_targets makes them of logits)"
         )
+    mass = torch.where(ids >= 0, log_probs, -torch.inf).float().exp().sum(-1)
+    if bool((mass > LARGEST_MASS).any()):
+        raise ValueError(
+            "teacher_log_probs must be logarithms of probabilities, which add up to 1 at most; got a row of sum "
+            f"{mass[mass > LARGEST_MASS][0].item():f} (F.log_softmax over all classes, or top_k_targets, makes them of "
+            "logits)"
+        )
 
 
-# What rounding to 16 bits may make of a logarithm that is not above 0, and more.
+# What rounding to 16 bits may make of a logarithm that is not above 0, and more; and of a sum of probabilities, each of
+# which it changes by 3 % at most where it has a share in the sum.
 LARGEST_LOG_PROB = 0.1
+LARGEST_MASS = 1.1
 
 
 def check_divisor_value(divisor: Tensor) -> None:

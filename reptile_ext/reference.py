@@ -674,6 +674,7 @@ class SparseRows(NamedTuple):
     ids: Tensor  # [N, K], −1: none
     y: Tensor  # [N, K] log-probabilities as they were given, −inf where there is no id
     dropped: Tensor  # [N]: mass of classes that the student does not have
+    is_cut: Tensor  # [N]: there are such, and no others: nothing is known of the student's classes
     eps: float  # of the log-probabilities' own dtype
 
 
@@ -729,15 +730,21 @@ def _is_broken(s: Tensor, teacher: SparseRows, tail: str) -> Tensor:
     """Which rows have a NaN, a +inf, or nothing but −inf where they need something."""
     broken = ~s.amax(-1).isfinite() | ~(teacher.y.amax(-1) < torch.inf)
     if tail in ("restrict", "renormalize"):
-        broken = broken | (teacher.y == -torch.inf).all(-1)
+        broken = broken | ((teacher.y == -torch.inf).all(-1) & ~teacher.is_cut)
     if tail == "restrict":
         at_ids = s.gather(-1, teacher.ids.clamp(min=0))
-        broken = broken | ((at_ids == -torch.inf) | (teacher.ids < 0)).all(-1)
+        broken = broken | (((at_ids == -torch.inf) | (teacher.ids < 0)).all(-1) & ~teacher.is_cut)
     return broken
 
 
 def loss_of_few_classes(of_student: Tensor, of_teacher: Tensor, teacher: SparseRows, options: Options) -> Tensor:
-    """The soft part of ℓ, from the rows of `_few_classes`."""
+    """The soft part of ℓ, from the rows of `_few_classes`; 0 where the student has none of the teacher's classes."""
+    cut = teacher.is_cut.unsqueeze(-1)
+    of_student, of_teacher = torch.where(cut, 0.0, of_student), torch.where(cut, 0.0, of_teacher)
+    return torch.where(teacher.is_cut, 0.0, _soft_loss(of_student, of_teacher, teacher, options))
+
+
+def _soft_loss(of_student: Tensor, of_teacher: Tensor, teacher: SparseRows, options: Options) -> Tensor:
     of = (options.divergence, options.beta, options.one_minus_beta, 1.0, 1.0)
     if TAILS[options.tail] != "zero":
         return options.soft_scale * _divergence(of_student, of_teacher, None, of)
@@ -756,9 +763,10 @@ def sparse_row_losses(s: Tensor, teacher: SparseRows, labels: Tensor | None, opt
     losses: Tensor = s.new_zeros(s.shape[0])
     if options.soft_scale > 0:
         # Multiplied with NaN, not filled: a broken row's gradient is NaN in all classes, also where a tail has none.
-        z = s / options.student_temperature
-        z = z * torch.where(_is_broken(s.detach(), teacher, TAILS[options.tail]), torch.nan, 1.0).unsqueeze(-1)
+        broken = _is_broken(s.detach(), teacher, TAILS[options.tail])
+        z = s / options.student_temperature * torch.where(broken, torch.nan, 1.0).unsqueeze(-1)
         losses = loss_of_few_classes(*_few_classes(z, teacher, TAILS[options.tail]), teacher, options)
+        losses = torch.where(teacher.is_cut & broken, z.sum(-1), losses)
     if options.hard_weight > 0:
         assert labels is not None
         losses = losses + options.hard_weight * cross_entropy(s, labels, options.label_smoothing)
@@ -810,9 +818,10 @@ def _sparse_rows(
         check_sparse_values(values[0], values[1], values[2], values[3], vocab_size, options.truncate)
     wrong = repeated | outside
     dropped = torch.where(ids >= vocab_size, y.exp(), 0.0).sum(-1)
+    is_cut = (ids >= vocab_size).any(-1) & ~((ids >= 0) & (ids < vocab_size)).any(-1) & ~wrong
     ids = torch.where((ids >= vocab_size) | (ids < 0) | wrong.unsqueeze(-1), -1, ids)
     y = torch.where(ids >= 0, y, -torch.inf)
-    return SparseRows(ids, y, dropped, torch.finfo(teacher_log_probs.dtype).eps), wrong
+    return SparseRows(ids, y, dropped, is_cut, torch.finfo(teacher_log_probs.dtype).eps), wrong
 
 
 def sparse_distillation_loss(

@@ -194,7 +194,7 @@ def sparse_distillation_loss(
         temperature: T, or a pair (T_s, T_t). T_s divides the student's logits; T_t is what the log-probabilities were
             made with, and enters the factor T_s · T_t alone.
         vocab: "error" if an index is V or more, or "truncate" to leave such classes out, the teacher's probabilities of
-            the others scaled to add up to 1.
+            the others scaled to add up to 1. A row that lists such classes alone has no divergence: 0, with every tail.
         inplace: write the gradient over the student's logits; as of `distillation_loss`.
         group: processes that each hold a range of the student's classes; indices and labels are numbers of all classes,
             and the same in every process, as is the loss; each gets the gradient of its own classes. O(rows · K)
@@ -303,15 +303,25 @@ def _warn_of_zero() -> None:
 # ------------------------------------------------------------------------------------------------- what makes the pairs
 
 
-def captured_mass(teacher_log_probs: Tensor) -> Tensor:
+def captured_mass(teacher_log_probs: Tensor, teacher_indices: Tensor | None = None) -> Tensor:
     """P, how much of a teacher's probability its K classes hold: `teacher_log_probs.exp().sum(-1)`, in float32.
 
-    [..., K] gives [...]. Where it is far from 1, "renormalize" and "restrict" teach something else than the teacher
-    knows; more classes, or `tail="bucket"`, do not.
+    [..., K] gives [...]. With `teacher_indices` of the same shape, what stands at −1 is not counted; without, it has to
+    be −inf, as `top_k_targets`, `sampled_targets` and the cache write it. Where P is far from 1, "renormalize" and
+    "restrict" teach something else than the teacher knows; more classes, or `tail="bucket"`, do not.
     """
     check_is_tensor("teacher_log_probs", teacher_log_probs)
     arithmetic = torch.float64 if teacher_log_probs.dtype == torch.float64 else torch.float32
-    return teacher_log_probs.to(arithmetic).exp().sum(-1)
+    y = teacher_log_probs.to(arithmetic)
+    if teacher_indices is not None:
+        check_is_tensor("teacher_indices", teacher_indices)
+        if teacher_indices.shape != y.shape:
+            raise ValueError(
+                f"teacher_indices must have the shape of teacher_log_probs, {list(y.shape)}; got "
+                f"{list(teacher_indices.shape)}"
+            )
+        y = torch.where(teacher_indices >= 0, y, -torch.inf)
+    return y.exp().sum(-1)
 
 
 _CHUNK_BYTES = 1 << 24  # of a copy of logits in the dtype of the arithmetic
@@ -390,7 +400,8 @@ def sampled_targets(
         log_probs = (counts / num_samples).log()
 
     Args:
-        teacher_logits: [..., V], float32, bfloat16, float16 or float64.
+        teacher_logits: [..., V], float32, bfloat16, float16 or float64. Of a row with a NaN, a +inf or nothing but
+            −inf, class 0 is listed with NaN, so that the loss shows it.
         num_samples: how many are drawn, 1 to 4,096.
         temperature: the teacher's.
         generator: where the random numbers come from; None: torch's own.
@@ -410,7 +421,9 @@ def sampled_targets(
     found = []
     for rows in chunks:
         z = rows.to(arithmetic)
-        z = (z - z.amax(-1, keepdim=True)) / temperature
+        top = z.amax(-1, keepdim=True)
+        broken = ~top.isfinite()
+        z = torch.where(broken, 0.0, (z - top) / temperature)  # multinomial ends the program of a GPU that sees a NaN
         drawn = z.softmax(-1).multinomial(n, replacement=True, generator=generator).sort(-1).values
         is_new = torch.ones_like(drawn, dtype=torch.bool)
         is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
@@ -418,7 +431,11 @@ def sampled_targets(
         indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
         counts = torch.zeros_like(drawn, dtype=arithmetic)
         counts.scatter_add_(-1, place, torch.ones_like(counts))
-        found.append((indices, (counts / n).log()))
+        is_first = torch.arange(n, device=z.device) == 0
+        found.append((
+            torch.where(broken, torch.where(is_first, 0, -1), indices),
+            torch.where(broken, torch.where(is_first, torch.nan, -torch.inf), (counts / n).log()),
+        ))  # fmt: skip
     if not found:
         return (
             teacher_logits.new_empty(shape, dtype=torch.int64),

@@ -198,6 +198,7 @@ def loss_in_chunks(
         if tail == "restrict":
             few = torch.cat([few[:, :-1], torch.full_like(few[:, -1:], -torch.inf)], -1)
         losses = reference.loss_of_few_classes(few, of_teacher, teacher, options)
+        losses = torch.where(teacher.is_cut & broken, torch.nan, losses)
     if options.hard_weight > 0:
         log_z, at_label, mean = of_label.unbind(-1)
         smoothing = options.label_smoothing

@@ -332,6 +332,52 @@ def test_truncate_leaves_out_what_the_student_does_not_have() -> None:
         loss_of(s, ids, log_probs)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("soft_weight", [1.0, 0.0])
+def test_a_row_of_classes_that_the_student_lacks_has_no_divergence(
+    tail: str, soft_weight: float, each_set: str
+) -> None:
+    """Truncated, rows of which no class is left are 0 and their gradient is that of the label alone; one that is broken
+    besides is NaN. The others are as they were."""
+    s, t = make_logits("random", 5, 40)
+    s = s[:, :25].contiguous()
+    ids, log_probs = targets(t, 4, padded=False)
+    ids[1] = torch.tensor([30, 39, 25, -1])
+    ids[3:] = torch.tensor([25, 26, 27, 28])
+    log_probs[1] = torch.tensor([0.25, 0.25, 0.5, 0]).log()  # all of the mass
+    log_probs[3] = torch.tensor([0.01, 0.02, 0.03, 0.04]).log()
+    labels = torch.tensor([3, 7, 1, 24, 0])
+    keywords = {"tail": tail, "vocab": "truncate", "reduction": "sum"}
+    hard = {"hard_weight": 0.5, "label_smoothing": 0.1, "soft_weight": soft_weight, "temperature": 2.0}
+    cut, whole = torch.tensor([1, 3]), torch.tensor([0, 2])
+    of_labels = 0.5 * F.cross_entropy(s[cut], labels[cut], label_smoothing=0.1, reduction="sum")
+    for of in (loss_of, reference.sparse_distillation_loss):
+        found = value_and_gradient(of, s[cut], ids[cut], log_probs[cut], **keywords)
+        assert found[0] == 0
+        assert not found[1].any()
+        found = value_and_gradient(of, s[cut], ids[cut], log_probs[cut], labels[cut], **keywords, **hard)
+        torch.testing.assert_close(found[0], of_labels)
+        assert found[1].abs().sum(-1).min() > 0.1
+        together = torch.cat([whole, cut])
+        both = value_and_gradient(of, s[together], ids[together], log_probs[together], **keywords)
+        alone = value_and_gradient(of, s[whole], ids[whole], log_probs[whole], **keywords)
+        torch.testing.assert_close(both[0], alone[0])
+        assert torch.equal(both[1][:2], alone[1])
+        for broken in (torch.nan, torch.inf, -torch.inf):
+            row = s[3:4].clone()
+            if broken == -torch.inf:
+                row[:] = broken
+            else:
+                row[0, 5] = broken
+            losses, gradient = value_and_gradient(of, row, ids[3:4], log_probs[3:4], **keywords)
+            assert losses.isnan()
+            assert gradient.isnan().all()
+    ours = value_and_gradient(loss_of, s, ids, log_probs, labels, **keywords, **hard)
+    theirs = value_and_gradient(reference.sparse_distillation_loss, s, ids, log_probs, labels, **keywords, **hard)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_sampled_targets_are_unbiased() -> None:
     """The mean gradient over many draws with "renormalize" is that of all classes; of the top k it is not."""
     s, t = make_logits("random", 1, 12, torch.float64)
@@ -610,6 +656,27 @@ def test_logits_and_probabilities_in_the_place_of_log_probabilities_are_refused(
     for wrong in (values, t.softmax(-1).gather(-1, ids)):
         with pytest.raises(ValueError, match=r"teacher_log_probs must be logarithms .* \(top_k_targets makes them"):
             loss_of(s, ids, wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_small_probabilities_in_the_place_of_their_logarithms_are_refused(dtype: torch.dtype) -> None:
+    """Each is below what rounding may make of a logarithm; together they are more than 1. Rounded logarithms of all
+    classes, in any dtype, are not."""
+    s, t = make_logits("random", 4, 3000)
+    ids = t.topk(2500).indices
+    probabilities = (t / 4).softmax(-1).gather(-1, ids).to(dtype)
+    assert probabilities.max() < 0.1
+    for of in (loss_of, reference.sparse_distillation_loss):
+        with pytest.raises(ValueError, match=r"teacher_log_probs must .* 1 at most; got a row of sum 2[45]\d\d"):
+            of(s, ids, probabilities)
+        few = ids[:, :3].contiguous()
+        with pytest.raises(ValueError, match=r"got a row of sum 1\.1[0-9]* \(F\.log_softmax"):
+            of(s, few, torch.full((4, 3), -0.9985, dtype=dtype))
+        for flat in (t, 0 * t):
+            log_probs = flat.log_softmax(-1).gather(-1, ids).to(dtype)
+            assert of(s, ids, log_probs).isfinite()
+        # What stands where there is no class is not read.
+        of(s, torch.where(ids == ids[:, :1], ids, -1), torch.where(ids == ids[:, :1], -0.1, 1e4).to(dtype))
 
 
 def test_a_first_position_without_log_probabilities_is_ignored_by_its_label() -> None:
@@ -926,6 +993,20 @@ def test_captured_mass() -> None:
         torch.testing.assert_close(captured_mass(log_probs), p.gather(-1, ids).sum(-1))
     assert captured_mass(log_probs.bfloat16()).dtype == torch.float32
     assert captured_mass(torch.full((2, 3), -torch.inf)).tolist() == [0, 0]
+    padded = captured_mass(torch.tensor([[-0.5, 0.0], [-1.0, -2.0]]), torch.tensor([[4, -1], [0, 3]]))
+    torch.testing.assert_close(padded, torch.tensor([math.exp(-0.5), math.exp(-1) + math.exp(-2)]))
+    with pytest.raises(ValueError, match=r"teacher_indices must have the shape of .*, \[2, 2\]; got \[2\]"):
+        captured_mass(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_broken_rows_are_drawn_from_visibly() -> None:
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    logits[1, 3], logits[2, 4], logits[3] = torch.nan, torch.inf, -torch.inf
+    ids, log_probs = sampled_targets(logits, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(captured_mass(log_probs, ids)[[0, 4]], torch.ones(2))
+    assert ids[1:4].tolist() == [[0, -1, -1, -1, -1, -1]] * 3
+    losses = loss_of(torch.zeros(5, 9), ids, log_probs, tail="renormalize", reduction="none")
+    assert losses.isnan().tolist() == [False, True, True, True, False]
 
 
 def test_the_module_is_the_function() -> None:
@@ -1204,6 +1285,22 @@ def test_in_chunks_equals_the_reference(tail: str, divergence: str) -> None:
     wanted = torch.autograd.grad(right, (hidden, weight))
     for a, b in zip(torch.autograd.grad(found, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.usefixtures("in_chunks")
+def test_in_chunks_rows_of_classes_that_the_student_lacks(tail: str) -> None:
+    s, t = make_logits("random", 4, 40)
+    s = s[:, :25].contiguous()
+    s[2, 9] = torch.nan
+    ids, log_probs = targets(t, 4, padded=False)
+    ids[1:3] = torch.tensor([25, 26, 27, 39])
+    keywords = {"tail": tail, "vocab": "truncate", "reduction": "none"}
+    found = value_and_gradient(loss_of, s, ids, log_probs, **keywords)
+    assert found[0][1] == 0
+    right = value_and_gradient(reference.sparse_distillation_loss, s, ids, log_probs, **keywords)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
 
 
 @pytest.mark.usefixtures("in_chunks")

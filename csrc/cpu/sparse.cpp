@@ -329,22 +329,23 @@ double rounding_of(const Listed<Scalar>& listed, double eps) {
   return 2 * eps * of_logarithms + 16 * (eps < 0x1p-23 ? eps : 0x1p-23) * (1 + of_logarithms);
 }
 
-// Fills the list from the row's indices; returns the teacher's mass of classes that the student does not have, and how
-// many classes are listed.
+// Fills the list from the row's indices; returns the teacher's mass of classes that the student does not have, how many
+// classes are listed, and whether all that are lie beyond the student's.
 template <class Scalar>
-double read_list(const SparseProblem& p, int64_t row, int pair, Listed<Scalar>& listed, int64_t& count) {
+double read_list(const SparseProblem& p, int64_t row, int pair, Listed<Scalar>& listed, int64_t& count, bool& is_cut) {
   const int64_t n = p.rows.vocab_size;
   std::memset(listed.slots, 0, size_t((n + pair - 1) / pair) * sizeof(*listed.slots));
   listed.num_slots = 0;
   const int64_t* const indices = p.indices + row * p.k;
   double dropped = 0;
+  bool any_cut = false;
   count = 0;
   with_type(p.log_probs, [&](const auto* y) {
     y += row * p.k;
     for (int64_t i = 0; i < p.k; ++i) {
       const int64_t id = indices[i];
       const double log_prob = to_float(y[i]);
-      if (id >= n) dropped += exp(log_prob);
+      if (id >= n) dropped += exp(log_prob), any_cut = true;
       const bool is_listed = id >= 0 && id < n;
       listed.teacher[i] = is_listed ? log_prob : -kInf;
       listed.ids[i] = -1;
@@ -355,6 +356,7 @@ double read_list(const SparseProblem& p, int64_t row, int pair, Listed<Scalar>& 
     }
   });
   listed.ids[p.k] = -1;
+  is_cut = any_cut && count == 0;
   return dropped;
 }
 
@@ -411,9 +413,10 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
   Listed<Scalar> listed = scratch.listed;
   const double weight = rows.weights ? rows.weights[row] : 1;
   const double grad_output = rows.grad_output ? rows.grad_output[rows.grad_output_is_uniform ? 0 : row] : 1;
-  const bool soft = rows.soft_scale > 0, hard = rows.hard_weight > 0;
   int64_t count;
-  const double dropped = read_list(p, row, kPair, listed, count);
+  bool is_cut;
+  const double dropped = read_list(p, row, kPair, listed, count, is_cut);
+  const bool soft = rows.soft_scale > 0 && !is_cut, hard = rows.hard_weight > 0;
   const bool is_all = count == n;
   const int64_t label = hard ? rows.labels[row] : -1;
   int64_t label_entry = hard ? listed.entry_of(label) : -1;
@@ -425,6 +428,7 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
   read_logits(z, listed);  // and the label's, before a gradient is written over them
   const double s_label = hard ? double(to_float(z[label])) : 0;
   double loss = rest.sum - rest.sum;  // NaN of a row that is broken outside of the list
+  if (is_cut && rest.sum == 0) loss = kNaN;  // one that is masked all over
   RowFactors factors;
 
   if (soft) {

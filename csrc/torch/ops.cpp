@@ -223,8 +223,9 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   return loss_of_rows(a, p, leading, [&] { run_rows(p); });
 }
 
-// What rounding to 16 bits may make of a logarithm that is not above 0, and more.
-constexpr double kLargestLogProb = 0.1;
+// What rounding to 16 bits may make of a logarithm that is not above 0, and more; and of a sum of probabilities, each of
+// which it changes by 3 % at most where it has a share in the sum.
+constexpr double kLargestLogProb = 0.1, kLargestMass = 1.1;
 
 // Whether the indices of a row that counts are in range and differ, and its log-probabilities are some. `slots` is
 // memory for 4 · kMostListed numbers.
@@ -260,6 +261,26 @@ void check_log_probs(const SparseProblem& p, int64_t row) {
       fail("teacher_log_probs must be logarithms of probabilities, at most 0 but for rounding; got " +
            std::to_string(to_float(y[i])) + " (top_k_targets makes them of logits)");
     }
+  }
+  // Probabilities in their place, which lie below the bound if each is small, add up to about k. A float's bits, taken
+  // for an integer, are its logarithm but for what a chord lies above its arc, up to 6 %: so the first sum is none too
+  // small, costs next to nothing, and is enough for nearly all rows.
+  float bound = 0;
+  for (int64_t i = 0; i < p.k; ++i) {
+    const float log_prob = p.indices[row * p.k + i] >= 0 ? float(to_float(y[i])) : -80;
+    const int32_t bits = int32_t((log_prob > -80 ? log_prob : -80) * 12102203.0f) + 0x3f800000;  // 2^23 log2 e
+    float at_least;
+    std::memcpy(&at_least, &bits, sizeof(bits));
+    bound += at_least;
+  }
+  if (!(bound > kLargestMass)) return;
+  double mass = 0;
+  for (int64_t i = 0; i < p.k; ++i) {
+    if (p.indices[row * p.k + i] >= 0) mass += std::exp(double(to_float(y[i])));
+  }
+  if (mass > kLargestMass) {
+    fail("teacher_log_probs must be logarithms of probabilities, which add up to 1 at most; got a row of sum " +
+         std::to_string(mass) + " (F.log_softmax over all classes, or top_k_targets, makes them of logits)");
   }
 }
 
