@@ -7,6 +7,7 @@ after docs/cache.md and not after the code, reads the files too.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import multiprocessing
@@ -464,6 +465,11 @@ def test_wrong_rows_are_refused_and_leave_the_writer_as_it_was(tmp_path: Path) -
         out.add("b", ids, log_probs)
 
 
+def test_more_positions_than_a_sample_can_have() -> None:
+    with pytest.raises(ValueError, match=r"a sample of 40000000 positions may take more than 4 GiB.*add it in parts"):
+        _C.cache_encode(0, 0, 40_000_000, 64, 151_936, 1e-3, False)  # nothing is read
+
+
 def test_wrong_values_are_refused(tmp_path: Path) -> None:
     with TeacherCache.write(tmp_path / "h", vocab_size=100, kind="hidden") as out:
         out.add(0, torch.zeros(2, 8))
@@ -498,6 +504,11 @@ def test_wrong_values_are_refused(tmp_path: Path) -> None:
         ({"rank": 2, "world_size": 2}, "rank must be from 0 to 1; got 2"),
         ({"rank": -1, "world_size": 2}, "rank must be from 0 to 1; got -1"),
         ({"resume": "yes"}, "resume must be True or False; got 'yes'"),
+        (
+            {"temperature": 2.0, "kind": "logits"},
+            "temperature is for the kinds 'top_k' and 'sampled'; 'logits' are kept as the model gives them.*; got 2",
+        ),
+        ({"temperature": 0.5, "kind": "hidden"}, "temperature is for the kinds 'top_k' and 'sampled'; 'hidden' are"),
         ({"dtype": torch.float16}, "dtype is for the kinds 'logits' and 'hidden'"),
         (
             {"dtype": torch.float32, "kind": "hidden"},
@@ -660,6 +671,17 @@ def test_a_later_version_says_so(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path / "c")
 
 
+def test_a_manifest_that_says_too_little(tmp_path: Path) -> None:
+    write(tmp_path / "c", {0: small()}, **SMALL)
+    path = tmp_path / "c" / "manifest.json"
+    manifest = fmt.read_json(path)
+    for name in manifest:
+        if name not in ("format", "version"):
+            path.write_bytes(fmt.pack_json({key: value for key, value in manifest.items() if key != name}))
+            with pytest.raises(ValueError, match=rf"manifest.json has no '{name}'"):
+                TeacherCache.open(tmp_path / "c")
+
+
 # ------------------------------------------------------------------------------------------------ many writers
 
 
@@ -690,6 +712,30 @@ def test_a_sample_of_two_writers_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"rows-00000-000000.cache and .*rows-00001-000000.cache both hold sample 'both'"
     ):
         TeacherCache.open(tmp_path / "c")
+    with pytest.raises(
+        ValueError, match=r"1 samples were given to two writers.* open the cache with duplicates='first'"
+    ):
+        TeacherCache.open(tmp_path / "c")
+
+
+def test_of_samples_that_were_written_twice_the_first_can_be_had(tmp_path: Path) -> None:
+    """As a DistributedSampler makes them: whole again, without the teacher."""
+    names: list[Any] = ["both", "a", 7, -3, "also", "z"]
+    for rank, own in enumerate((["a", "both", 7, "also"], ["also", -3, "both", 7, "z"])):
+        with TeacherCache.write(tmp_path / "c", **SMALL, rank=rank, world_size=2) as out:
+            for name in own:
+                out.add(name, *small(names.index(name) + 10 * rank))
+    cache = TeacherCache.open(tmp_path / "c", duplicates="first")
+    for found in (cache, pickle.loads(pickle.dumps(cache))):
+        assert len(found) == 6
+        for name in names:
+            rank = int(name in (-3, "z"))
+            assert torch.equal(found[name][0], sorted_rows(*small(names.index(name) + 10 * rank))[0])
+    assert sorted(map(str, cache)) == sorted(map(str, names))
+    assert cache.info()["samples"] == 6
+    assert cache.info()["rows"] == 18
+    with pytest.raises(ValueError, match=r"duplicates must be one of 'error', 'first'; got 'last'"):
+        TeacherCache.open(tmp_path / "c", duplicates="last")
 
 
 def as_rank(folder: Path, rank: int, barrier: Any, count: int) -> None:
@@ -713,6 +759,18 @@ def test_processes_of_torchrun_share_the_work(tmp_path: Path) -> None:
     assert sorted(cache) == list(range(50))
     assert all(torch.equal(cache[i][0], sorted_rows(*small(i))[0]) for i in range(50))
     cache.verify()
+
+
+def test_a_writer_that_nobody_closed_is_no_hindrance_for_ever(tmp_path: Path) -> None:
+    out = TeacherCache.write(tmp_path / "c", **SMALL)
+    out.add(0, *small())
+    out.flush()
+    with pytest.raises(ValueError, match=r"It is of this process, and was not closed: use it in a `with` statement"):
+        TeacherCache.write(tmp_path / "c", **SMALL, resume=True)
+    del out
+    gc.collect()
+    with TeacherCache.write(tmp_path / "c", **SMALL, resume=True) as out:
+        assert 0 in out
 
 
 def test_one_writer_a_rank(tmp_path: Path) -> None:

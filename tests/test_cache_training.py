@@ -195,7 +195,7 @@ def test_workers_decode_what_the_loop_would(cache: TeacherCache) -> None:
     loader: DataLoader[Any] = DataLoader(data, 2, num_workers=1, collate_fn=cache.collate())  # type: ignore[arg-type]
     losses = []
     for batch, start in zip(loader, itertools.count(0, 2), strict=False):
-        assert {"input_ids", "labels", "teacher_rows"} == set(batch)
+        assert {"input_ids", "labels", "sample_id", "teacher_rows"} == set(batch)
         part = data[start : start + 2]
         by_hand = {name: torch.stack([x[name] for x in part]) for name in ("input_ids", "labels")}  # type: ignore[misc]
         losses.append(
@@ -228,6 +228,132 @@ def test_samples_that_are_one_row(tmp_path: Path) -> None:
     found = Objective(student, TeacherCache.open(tmp_path / "logits"), temperature=3.0)(student, batch)
     rounded = teacher(inputs[order]).detach().half().float()
     torch.testing.assert_close(found, reptile_ext.distillation_loss(student(inputs[order]), rounded, temperature=3.0))
+
+
+class Classifier(nn.Module):
+    """Texts with padding to logits [B, V]: a mask [B, T] that is of no rows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.output = nn.Embedding(V, 12), nn.Linear(12, V)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        mask = attention_mask.unsqueeze(-1)
+        return SimpleNamespace(logits=self.output((self.embedding(input_ids) * mask).sum(1) / mask.sum(1)))
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("kind", ["top_k", "logits"])
+def test_a_classifier_of_texts(tmp_path: Path, kind: str, workers: bool) -> None:
+    """One row a sample: the mask is of the inputs. A sample without a class does not count, with a label or without."""
+    teacher, student = Classifier(1), Classifier(2)
+    names = ["text-0", "text-1", "text-2", "text-4"]
+    with TeacherCache.write(tmp_path / "c", vocab_size=V, k=K, kind=kind) as writer, torch.no_grad():
+        for name in names:
+            logits = teacher(SAMPLES[name][None], torch.ones(1, len(SAMPLES[name]))).logits
+            pair: tuple[Tensor, ...] = reptile_ext.top_k_targets(logits, K) if kind == "top_k" else (logits,)
+            if name == "text-2" and kind == "top_k":
+                pair = (torch.full_like(pair[0], -1), torch.full_like(pair[1], -torch.inf))
+            writer.add(name, *pair)
+    cache = TeacherCache.open(tmp_path / "c")
+    batch = padded(names, "left") | {"labels": torch.tensor([3, 1, 4, 1])}
+    logits = student(batch["input_ids"], batch["attention_mask"]).logits
+    rows = [cache[name] if kind == "top_k" else (cache[name],) for name in names]
+    of_cache = [torch.cat(column) for column in zip(*rows, strict=True)]
+    counted = torch.tensor([True, True, kind == "logits", True])
+    loss_of: Any = reptile_ext.distillation_loss if kind == "logits" else reptile_ext.sparse_distillation_loss
+    if workers:
+        samples = [
+            {"input_ids": batch["input_ids"][i], "attention_mask": batch["attention_mask"][i], "sample_id": name}
+            | {"labels": batch["labels"][i]}
+            for i, name in enumerate(names)
+        ]
+        batch = cache.collate()(samples)
+    for labels in (True, False):
+        hard = {"hard_weight": 0.5} if labels else {}
+        objective = Objective(student, cache, **hard)
+        found = objective(student, batch)
+        given = [batch["labels"][counted]] if labels else []
+        wanted = loss_of(logits[counted], *(x[counted] for x in of_cache), *given, **hard)
+        torch.testing.assert_close(found, wanted)
+        # A step of micro-batches counts the same rows.
+        torch.testing.assert_close(objective(student, batch, objective.count([batch])), wanted)
+        batch = {name: x for name, x in batch.items() if name != "labels"}
+
+
+class Translator(nn.Module):
+    """An encoder-decoder as transformers has them: logits of the labels' length, whatever the input's is."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+        self.embedding, self.output = nn.Embedding(V, 12), nn.Linear(24, V)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return F.pad(labels.clamp(min=0)[:, :-1], (1, 0))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Any = None
+    ) -> SimpleNamespace:
+        read = (self.embedding(input_ids) * attention_mask.unsqueeze(-1)).sum(1, keepdim=True)
+        written = self.embedding(decoder_input_ids)
+        return SimpleNamespace(logits=self.output(torch.cat([read.expand_as(written), written], -1)))
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_rows_of_a_decoder_are_placed_by_its_own_mask(tmp_path: Path, workers: bool) -> None:
+    """Inputs are padded on the left and labels on the right, to one width, and as many: no number tells them apart."""
+    names = ["text-1", "text-3"]
+    left, right = padded(names, "left"), padded(names, "right")
+    student = Translator(2)
+    batch = {**left, "labels": right["labels"], "decoder_attention_mask": right["attention_mask"]}
+    cache = written(tmp_path / "cache")
+    logits = student(
+        left["input_ids"], left["attention_mask"], F.pad(right["labels"].clamp(min=0)[:, :-1], (1, 0))
+    ).logits
+    kept = right["attention_mask"] != 0
+    rows = [torch.cat([cache[name][part] for name in names]) for part in (0, 1)]
+    wanted = reptile_ext.sparse_distillation_loss(logits[kept], *rows, right["labels"][kept], hard_weight=0.5)
+    objective = Objective(student, cache, hard_weight=0.5, shift_labels=False)
+
+    def collated(batch: dict[str, Any]) -> Any:
+        if not workers:
+            return batch
+        rows = range(len(names))
+        return cache.collate()([{name: value[i] for name, value in batch.items()} for i in rows])
+
+    torch.testing.assert_close(objective(student, collated(batch)), wanted)
+    del batch["decoder_attention_mask"]
+    with pytest.raises(ValueError, match=r"7 to 9 positions share a batch.* a decoder_attention_mask where"):
+        objective(student, collated(batch))
+
+
+@pytest.mark.parametrize("hard_weight", [0.0, 0.5])
+def test_drawn_classes_that_the_student_lacks(tmp_path: Path, hard_weight: float) -> None:
+    """A row whose draws all lie beyond the student's classes teaches its label alone, and is no NaN."""
+    few = V - 9
+    ids, student = SAMPLES["text-1"] % few, Language(2, few)
+    indices, log_probs = (x.clone() for x in answers(ids))
+    indices[4] = torch.tensor([few, few + 3, V - 1, *[-1] * (K - 3)])
+    log_probs[4] = torch.tensor([0.5, 0.25, 0.25, *[0.0] * (K - 3)]).log()
+    with TeacherCache.write(tmp_path / "cache", vocab_size=V, k=K, kind="sampled") as writer:
+        writer.add("text-1", indices, log_probs.log_softmax(-1))
+    objective = Objective(
+        student, TeacherCache.open(tmp_path / "cache"), vocab="truncate", hard_weight=hard_weight, shift_labels=False
+    )
+    labels = ids.roll(-1)
+    found = objective(student, {"input_ids": ids[None], "labels": labels[None], "sample_id": ["text-1"]})
+    x = student(ids[None]).logits[0].log_softmax(-1)
+    losses = []
+    for row, of_ids, y in zip(x, *TeacherCache.open(tmp_path / "cache")["text-1"], strict=True):
+        kept = (of_ids >= 0) & (of_ids < few)
+        y = y[kept] - y[kept].logsumexp(-1)
+        losses.append((y.exp() * (y - row[of_ids[kept]])).sum())
+    assert losses[4] == 0
+    wanted = torch.stack(losses).mean() + hard_weight * F.nll_loss(x, labels)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_sampled_targets_are_renormalized(tmp_path: Path) -> None:
@@ -385,6 +511,7 @@ def test_wrong_use_is_named(cache: TeacherCache, cache_at_2: TeacherCache, tmp_p
     objective = Objective(student, cache_at_2, temperature=(1.0, 2.0))
     with pytest.raises(ValueError, match=at_2):
         objective.set_keywords(temperature=1.0)
+    assert objective.criterion.keywords["temperature"] == (1.0, 2.0)
 
     with TeacherCache.write(tmp_path / "hidden", vocab_size=V, kind="hidden") as writer:
         writer.add(0, torch.zeros(3, 12))
@@ -411,6 +538,11 @@ def test_batches_that_do_not_fit_are_named(cache: TeacherCache) -> None:
             "'text-3' has 7 positions in the cache; the batch has 9",
         ),
         (short, ValueError, r"'text-1' has 9 positions in the cache; the batch has 8, .* list of \(id, begin, end\)"),
+        (
+            good | {"attention_mask": torch.ones(2, 1, 9, 9)},
+            ValueError,
+            r"attention_mask must be \[B, T\], 0 at padding.*; got \[2, 1, 9, 9\]",
+        ),
         (short | {"attention_mask": None}, ValueError, "has 9 positions for each of 2 samples, and the student's"),
         (uneven | {"attention_mask": None}, ValueError, "samples of 7 to 9 positions share a batch"),
         (good | {"sample_id": [[("text-1", 0, 12)]] * 2}, IndexError, "'text-1' has positions 0 … 9; asked for 0 … 12"),

@@ -108,6 +108,11 @@ py::tuple cache_encode(uintptr_t ids, uintptr_t log_probs, int64_t num_rows, int
   if (num_rows < 0 || k < 1 || k > cache::kMaxClasses || vocab_size < k || vocab_size > cache::kMaxVocabSize) {
     throw py::value_error("num_rows, k or vocab_size is out of range");
   }
+  // Where a row's body begins has 32 bits in a block.
+  if (num_rows > 0 && cache::max_block_bytes(1, k, vocab_size) > (int64_t(1) << 32) / num_rows) {
+    throw py::value_error("a sample of " + std::to_string(num_rows) +
+                          " positions may take more than 4 GiB, the most that one can: add it in parts");
+  }
   cache::Stats stats;
   cache::Outcome outcome;
   std::string block;

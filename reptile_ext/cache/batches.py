@@ -15,15 +15,45 @@ from .reader import TeacherCache
 Rows = tuple[Tensor, ...]  # (indices, log_probs) [B, T, K], or (values,) [B, T, V]
 
 
-def rows_of_batch(cache: TeacherCache, sample_id: Any, mask: Tensor | None) -> Rows:
+def rows_of_batch(
+    cache: TeacherCache, sample_id: Any, mask: Tensor | None, labels: Tensor | None = None, decoded: Any = None
+) -> Rows:
     """What the cache says of the samples of a batch, [B, T, …]: at padding -1 and -inf, or 0.
 
     sample_id: ids, a tensor of them, or for packed samples and parts a list of (id, begin, end) each.
-    mask: [B, T], 0 at padding, on whichever side or sides it is; None: there is no padding.
+    mask: [B, T], 0 at padding, on whichever side or sides it is; None: there is no padding. It is of the inputs alone
+        where each sample has one row and its label, if any, is one number: of a classifier of texts, say.
+    decoded: `cache.batch(sample_id)`, where it has been read already.
 
     Raises ValueError for samples that have another number of positions than the batch; KeyError names one that is not
     in the cache.
     """
+    sample_id = _ids(sample_id)
+    lengths = [sum(end - begin for _, begin, end in cache._pieces(sample)) for sample in sample_id]
+    if mask is not None and len(mask) != len(lengths):
+        raise ValueError(f"sample_id must be of {len(mask)} samples, as attention_mask is; got {len(lengths)}")
+    if mask is not None and mask.numel() != len(lengths) and all(length == 1 for length in lengths):
+        mask = mask if labels is not None and labels.numel() != len(lengths) else None
+    if mask is None and len(set(lengths)) > 1:
+        raise ValueError(
+            f"sample_id: samples of {min(lengths)} to {max(lengths)} positions share a batch, and nothing says where "
+            "their padding is: give an attention_mask, or a decoder_attention_mask where the student has a decoder"
+        )
+    is_there = None if mask is None else _is_there(mask, sample_id, lengths)
+    decoded = cache.batch(sample_id) if decoded is None else decoded
+    decoded = decoded if isinstance(decoded, (tuple, list)) else (decoded,)
+    if is_there is None or bool(is_there.all()):
+        return tuple(decoded)
+    begins_left = torch.arange(max(lengths, default=0)) < torch.tensor(lengths).unsqueeze(1)
+    placed = []
+    for x, filling in zip(decoded, (-1, -torch.inf) if cache.kind in fmt.CODED else (0,), strict=True):
+        out = x.new_full((*is_there.shape, x.shape[-1]), filling)
+        out[is_there.to(x.device)] = x[begins_left.to(x.device)]
+        placed.append(out)
+    return tuple(placed)
+
+
+def _ids(sample_id: Any) -> Sequence[Any]:
     if isinstance(sample_id, Tensor):
         if sample_id.ndim != 1 or sample_id.is_floating_point():
             raise TypeError(f"sample_id must be whole numbers [B]; got {sample_id.dtype} {list(sample_id.shape)}")
@@ -32,32 +62,20 @@ def rows_of_batch(cache: TeacherCache, sample_id: Any, mask: Tensor | None) -> R
         raise TypeError(
             f"sample_id must be a list or tensor of ids, one for each sample of the batch; got {sample_id!r}"
         )
-    lengths = [sum(end - begin for _, begin, end in cache._pieces(sample)) for sample in sample_id]
-    if mask is None:
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"sample_id: samples of {min(lengths)} to {max(lengths)} positions share a batch, and nothing says "
-                "where their padding is: give an attention_mask"
-            )
-        decoded = cache.batch(sample_id)
-        return decoded if isinstance(decoded, tuple) else (decoded,)
+    return sample_id
+
+
+def _is_there(mask: Tensor, sample_id: Sequence[Any], lengths: list[int]) -> Tensor:
+    """[B, T]: which positions of the batch are none of padding. Raises where they are not as many as in the cache."""
+    if mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be [B, T], 0 at padding, to say where the cache's rows belong; got {list(mask.shape)}"
+        )
     is_there = (mask != 0).cpu()
-    if len(is_there) != len(lengths):
-        raise ValueError(f"sample_id must be of {len(is_there)} samples, as attention_mask is; got {len(lengths)}")
     for sample, length, found in zip(sample_id, lengths, is_there.sum(1).tolist(), strict=True):
         if length != found:
             raise ValueError(f"{_said(sample, length)}; the batch has {found}, by its attention_mask{_HINT}")
-    decoded = cache.batch(sample_id)
-    decoded = decoded if isinstance(decoded, tuple) else (decoded,)
-    if bool(is_there.all()):
-        return decoded
-    begins_left = torch.arange(max(lengths, default=0)) < torch.tensor(lengths).unsqueeze(1)
-    placed = []
-    for x, filling in zip(decoded, (-1, -torch.inf) if cache.kind in fmt.CODED else (0,), strict=True):
-        out = x.new_full((*is_there.shape, x.shape[-1]), filling)
-        out[is_there] = x[begins_left]
-        placed.append(out)
-    return tuple(placed)
+    return is_there
 
 
 _HINT = (
@@ -85,15 +103,6 @@ def rows_like(rows: Rows, shape: torch.Size, device: torch.device) -> list[Tenso
     return found
 
 
-def mask_in(batch: Any) -> Tensor | None:
-    """The mask of the positions that have logits: the decoder's, where there is a decoder."""
-    if not isinstance(batch, Mapping):
-        return None
-    has_decoder = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-    mask = batch.get("decoder_attention_mask" if has_decoder else "attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim > 1 else None
-
-
 class Collate:
     """See `TeacherCache.collate`."""
 
@@ -112,4 +121,5 @@ class Collate:
         batch = self.collate_fn(rest)
         if not isinstance(batch, Mapping):
             raise TypeError(f"cache.collate needs a collate_fn that returns a mapping; got {type(batch).__name__}")
-        return {**batch, "teacher_rows": rows_of_batch(self.cache, ids, mask_in(batch.get("student_inputs", batch)))}
+        # Which of the batch's positions the rows belong to, the objective knows, which knows the student.
+        return {**batch, "sample_id": ids, "teacher_rows": self.cache.batch(ids)}

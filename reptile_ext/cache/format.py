@@ -34,6 +34,11 @@ MAX_K = 4096
 MAX_LOG_PROB_ERROR = 0.5  # of classes with a probability of 1e-4 and more, whatever max_kl is (csrc/cpu/cache.cpp)
 MAGIC = b"RPTCACHE"
 TEACHER = "teacher"  # a folder of whoever made the cache: no writer or reader looks into it
+# What a manifest says, beside its format and version.
+MANIFEST = (
+    "kind", "k", "vocab_size", "temperature", "dtype", "max_kl", "max_log_prob_error",
+    "teacher", "tokenizer", "data", "world_size",
+)  # fmt: skip
 SLACK = 8  # bytes that a decoder may read behind a block
 
 # magic, version, kind, vocab_size, width, dtype, samples, rows, offset of the index, CRC-32 of blocks and of index,
@@ -256,8 +261,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no teacher cache: {path} is missing") from None
     if manifest.get("format") != "reptile_ext teacher cache":
         raise ValueError(f"{path} is not of a teacher cache")
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         raise ValueError(
-            f"{path}: format version {manifest['version']}; this version of reptile_ext reads version {VERSION}"
+            f"{path}: format version {manifest.get('version')}; this version of reptile_ext reads version {VERSION}"
         )
+    missing = [name for name in MANIFEST if name not in manifest]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}: it was not written as docs/cache.md says")
     return manifest

@@ -101,8 +101,13 @@ class TeacherCache:
         teacher: str | None = None,
         tokenizer: str | None = None,
         data: str | None = None,
+        duplicates: str = "error",
     ) -> TeacherCache:
         """The finished cache in `folder`.
+
+        duplicates   of a sample that two ranks have written: "error", or "first" to take that of the lower rank. A
+                     DistributedSampler, which gives some samples twice so that all ranks have as many, makes such;
+                     but so do ranks that number different samples alike, whose rows would be mixed up.
 
         Raises ValueError if what is given differs from what the cache was written with (it names which), if the folder
         is not finished (and which writers are missing), or if a file is missing, truncated or altered (and which). The
@@ -113,11 +118,13 @@ class TeacherCache:
             "teacher": teacher,
             "tokenizer": tokenizer,
             "data": data,
-        })  # fmt: skip
+        }, duplicates)  # fmt: skip
 
-    def __init__(self, folder: str | os.PathLike[str], expected: dict[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], expected: dict[str, Any], duplicates: str = "error") -> None:
+        checks.one_of("duplicates", duplicates, ("error", "first"))
         self.folder = Path(os.path.abspath(folder))
         self._expected = expected
+        self._duplicates = duplicates
         self._manifest = fmt.read_manifest(self.folder)
         for name, value in expected.items():
             if value is not None and self._manifest[name] != value:
@@ -133,12 +140,12 @@ class TeacherCache:
         if len(widths) > 1:
             raise ValueError(f"{self.folder}: writers disagree on the width of a row: {sorted(widths)}")
         self._width: int = widths.pop() if widths else self._parts[0]["width"]
-        self._index = _LookUp(self.folder, self._shards)
+        self._index = _LookUp(self.folder, self._shards, duplicates == "first")
         self._mapped: dict[int, mmap.mmap] = {}
         self._verified: set[int] = set()
 
     def __reduce__(self) -> Any:
-        return TeacherCache, (self.folder, self._expected)
+        return TeacherCache, (self.folder, self._expected, self._duplicates)
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -150,8 +157,10 @@ class TeacherCache:
 
     def __iter__(self) -> Iterator[SampleId]:
         """The ids of all samples, in the order of the files."""
-        for shard in self._shards:
-            yield from fmt.read_header_and_index(self.folder / shard["name"])[1].ids()
+        for number, shard in enumerate(self._shards):
+            for sample_id in fmt.read_header_and_index(self.folder / shard["name"])[1].ids():
+                if self._duplicates == "error" or self._index.shards[self._find(sample_id)] == number:
+                    yield sample_id
 
     def positions(self, sample_id: SampleId) -> int:
         """How many positions a sample has."""
@@ -210,7 +219,7 @@ class TeacherCache:
 
         Every sample is a mapping with a "sample_id", its id in the cache or, where it is part of a sample or packed, a
         list of (id, begin, end). The rest of it goes to `collate_fn` (default: torch's), which has to return a mapping;
-        "teacher_rows" is added to that. The rows are placed as docs/cache.md, "In training", says."""
+        "sample_id" and "teacher_rows", which is `cache.batch` of these ids, are added to that."""
         from .batches import Collate
 
         return Collate(self, collate_fn)
@@ -307,18 +316,19 @@ class TeacherCache:
         bytes, and of "top_k", "sampled" and "logits" what coding cost. `worst_kl` and `mean_kl` are nats a position,
         `worst_log_prob_error` is that of classes with a probability of 1e-4 and more, `captured_mass` the mean of what
         the classes of a row add up to."""
-        samples, rows = len(self), sum(part["rows"] for part in self._parts)
+        samples, rows = len(self), int(self._index.rows.sum())
+        written = sum(part["rows"] for part in self._parts)  # those of doubles too
         size = sum(shard["bytes"] for shard in self._shards)
         info = {name: value for name, value in self._manifest.items() if name != "format"}
         info |= {"samples": samples, "rows": rows, "shards": len(self._shards), "bytes": size, "width": self._width}
         if rows:
-            info["bytes_per_entry"] = size / (rows * self._width)
+            info["bytes_per_entry"] = size / (written * self._width)
         if rows and self.kind != "hidden":
             total = Statistics()
             for part in self._parts:
                 total += Statistics(*(part[name] for name in Statistics._fields))
-            info |= {"worst_kl": total.worst_kl, "mean_kl": total.sum_kl / rows}
-            info |= {"worst_log_prob_error": total.worst_log_prob_error, "captured_mass": total.sum_mass / rows}
+            info |= {"worst_kl": total.worst_kl, "mean_kl": total.sum_kl / written}
+            info |= {"worst_log_prob_error": total.worst_log_prob_error, "captured_mass": total.sum_mass / written}
         return info
 
     def __repr__(self) -> str:
@@ -329,7 +339,7 @@ class TeacherCache:
 class _LookUp:
     """From an id to a place: one entry a sample, integers before strings, each sorted by key; 40 bytes an entry."""
 
-    def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, shards: list[dict[str, Any]], takes_first: bool) -> None:
         dtypes = (
             np.uint64,
             np.uint64,
@@ -357,23 +367,42 @@ class _LookUp:
         of_kinds = kinds[order]
         if kinds.any():
             order = np.concatenate([order[of_kinds == 0], order[of_kinds != 0]])
-        self._first_string = int(np.count_nonzero(of_kinds == 0))
+        later = self._later_doubles(columns[0], columns[1], kinds, order)
+        if later and not takes_first:
+            self._refuse_doubles(folder, [shard["name"] for shard in shards], columns[5], later)
+        if later:
+            order = order[~np.isin(order, list(later))]
+        self._first_string = int(np.count_nonzero(kinds[order] == 0))
         for i in range(len(columns)):  # one after another, so that little is there twice
             columns[i] = columns[i][order]
         self._keys, self._checks, self.begins, self.sizes, self.rows, self.shards = columns
-        self._refuse_doubles(folder, [shard["name"] for shard in shards])
 
-    def _refuse_doubles(self, folder: Path, names: list[str]) -> None:
-        seen: dict[tuple[bool, int, int], int] = {}
-        first = np.flatnonzero(self._keys[1:] == self._keys[:-1])
-        for place in map(int, np.union1d(first, first + 1)):
-            key = (place >= self._first_string, int(self._keys[place]), int(self._checks[place]))
+    @staticmethod
+    def _later_doubles(keys: Any, checks: Any, kinds: Any, order: Any) -> dict[int, int]:
+        """Entries whose sample has an earlier one, and that one."""
+        in_order = keys[order]
+        first = np.flatnonzero(in_order[1:] == in_order[:-1])
+        seen: dict[tuple[int, int, int], int] = {}
+        later = {}
+        for entry in map(int, order[np.union1d(first, first + 1)]):  # of one key in the order of the files
+            key = (int(kinds[entry]), int(keys[entry]), int(checks[entry]))
             if key in seen:
-                one, other = (folder / names[int(self.shards[i])] for i in (seen[key], place))
-                found = set(fmt.read_header_and_index(one)[1].ids()) & set(fmt.read_header_and_index(other)[1].ids())
-                what = f" {next(iter(found))!r}" if found else ""
-                raise ValueError(f"{one} and {other} both hold sample{what}: it was given to two writers")
-            seen[key] = place
+                later[entry] = seen[key]
+            else:
+                seen[key] = entry
+        return later
+
+    @staticmethod
+    def _refuse_doubles(folder: Path, names: list[str], shards: Any, later: dict[int, int]) -> None:
+        other, one = next(iter(later.items()))
+        paths = [folder / names[int(shards[entry])] for entry in (one, other)]
+        found = set.intersection(*(set(fmt.read_header_and_index(path)[1].ids()) for path in paths))
+        what = f" {next(iter(found))!r}" if found else ""
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} both hold sample{what}: {len(later)} samples were given to two writers. If "
+            "they are the same (a DistributedSampler gives some twice; writer.todo(ids) none), open the cache with "
+            "duplicates='first'"
+        )
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,6 +60,11 @@ class CacheWriter:
         if self._k > self.vocab_size:
             raise ValueError(f"k must be at most vocab_size, {self.vocab_size}; got {k}")
         temperature = checks.number_of("temperature", temperature, "a positive number", checks.is_temperature)
+        if not self._is_coded and temperature != 1:
+            raise ValueError(
+                f"temperature is for the kinds 'top_k' and 'sampled'; {kind!r} are kept as the model gives them, and "
+                f"training may have them at any temperature; got {temperature:g}"
+            )
         max_kl = checks.number_of("max_kl", max_kl, "a number of nats from 1e-6 to 1", lambda v: 1e-6 <= v <= 1)
         self.max_kl = max_kl
         for name, value in zip(NAMES, (teacher, tokenizer, data), strict=True):
@@ -358,7 +364,7 @@ class CacheWriter:
             "(under torchrun: leave rank and world_size out)"
         )
         if self._key in _held:
-            raise ValueError(busy)
+            raise ValueError(f"{busy}. It is of this process, and was not closed: use it in a `with` statement")
         self._lock_file = path.open("a")
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -366,10 +372,14 @@ class CacheWriter:
             self._lock_file.close()
             raise ValueError(busy) from None
         _held.add(self._key)
+        # Also of a writer that nobody closed and nobody has any more.
+        self._unlock = weakref.finalize(self, _release, self._key, self._lock_file)
+        self._unlock.atexit = False
 
-    def _unlock(self) -> None:
-        _held.discard(self._key)
-        self._lock_file.close()
+
+def _release(key: tuple[str, int, int], lock_file: Any) -> None:
+    _held.discard(key)
+    lock_file.close()
 
 
 def _shard_entry(path: Path, size: int, header: fmt.Header, crc: int) -> dict[str, Any]:

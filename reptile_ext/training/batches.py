@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cache.batches import mask_in
-
 # Keys of a mapping that are not for the models. The rest goes to both as keywords.
 RESERVED = (
     *("labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs"),
@@ -89,6 +87,15 @@ def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:
         if weight is not None and weight.ndim > 1:
             weight = F.pad(weight[:, 1:], (0, 1))
     return Batch(**(found | {"labels": labels, "weight": weight, "mask": mask_in(found["inputs"])}))
+
+
+def mask_in(inputs: Any) -> Tensor | None:
+    """The mask of the positions that have logits: the decoder's, where there is a decoder."""
+    if not isinstance(inputs, Mapping):
+        return None
+    has_decoder = any(name in inputs for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim > 1 else None
 
 
 # Integers that are made int64 (bool is none: the losses refuse it by name).

@@ -102,7 +102,8 @@ class Objective:
     torch.compile). `student` says where the head is, which mode the student is in and which device it is on.
 
     A step of several micro-batches or processes has one number of rows to divide by, not one each: `num_items`, the
-    labels that count in all of them. `count` computes it, and Hugging Face's Trainer calls it num_items_in_batch.
+    labels that count in all of them. `count` computes it, and Hugging Face's Trainer calls it num_items_in_batch. (With
+    a cache that has rows without a class, whose labels do not count, only `count` is right.)
     DDP then averages gradients that are already divided, so multiply the loss by the number of processes. In a loop
     of your own::
 
@@ -215,7 +216,7 @@ class Objective:
         self.criterion: BinaryDistillationLoss | DistillationLoss | SparseDistillationLoss = kind(
             inplace=bool(inplace), **loss
         )
-        self._check_temperature()
+        self._check_temperature(self.criterion.keywords["temperature"])
         self.ignore_index: int = self.criterion.keywords["ignore_index"]
         self._inputs_of = {"student": student_inputs, "teacher": teacher_inputs}
         self._linear_only = linear_only
@@ -265,11 +266,11 @@ class Objective:
             for teacher in self.teachers
         ] or self.teacher_heads
 
-    def _check_temperature(self) -> None:
+    def _check_temperature(self, given: Any) -> None:
         """Raise a ValueError for another temperature of the teacher than that of the cache."""
         if self.cache is None:
             return
-        given, own = self.criterion.keywords["temperature"], self.cache.temperature
+        own = self.cache.temperature
         if not self._is_sparse and own == 1:
             return  # logits, which any temperature can be had of
         if (given[1] if isinstance(given, (tuple, list)) else given) != own:
@@ -281,8 +282,9 @@ class Objective:
 
     def set_keywords(self, **keywords: float) -> None:
         """Other values of temperature and hard_weight from now on."""
-        self.criterion = type(self.criterion)(**(self.criterion.keywords | keywords))
-        self._check_temperature()
+        criterion = type(self.criterion)(**(self.criterion.keywords | keywords))
+        self._check_temperature(criterion.keywords["temperature"])
+        self.criterion = criterion
         if self.student_head is not None:
             self._linear_keywords |= keywords
 
@@ -344,20 +346,21 @@ class Objective:
             raise ValueError("a batch has 'teacher_logits', and the teacher is a cache: pass teacher='batch' for these")
         mask = batch.mask
         if getattr(getattr(self.student, "config", None), "is_encoder_decoder", False):
-            has_decoder = isinstance(batch.inputs, Mapping) and "decoder_attention_mask" in batch.inputs
-            mask = mask if has_decoder else None  # not that of the encoder
-        rows = batch.teacher_rows
-        if rows is None and batch.sample_id is None:
+            # Not that of the encoder.
+            mask = batch.inputs.get("decoder_attention_mask") if isinstance(batch.inputs, Mapping) else None
+        if batch.sample_id is None:
             raise ValueError(
                 "a teacher that is a cache needs 'sample_id' in every batch, of eval too: a mapping such as "
                 "{'input_ids': …, 'labels': …, 'sample_id': [the ids of its samples in the cache]}, or "
                 "DataLoader(collate_fn=cache.collate()) of samples with a 'sample_id'; got a batch without"
             )
-        rows = rows_of_batch(cache, batch.sample_id, mask) if rows is None else rows
+        rows = rows_of_batch(cache, batch.sample_id, mask, batch.labels, batch.teacher_rows)
         if len(rows[0]) != num_samples(batch.inputs):
             raise ValueError(
                 f"sample_id must be of the batch's {num_samples(batch.inputs)} samples; got {len(rows[0])} ids"
             )
+        # Of a classifier of texts, whose samples have one row each, the mask is of no rows.
+        mask = mask if mask is not None and mask.shape == rows[0].shape[:-1] else None
         return self._without_unknown(batch._replace(sample_id=None, teacher_rows=rows), mask)
 
     def _without_unknown(self, batch: Batch, mask: Tensor | None) -> Batch:
@@ -371,8 +374,7 @@ class Objective:
             return batch
         labels = batch.labels
         if labels is None:
-            shape = is_known.shape if batch.mask is None else batch.mask.shape
-            return batch._replace(mask=is_known.reshape(shape)) if is_known.numel() == shape.numel() else batch
+            return batch._replace(mask=is_known)
         if labels.numel() != is_known.numel():
             return batch  # whose shapes the loss will complain of
         is_known = is_known.to(labels.device).reshape(labels.shape)
@@ -469,8 +471,9 @@ class Objective:
         weight = None
         if batch.weight is not None and (of_samples or batch.weight.ndim > 1):
             weight = _spread(batch.weight, rows)
-        if batch.labels is None and batch.mask is not None and batch.mask.shape == rows:
-            mask = (batch.mask != 0).float()
+        mask = None if batch.labels is not None else _mask_of_rows(batch.mask, rows)
+        if mask is not None:
+            mask = (mask != 0).float()
             weight = mask if batch.weight is None else mask * _spread(batch.weight, rows)
         return None if weight is None else weight.contiguous()
 
@@ -570,7 +573,7 @@ class Objective:
         if self._is_sparse:
             shared = self.shared_classes(head.weight.shape[0])  # what is beyond has no part, as with vocab="truncate"
             student |= {name: x[:shared] for name, x in student.items() if isinstance(x, Tensor)}
-        is_of_rows = batch.labels is not None or (batch.mask is not None and batch.mask.shape == outputs.shape[:-1])
+        is_of_rows = batch.labels is not None or _mask_of_rows(batch.mask, outputs.shape[:-1]) is not None
         for i, keywords in enumerate(self._shares(self._linear_keywords)):
             teacher: dict[str, Any] = {"teacher_weight": None}  # its outputs are logits
             if not teacher_outputs:
@@ -908,6 +911,12 @@ def _one_class(name: str, found: str) -> ValueError:
         f"the {name}'s logits must be [samples, …] with two classes or more; got {found}, whose softmax is always 1. "
         "One logit a sample (sigmoid), or many labels, are Reptile(binary=True), whose loss is binary_distillation_loss"
     )
+
+
+def _mask_of_rows(mask: Tensor | None, rows: torch.Size) -> Tensor | None:
+    """The mask, if it is one of these rows: [B, T] of [B, T], and [B, 1] of [B]. None: it is of the inputs alone."""
+    is_of_rows = mask is not None and len(rows) > 0 and mask.shape[0] == rows[0] and mask.numel() == rows.numel()
+    return mask.reshape(rows) if mask is not None and is_of_rows else None
 
 
 def _spread(weight: Tensor, rows: Sequence[int]) -> Tensor:
