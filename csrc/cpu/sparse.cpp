@@ -427,7 +427,7 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
   const RestSum<Scalar> rest = rest_of(z, n, temperature, listed, is_all, scratch.e);
   read_logits(z, listed);  // and the label's, before a gradient is written over them
   const double s_label = hard ? double(to_float(z[label])) : 0;
-  double loss = rest.sum - rest.sum;  // NaN of a row that is broken outside of the list
+  double loss = rest.sum - rest.sum;         // NaN of a row that is broken outside of the list
   if (is_cut && rest.sum == 0) loss = kNaN;  // one that is masked all over
   RowFactors factors;
 

@@ -223,8 +223,8 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
   return loss_of_rows(a, p, leading, [&] { run_rows(p); });
 }
 
-// What rounding to 16 bits may make of a logarithm that is not above 0, and more; and of a sum of probabilities, each of
-// which it changes by 3 % at most where it has a share in the sum.
+// What rounding to 16 bits may make of a logarithm that is not above 0, and more; and of a sum of probabilities, each
+// of which it changes by 3 % at most where it has a share in the sum.
 constexpr double kLargestLogProb = 0.1, kLargestMass = 1.1;
 
 // Whether the indices of a row that counts are in range and differ, and its log-probabilities are some. `slots` is
