@@ -628,6 +628,29 @@ def test_verify_names_all_and_reading_names_the_one(tmp_path: Path) -> None:
                 cache[sample]
 
 
+def test_of_a_cache_that_was_verified_a_process_need_not_read_all(tmp_path: Path) -> None:
+    """With verify=False a shard's other rows are not read; `verify()` still reads them."""
+    samples = {i: small(i, rows=40) for i in range(8)}
+    write(tmp_path / "c", samples, **SMALL)
+    (path,) = (tmp_path / "c").glob("rows-*")
+    header, index = fmt.read_header_and_index(path)
+    data = bytearray(path.read_bytes())
+    last = int(index.offsets[-2])
+    data[last + 8 * 40 + 2] ^= 1  # of the last sample
+    path.write_bytes(data)
+    assert header.samples == 8
+    cache = TeacherCache.open(tmp_path / "c", verify=False)
+    for found in (cache, pickle.loads(pickle.dumps(cache))):
+        for i in range(7):
+            assert torch.equal(found[i][0], sorted_rows(*samples[i])[0])
+        with pytest.raises(ValueError, match=f"{path.name} is altered"):
+            found.verify()
+    with pytest.raises(ValueError, match=f"{path.name} is altered"):
+        TeacherCache.open(tmp_path / "c")[0]
+    with pytest.raises(TypeError, match="verify must be True or False; got 'no'"):
+        TeacherCache.open(tmp_path / "c", verify="no")  # type: ignore[arg-type]
+
+
 def test_files_that_change_after_open_are_noticed(tmp_path: Path) -> None:
     paths = two_shards(tmp_path / "c")
     cache = TeacherCache.open(tmp_path / "c")

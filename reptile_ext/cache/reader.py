@@ -102,12 +102,15 @@ class TeacherCache:
         tokenizer: str | None = None,
         data: str | None = None,
         duplicates: str = "error",
+        verify: bool = True,
     ) -> TeacherCache:
         """The finished cache in `folder`.
 
         duplicates   of a sample that two ranks have written: "error", or "first" to take that of the lower rank. A
                      DistributedSampler, which gives some samples twice so that all ranks have as many, makes such;
                      but so do ranks that number different samples alike, whose rows would be mixed up.
+        verify       compare a shard's checksum when its first row is asked for in a process, for which it is read
+                     whole. False: of a cache that has been verified, and is larger than what a process reads of it.
 
         Raises ValueError if what is given differs from what the cache was written with (it names which), if the folder
         is not finished (and which writers are missing), or if a file is missing, truncated or altered (and which). The
@@ -118,13 +121,21 @@ class TeacherCache:
             "teacher": teacher,
             "tokenizer": tokenizer,
             "data": data,
-        }, duplicates)  # fmt: skip
+        }, duplicates, verify)  # fmt: skip
 
-    def __init__(self, folder: str | os.PathLike[str], expected: dict[str, Any], duplicates: str = "error") -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        expected: dict[str, Any],
+        duplicates: str = "error",
+        verify: bool = True,
+    ) -> None:
         checks.one_of("duplicates", duplicates, ("error", "first"))
+        if not isinstance(verify, bool):
+            raise TypeError(f"verify must be True or False; got {verify!r}")
         self.folder = Path(os.path.abspath(folder))
         self._expected = expected
-        self._duplicates = duplicates
+        self._duplicates, self._verify = duplicates, verify
         self._manifest = fmt.read_manifest(self.folder)
         for name, value in expected.items():
             if value is not None and self._manifest[name] != value:
@@ -145,7 +156,7 @@ class TeacherCache:
         self._verified: set[int] = set()
 
     def __reduce__(self) -> Any:
-        return TeacherCache, (self.folder, self._expected, self._duplicates)
+        return TeacherCache, (self.folder, self._expected, self._duplicates, self._verify)
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -285,7 +296,7 @@ class TeacherCache:
         memory = self._mapped.get(shard)
         if memory is None:
             memory = _map_file(self._path(shard), self._shards[shard]["bytes"])
-            if shard not in self._verified:
+            if self._verify and shard not in self._verified:
                 self._check_sum(shard, memory)
             while len(self._mapped) >= _MAPPED:  # not closed here: another thread may be reading it
                 self._mapped.pop(next(iter(self._mapped), -1), None)
