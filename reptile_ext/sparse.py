@@ -387,17 +387,25 @@ def top_k_targets(teacher_logits: Tensor, k: int, temperature: float = 1.0) -> t
 
 
 def sampled_targets(
-    teacher_logits: Tensor, num_samples: int, temperature: float = 1.0, generator: torch.Generator | None = None
+    teacher_logits: Tensor,
+    num_samples: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    replacement: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Classes drawn from a teacher with replacement, each listed once with the logarithm of its share of the draws.
+    """Classes drawn from a teacher and the logarithms of their weights, whose mean over many draws is its distribution.
 
     With `tail="renormalize"` they are an unbiased estimate of forward KL's gradient, as the k likeliest are not.
 
-    Equivalent PyTorch, of one row::
+    No class is drawn twice: with a threshold τ such that Σ min(1, p / τ) = num_samples, classes of p ≥ τ are all
+    listed, with their own p, and each other one with probability p / τ and the weight τ (systematic sampling). For as
+    many classes, that has far less noise than draws with replacement, which are, of one row::
 
         drawn = F.softmax(teacher_logits.float() / temperature, -1).multinomial(num_samples, replacement=True)
         indices, counts = drawn.unique(return_counts=True)
         log_probs = (counts / num_samples).log()
+
+    Weights add up to 1 either way.
 
     Args:
         teacher_logits: [..., V], float32, bfloat16, float16 or float64. Of a row with a NaN, a +inf or nothing but
@@ -405,17 +413,22 @@ def sampled_targets(
         num_samples: how many are drawn, 1 to 4,096.
         temperature: the teacher's.
         generator: where the random numbers come from; None: torch's own.
+        replacement: draw a class as often as it comes, as the paper does, or at most once.
 
     Returns:
         teacher_indices [..., num_samples] int64, in ascending order and padded by −1, and teacher_log_probs of the
         same shape, float32 (float64 of float64), padded by −inf.
 
-    Anshumann et al.: Sparse Logit Sampling, 2025 (arXiv 2503.16870).
+    Madow: On the Theory of Systematic Sampling, II, 1949. With replacement, Anshumann et al.: Sparse Logit Sampling,
+    2025 (arXiv 2503.16870).
     """
     temperature = _check_targets(teacher_logits, temperature)
     n = integer_of("num_samples", num_samples)
     if not 1 <= n <= MOST_LISTED:
         raise ValueError(f"num_samples must lie between 1 and {MOST_LISTED}; got {n}")
+    if not isinstance(replacement, bool):
+        raise TypeError(f"replacement must be True or False; got {replacement!r}")
+    draw = _draws if replacement else _different_draws
     shape = (*teacher_logits.shape[:-1], n)
     arithmetic, chunks = _in_chunks(teacher_logits)
     found = []
@@ -424,17 +437,11 @@ def sampled_targets(
         top = z.amax(-1, keepdim=True)
         broken = ~top.isfinite()
         z = torch.where(broken, 0.0, (z - top) / temperature)  # multinomial ends the program of a GPU that sees a NaN
-        drawn = z.softmax(-1).multinomial(n, replacement=True, generator=generator).sort(-1).values
-        is_new = torch.ones_like(drawn, dtype=torch.bool)
-        is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-        place = is_new.cumsum(-1) - 1
-        indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
-        counts = torch.zeros_like(drawn, dtype=arithmetic)
-        counts.scatter_add_(-1, place, torch.ones_like(counts))
+        indices, weights = draw(z.softmax(-1), n, generator)
         is_first = torch.arange(n, device=z.device) == 0
         found.append((
             torch.where(broken, torch.where(is_first, 0, -1), indices),
-            torch.where(broken, torch.where(is_first, torch.nan, -torch.inf), (counts / n).log()),
+            torch.where(broken, torch.where(is_first, torch.nan, -torch.inf), weights.log()),
         ))  # fmt: skip
     if not found:
         return (
@@ -443,3 +450,50 @@ def sampled_targets(
         )
     indices, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
     return indices.view(shape), log_probs.view(shape)
+
+
+def _draws(p: Tensor, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """n classes of each row of probabilities, each that came once, with its share: −1 and 0 behind them."""
+    drawn = p.multinomial(n, replacement=True, generator=generator).sort(-1).values
+    is_new = torch.ones_like(drawn, dtype=torch.bool)
+    is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = is_new.cumsum(-1) - 1
+    indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
+    counts = torch.zeros_like(drawn, dtype=p.dtype)
+    counts.scatter_add_(-1, place, torch.ones_like(counts))
+    return indices, counts / n
+
+
+def _different_draws(p: Tensor, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """The same without a class twice: see `sampled_targets`."""
+    k = min(n, p.shape[-1])
+    tail = p.double()
+    top, classes = tail.topk(k)
+    # τ if the i largest are listed with their own p: what they leave, shared out over the places that they leave. Added
+    # up from the small end: 1 − Σ p has no digits of a small rest.
+    others = tail.scatter(-1, classes, 0.0).sum(-1, keepdim=True)
+    left = top.flip(-1).cumsum(-1).flip(-1) + others
+    threshold = left / torch.arange(n, n - k, -1, device=p.device)
+    is_certain = (top >= threshold).to(torch.int8).cumprod(-1).bool() & (top > 0)
+    certain = is_certain.sum(-1, keepdim=True)
+    tau = threshold.gather(-1, certain.clamp(max=k - 1))
+    # A ruler with a mark at each whole number, over what is left in units of τ: it hits a class of p < τ once at most.
+    tail.scatter_(-1, classes, torch.where(is_certain, 0.0, top))
+    length = tail.cumsum(-1)
+    places = torch.arange(n, device=p.device)
+    start = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
+    marks = (start + places - certain) * (length[:, -1:] / (n - certain).clamp(min=1))
+    hit = torch.searchsorted(length, marks.clamp(min=0), right=True).clamp(max=p.shape[-1] - 1)
+    of_places = torch.cat([classes, classes.new_full((len(p), n - k), -1)], -1)
+    indices = torch.where(places < certain, of_places, torch.where(length[:, -1:] > 0, hit, -1))
+    weights = torch.where(places < certain, torch.cat([top, top.new_zeros(len(p), n - k)], -1), tau)
+    # In ascending order; a mark that rounding has put on the class of the one before it adds its weight to that.
+    order = torch.where(indices < 0, p.shape[-1], indices).argsort(dim=-1, stable=True)
+    indices, weights = indices.gather(-1, order), torch.where(indices < 0, 0.0, weights).gather(-1, order)
+    is_new = torch.ones_like(indices, dtype=torch.bool)
+    is_new[:, 1:] = indices[:, 1:] != indices[:, :-1]
+    place = is_new.cumsum(-1) - 1
+    return (
+        torch.full_like(indices, -1).scatter_(-1, place, indices),
+        torch.zeros_like(weights).scatter_add_(-1, place, weights).to(p.dtype),
+    )

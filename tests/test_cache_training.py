@@ -359,7 +359,7 @@ def test_drawn_classes_that_the_student_lacks(tmp_path: Path, hard_weight: float
 def test_sampled_targets_are_renormalized(tmp_path: Path) -> None:
     ids = SAMPLES["text-1"]
     with torch.no_grad():
-        drawn = reptile_ext.sampled_targets(TEACHER(ids[None]).logits[0], 16)
+        drawn = reptile_ext.sampled_targets(TEACHER(ids[None]).logits[0], 16, replacement=True)
     with TeacherCache.write(tmp_path / "cache", vocab_size=V, kind="sampled", k=16) as writer:
         writer.add("text-1", *drawn)
     cache, student = TeacherCache.open(tmp_path / "cache"), Language(2)

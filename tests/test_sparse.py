@@ -378,18 +378,54 @@ def test_a_row_of_classes_that_the_student_lacks_has_no_divergence(
         torch.testing.assert_close(a, b)
 
 
-def test_sampled_targets_are_unbiased() -> None:
-    """The mean gradient over many draws with "renormalize" is that of all classes; of the top k it is not."""
+@pytest.mark.parametrize("replacement", [True, False])
+def test_sampled_targets_are_unbiased(replacement: bool) -> None:
+    """The mean gradient over many draws with "renormalize" is that of all classes; of the top k it is not. Without
+    replacement there is far less noise about it."""
     s, t = make_logits("random", 1, 12, torch.float64)
     right = value_and_gradient(reptile_ext.distillation_loss, s, t, temperature=1.5)[1]
     rows = 20_000
-    ids, log_probs = sampled_targets(t.expand(rows, -1), 5, 1.5, generator=torch.Generator().manual_seed(0))
-    found = value_and_gradient(
-        lambda s, *args: loss_of(s.expand(rows, -1) * 1, *args, tail="renormalize", temperature=1.5), s, ids, log_probs
-    )[1]
-    torch.testing.assert_close(found, right, rtol=0, atol=4 * 1.5 / math.sqrt(5 * rows))
+    ids, log_probs = sampled_targets(
+        t.expand(rows, -1), 5, 1.5, generator=torch.Generator().manual_seed(0), replacement=replacement
+    )
+    many = s.expand(rows, -1).clone()
+    each = value_and_gradient(loss_of, many, ids, log_probs, tail="renormalize", temperature=1.5, reduction="sum")[1]
+    noise = each.std(0) / math.sqrt(rows)
+    assert ((each.mean(0) - right[0]).abs() <= 4 * noise + 1e-7).all()
+    # T² q is T² times a multinomial's share, whose variance is p (1 − p) / 5.
+    p = (t[0] / 1.5).softmax(-1)
+    of_multinomial = 1.5 * (p * (1 - p) / 5).sqrt()
+    ratio = (each.std(0) / of_multinomial).square().mean()
+    assert (0.9 < ratio < 1.1) if replacement else ratio < 0.5
     biased = value_and_gradient(loss_of, s, *top_k_targets(t, 5, 1.5), tail="renormalize", temperature=1.5)[1]
     assert (biased - right).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(("num_samples", "vocab_size"), [(1, 40), (7, 40), (39, 40), (40, 40), (64, 40), (64, 3000)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_draws_without_replacement(num_samples: int, vocab_size: int, scale: float) -> None:
+    """Classes above the threshold with their own probability, the others with one weight; all of them different, in
+    order, and their weights add up to 1."""
+    t = scale * torch.randn(50, vocab_size, generator=torch.Generator().manual_seed(2))
+    t[:, 5] = -torch.inf
+    ids, log_probs = sampled_targets(t, num_samples, generator=torch.Generator().manual_seed(3))
+    p, listed = t.double().softmax(-1), ids >= 0
+    assert (listed.sum(-1) <= min(num_samples, vocab_size - 1)).all()
+    if scale < 30:  # none of the probabilities is next to nothing
+        assert (listed.sum(-1) == min(num_samples, vocab_size - 1)).all()
+    assert not (ids == 5).any()
+    assert (log_probs[~listed] == -torch.inf).all()
+    ordered = torch.where(listed, ids, vocab_size + torch.arange(num_samples))
+    assert (ordered[:, 1:] > ordered[:, :-1]).all()
+    torch.testing.assert_close(captured_mass(log_probs), torch.ones(50))
+    for row, row_ids, row_y in zip(p, ids, log_probs.double().exp(), strict=True):
+        is_normal = row_y > 1e-30  # of others float32 has few digits
+        weights, own = row_y[is_normal], row[row_ids[is_normal]]
+        tau = weights.min()  # or a class with its own, if all are
+        torch.testing.assert_close(weights, torch.maximum(own, tau), rtol=1e-5, atol=0)
+        left_out = row.clone()
+        left_out[row_ids[row_ids >= 0]] = 0
+        assert left_out.max() <= max(tau * (1 + 1e-5), 1e-30)
 
 
 # ----------------------------------------------------------------------------------------------------- the promises
@@ -980,7 +1016,7 @@ def test_targets_of_masked_classes_and_large_logits() -> None:
     assert ids.tolist() == [[1, 0, -1]]
     torch.testing.assert_close(log_probs[0, :2].double(), torch.tensor([1.0, 0.0]).double().log_softmax(-1))
     assert log_probs[0, 2] == -torch.inf
-    ids, log_probs = sampled_targets(t, 8)
+    ids, log_probs = sampled_targets(t, 8, replacement=True)
     assert set(ids.flatten().tolist()) <= {0, 1, -1}
     torch.testing.assert_close(captured_mass(log_probs), torch.ones(1))
 
@@ -1108,6 +1144,7 @@ def test_bad_targets() -> None:
         (lambda: top_k_targets(S, 0), "k must lie between 1 and 5"),
         (lambda: top_k_targets(S, 2, 0.0), "temperature must be a positive number"),
         (lambda: sampled_targets(S, 5000), "num_samples must lie between 1 and 4096"),
+        (lambda: sampled_targets(S, 5, replacement=1), "replacement must be True or False; got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
