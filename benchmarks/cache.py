@@ -297,7 +297,7 @@ def measure_loader(samples: Samples, vocab_size: int) -> dict[str, Any]:
 
     folder, k = Path(tempfile.mkdtemp()) / "c", samples[0][0].shape[1]
     classes, steps, warm = 8192, 60, 5
-    student = LSTM(classes, 128)
+    student = LSTM(classes, 32, 64)
     optimizer = torch.optim.AdamW(student.parameters())
     torch.set_num_threads(1)  # the other core is the worker's
     try:

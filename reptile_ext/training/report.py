@@ -9,10 +9,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+TITLES = {"cross_entropy": "held-out loss", "accuracy": "accuracy", "f1": "macro F1", "perplexity": "perplexity"}
+
 
 def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     """The report of a run as text."""
-    names = {"cross_entropy": "held-out loss", "accuracy": "accuracy", "f1": "macro F1", "perplexity": "perplexity"}
     labels = {"teacher": "teacher", "student": "student, distilled", "student alone": "student, no teacher"}
     if "cache" in report:
         labels["student from cache"] = f"distilled from cache, K = {report['cache']['k']}"
@@ -22,7 +23,7 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     lines = [
         "",
         f"{'':<{width}}{'parameters':>12}"
-        + "".join(f"{names.get(c, c):>15}" for c in columns)
+        + "".join(f"{TITLES.get(c, c):>15}" for c in columns)
         + f"{'seconds':>10}"
         + (f"{'peak MB':>10}" if has_peaks else ""),
     ]

@@ -43,8 +43,10 @@ class CodeLM(Settings):
     teacher_width: Count = 128
     teacher_layers: Count = 2
     teacher_heads: Count = 2
-    student_width: Count = 128
-    """Size of the student's embedding and of its LSTM's state."""
+    student_width: Count = 32
+    """Size of the student's embedding, which is its output weight, too."""
+    student_state: Count = 64
+    """Size of its LSTM's state."""
     fused_linear: CliImplicitFlag[bool] = False
     """Train from hidden states and heads, without the logits in full, and measure what that saves."""
     cache: str | None = None
@@ -52,12 +54,12 @@ class CodeLM(Settings):
 
     batch: Count = 4
     teacher_batch: Count = 8
-    hard_weight: Weight = 1.0
+    hard_weight: Weight = 0.0
     teacher_steps: Count = 1400
     teacher_learning_rate: Rate = 2e-3
     steps: Count = 700
-    learning_rate: Rate = 4e-3
-    eval_every: Count = 350
+    learning_rate: Rate = 2e-2
+    eval_every: Count = 100
     checkpoint_every: Count = 350
 
     @field_validator("cache")
@@ -132,20 +134,25 @@ class Block(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Embedding, LSTM, Linear: token ids [B, T] to logits [B, T, V]."""
+    """Embedding, LSTM, Linear: token ids [B, T] to logits [B, T, V]. The last weight is the embedding's: two of them
+    would be nearly all of a small model."""
 
-    def __init__(self, vocabulary: int, width: int) -> None:
+    def __init__(self, vocabulary: int, width: int, state: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.lstm = nn.LSTM(width, width, batch_first=True)
-        self.output = nn.Linear(width, vocabulary)
+        nn.init.normal_(self.embedding.weight, std=0.5 / width**0.5)  # logits of about 1, as a Linear's
+        self.lstm = nn.LSTM(width, state, batch_first=True)
+        self.narrow = nn.Linear(state, width)
+        self.output = nn.Linear(width, vocabulary, device="meta")
+        self.output.weight = self.embedding.weight
+        self.output.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.output
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden, _ = self.lstm(self.embedding(ids))
-        logits: Tensor = self.output(hidden)
+        logits: Tensor = self.output(self.narrow(hidden))
         return logits
 
 
@@ -164,7 +171,7 @@ def build(settings: CodeLM, folder: Path) -> Task:
     teacher = Transformer(
         vocabulary, settings.length, settings.teacher_width, settings.teacher_layers, settings.teacher_heads
     )
-    student = LSTM(vocabulary, settings.student_width)
+    student = LSTM(vocabulary, settings.student_width, settings.student_state)
 
     def loader(blocks: Tensor, batch: int, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
         # The label of each token is the one after it, so a sample is cut from length + 1 tokens.

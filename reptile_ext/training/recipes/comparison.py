@@ -37,8 +37,9 @@ from .. import Reptile, Result, Until
 from ..batches import logits_of
 from ..checkpoint import latest_checkpoint, read_log
 from ..costs import time_losses
+from ..metrics import METRICS
 from ..modes import frozen
-from ..report import draw_curves, format_table
+from ..report import TITLES, draw_curves, format_table
 from ..weights import load_weights
 
 
@@ -276,6 +277,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         report["models"] = {name: stages.table[name] for name in order}
         report["cache"] = from_cache.objective.cache.info()  # type: ignore[union-attr]
         report["notes"] += _notes_on_cache(report["cache"], from_cache.accelerator.device)
+    report["notes"].append(_best_of(stages.lines, "student alone", metrics[0]))
     report["minutes"] = (time.perf_counter() - started) / 60
     text = "".join(f"{line}\n" for line in map(json.dumps, stages.lines))
     write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
@@ -364,6 +366,13 @@ def _digest_of(model: nn.Module) -> str:
         digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _best_of(lines: Sequence[Mapping[str, Any]], model: str, metric: str) -> str:
+    """What a student without a teacher would have by stopping in time: on few data it learns them by heart."""
+    evaluations = [(line["step"], line["eval"][metric]) for line in lines if line["model"] == model and "eval" in line]
+    step, value = (max if METRICS[metric] else min)(evaluations, key=lambda x: x[1])
+    return f"The best evaluation of the student without a teacher, after {step} steps: {TITLES[metric]} {value:.4f}."
 
 
 def _notes_on_cache(info: Mapping[str, Any], device: torch.device) -> list[str]:
