@@ -249,3 +249,35 @@ def test_a_sparse_teacher_equals_one_process(world_size: int) -> None:
         assert [all(row) for row in rank[2]] == rank[1] or not rank[2][0]
         assert "teacher_indices must lie in [-1, 37)" in rank[3][0]
         assert "same teacher_indices and teacher_log_probs" in rank[3][1]
+
+
+@each_world
+def test_sharded_heads_equal_one_process(world_size: int) -> None:
+    """linear_distillation_loss(group=...): losses, and gradients of hidden states, heads and biases, of dense, sparse,
+    given and trainable teachers, softcaps, several chunks and ignored rows of NaN, in three dtypes."""
+    found = found_by("linear", world_size)
+    i = 0
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        for case in worker.linear_cases(dtype):
+            loss, leaves = worker.linear_call(case, lambda x: x, None)
+            (3 * loss).sum().backward()
+            of_ranks = [of[0][i] for of in found]
+            assert [of[0] for of in of_ranks] == [of_ranks[0][0]] * world_size
+            close = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}}.get(dtype, {"rtol": 2e-2, "atol": 2e-2})
+            torch.testing.assert_close(tensor(of_ranks[0][0]), loss.detach().double(), **close)
+            for which, leaf in enumerate(leaves):
+                assert leaf.grad is not None
+                if which % 3:
+                    gradient = torch.cat([tensor(of[1][which]) for of in of_ranks])
+                else:
+                    gradient = tensor(of_ranks[0][1][which])
+                    assert all(of[1][which] == of_ranks[0][1][which] for of in of_ranks)
+                assert leaf.grad.isfinite().all()
+                torch.testing.assert_close(gradient, leaf.grad.double(), **close)
+            i += 1
+    for of in found:
+        assert of[1] == of[2]
+        assert tensor(of[3]).abs().sum() > 0
+        said = ("same student_hidden.requires_grad", "same reduce_hidden_gradient", "same rows", "labels must lie in")
+        for words, message in zip((*said, "group must be a torch.distributed.ProcessGroup"), of[4], strict=True):
+            assert words in message

@@ -442,4 +442,125 @@ def sparse_teacher(rank: int, world_size: int) -> Any:
     return found, broken.isnan().tolist(), own.grad.isnan().tolist(), said
 
 
-TOGETHER = (sparse_teacher, equals, trainable_teacher, edges, ways, training, dtensors, refused, communication)
+class LinearCase(NamedTuple):
+    """Hidden states and heads of all classes; `keywords` are the loss's."""
+
+    student: list[Tensor]  # hidden states, weight, bias
+    teacher: list[Tensor]
+    labels: Tensor
+    keywords: dict[str, Any]
+
+
+LINEAR_KEYWORDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 2.0, "hard_weight": 0.5, "memory_budget": 200},
+    {"reduction": "none", "student_softcap": 2.0, "teacher_softcap": 3.0, "memory_budget": 1},
+    {"weight": True, "student_scale": 0.5, "hard_weight": 0.3, "label_smoothing": 0.1, "memory_budget": 200},
+    {"reduction": "sum", "denominator": 5.0, "divergence": "jsd", "memory_budget": 600},
+    {"divergence": "reverse_kl", "trainable": True, "memory_budget": 600},
+    {"sparse": True, "tail": "renormalize", "hard_weight": 0.5, "memory_budget": 300},
+    {"sparse": True, "memory_budget": 1},
+    {"given": True, "memory_budget": 300},
+)
+
+
+def linear_cases(dtype: torch.dtype) -> Iterator[LinearCase]:
+    for number, keywords in enumerate(LINEAR_KEYWORDS):
+        generator = torch.Generator().manual_seed(number)
+        of = [
+            [(torch.randn(*shape, generator=generator) * 0.7).to(dtype) for shape in ((ROWS, h), (37, h), (37,))]
+            for h in (5, 6)
+        ]
+        labels = make_labels(ROWS, 37, seed=number)
+        of[0][0][labels == -100] = torch.nan  # hidden states that are not to be read
+        keywords = dict(keywords)
+        if keywords.get("weight"):
+            keywords["weight"] = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25, 3.0])
+        yield LinearCase(of[0], of[1], labels, keywords)
+
+
+def linear_call(case: LinearCase, own: Callable[[Tensor], Tensor], group: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a process's classes, which `own` cuts out of a dimension 0, and all the tensors that learn."""
+    keywords = dict(case.keywords)
+    trainable, sparse, given = (keywords.pop(name, False) for name in ("trainable", "sparse", "given"))
+    hidden, weight, bias = case.student
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, own(weight), own(bias))]
+    keywords["student_bias"] = leaves[2]
+    if group is not None:
+        keywords["group"] = group
+    of_teacher = case.teacher[0] @ case.teacher[1].t() + case.teacher[2]
+    if sparse:
+        ids, log_probs = reptile_ext.top_k_targets(of_teacher, 5)
+        return reptile_ext.linear_distillation_loss(
+            *leaves[:2], None, None, case.labels, teacher_indices=ids, teacher_log_probs=log_probs, **keywords
+        ), leaves
+    if given:
+        logits = own(of_teacher.t()).t().contiguous()
+        return reptile_ext.linear_distillation_loss(*leaves[:2], logits, None, case.labels, **keywords), leaves
+    teacher = [x.detach().clone() for x in (case.teacher[0], own(case.teacher[1]), own(case.teacher[2]))]
+    if trainable:
+        leaves += [x.requires_grad_() for x in teacher]
+    loss = reptile_ext.linear_distillation_loss(
+        *leaves[:2], *teacher[:2], case.labels, teacher_bias=teacher[2], **keywords
+    )
+    return loss, leaves
+
+
+def linear(rank: int, world_size: int) -> Any:
+    """Loss and gradients of every case; a frozen head; hidden states whose gradient is left; and what is refused."""
+    ends = {2: [20, 37], 3: [5, 30, 37]}[world_size]
+    group, found = dist.group.WORLD, []
+
+    def own(x: Tensor) -> Tensor:
+        first = ends[rank - 1] if rank else 0
+        return x[first : ends[rank]]
+
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        for case in linear_cases(dtype):
+            loss, leaves = linear_call(case, own, group)
+            (3 * loss).sum().backward()
+            found.append((numbers(loss), [numbers(x.grad) for x in leaves if x.grad is not None]))
+    case = next(linear_cases(torch.float64))
+    hidden, weight, bias = case.student
+    teacher = (case.teacher[0], own(case.teacher[1]))
+    keywords: dict[str, Any] = {"student_bias": own(bias), "group": group}
+    leaf = hidden.clone().requires_grad_()
+    frozen = reptile_ext.linear_distillation_loss(leaf, own(weight), *teacher, case.labels, **keywords)
+    frozen.backward()
+    of_own = hidden.clone().requires_grad_()
+    reptile_ext.linear_distillation_loss(
+        of_own, own(weight), *teacher, case.labels, reduce_hidden_gradient=False, **keywords
+    ).backward()
+    assert leaf.grad is not None
+    assert of_own.grad is not None
+    total = of_own.grad.clone()
+    dist.all_reduce(total)
+    assert not torch.equal(of_own.grad, leaf.grad)
+    torch.testing.assert_close(total, leaf.grad)
+    with torch.no_grad():
+        alone = reptile_ext.linear_distillation_loss(leaf, own(weight), *teacher, case.labels, **keywords)
+    said = []
+    for wrong in (
+        lambda: reptile_ext.linear_distillation_loss(
+            leaf if rank else hidden, own(weight), *teacher, case.labels, **keywords
+        ),
+        lambda: reptile_ext.linear_distillation_loss(
+            leaf, own(weight), *teacher, case.labels, reduce_hidden_gradient=rank == 0, **keywords
+        ),
+        lambda: reptile_ext.linear_distillation_loss(
+            leaf[rank:], own(weight), teacher[0][rank:], teacher[1], case.labels[rank:], **keywords
+        ),
+        lambda: reptile_ext.linear_distillation_loss(leaf, own(weight), *teacher, case.labels + 37, **keywords),
+        lambda: reptile_ext.linear_distillation_loss(
+            leaf, own(weight), *teacher, case.labels, **(keywords | {"group": "all"})
+        ),
+    ):
+        try:
+            wrong()
+            said.append("nothing")
+        except (TypeError, ValueError) as error:
+            said.append(str(error))
+    return found, numbers(frozen), numbers(alone), numbers(leaf.grad), said
+
+
+TOGETHER = (linear, sparse_teacher, equals, trainable_teacher, edges, ways, training, dtensors, refused, communication)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,13 @@ from ..options import REDUCTIONS, Options, make_options, make_sparse_options
 from ..reference import counted_rows
 from ..sparse import is_on_cuda, pair_for_operators
 from .dtensor import gathered, is_dtensor
+from .group import sharded_linear_loss
 from .head import linear_map
 from .loop import LinearConfig
 from .loss import LinearLoss, operator, operator_arguments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _SUM = REDUCTIONS.index("sum")
 
@@ -71,6 +75,8 @@ def linear_distillation_loss(
     teacher_indices: Tensor | None = None,
     teacher_log_probs: Tensor | None = None,
     tail: str = "bucket",
+    group: ProcessGroup | None = None,
+    reduce_hidden_gradient: bool = True,
 ) -> Tensor:
     """`distillation_loss` of the logits of two heads, without the logits: rows go through in chunks, both products, the
     fused loss and the products back to hidden states and head, all in the forward pass.
@@ -112,6 +118,13 @@ def linear_distillation_loss(
             them back).
         teacher_indices, teacher_log_probs, tail: a sparse teacher, as of `sparse_distillation_loss`, in the place of
             teacher_hidden and teacher_weight: [..., K].
+        group: processes that each have the heads' weights and biases of a range of the classes, in the order of their
+            ranks, and all of the hidden states; labels and teacher_indices are numbers of all classes. Every process
+            gets the same loss and the gradient of its own heads. O(rows) numbers are communicated for the loss (O(rows
+            · K) of a sparse teacher), and the hidden states' gradient. Without double backward and torch.func; what
+            teacher_hidden are logits, are those of own classes. On a GPU the host waits, once, to agree on the chunks.
+        reduce_hidden_gradient: add the gradient of the hidden states up over the group, of which each process has the
+            part of its own classes; False leaves that to you.
         divergence ... denominator, vocab: as of `distillation_loss`. With vocab="truncate" the columns that only one of
             the heads has are not computed.
 
@@ -196,7 +209,7 @@ def linear_distillation_loss(
     num_rows_in = check_num_rows_in(num_rows_in, leading, labels is None and weight is None)
 
     student[0] = student[0].reshape(-1, student[0].shape[-1])
-    if teacher_weight is not None or _is_matrix(teacher[0]):
+    if teacher_weight is not None or group is not None or _is_matrix(teacher[0]):
         teacher[0] = teacher[0].reshape(-1, teacher[0].shape[-1])
     if is_sparse:
         teacher[1] = indices
@@ -204,6 +217,11 @@ def linear_distillation_loss(
     labels, weight = (x if x is None else x.reshape(-1) for x in (labels, weight))
     softcaps, scales = (of_student[0], of_teacher[0]), (of_student[1], of_teacher[1])
     config = LinearConfig(options, budget, softcaps, scales, num_rows_in, is_sparse)
+    if not isinstance(reduce_hidden_gradient, bool):
+        raise TypeError(f"reduce_hidden_gradient must be True or False; got {reduce_hidden_gradient!r}")
+    if group is not None:
+        loss = sharded_linear_loss(config, tensors, (labels, weight, denominator), group, reduce_hidden_gradient)
+        return loss.reshape(leading) if reduction == "none" else loss
     if is_sparse:
         is_on_cuda(device)  # which says what that means
     if needs_reference(device, "linear_distillation_loss"):
