@@ -1,7 +1,7 @@
 """`linear_distillation_loss(group=...)`: heads whose classes are sharded over the processes of a group.
 
 Every process has all hidden states and the heads' weights of its own classes. A chunk of rows is a product, its
-vocabulary-parallel loss (`..distributed`, `..sparse_chunks`), which communicates O(rows) numbers, and the products back.
+vocabulary-parallel loss (`..distributed`, `..sparse_chunks`), which communicates O(rows) numbers, and products back.
 The gradient of a process's head is its own; that of the hidden states is a sum over the classes, and so, in the end,
 over the processes. All of it is done in the forward pass, chunk by chunk, so that there are never more logits than a
 chunk's; where the gradient's factor has to be known first, in the backward pass.
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import compat, reference
-from ..autograd import Constants
 from ..distributed import check_group, vocabulary_parallel_loss
 from ..functional import needs_reference
 from ..options import REDUCTIONS
@@ -36,7 +35,7 @@ class Sharded(NamedTuple):
     """What is the same for all chunks."""
 
     config: LinearConfig  # reduction "none" or "sum"
-    constants: Constants
+    constants: tuple[Tensor | None, Tensor | None, float | Tensor | None]
     chunks: list[slice]
     group: Any
     reduces: bool  # adds the hidden states' gradients up over the processes
@@ -44,7 +43,11 @@ class Sharded(NamedTuple):
 
 @compat.not_compiled  # collectives: the compiler leaves them as they are
 def sharded_linear_loss(
-    config: LinearConfig, tensors: tuple[Any, ...], constants: Constants, group: Any, reduce_hidden_gradient: bool
+    config: LinearConfig,
+    tensors: tuple[Any, ...],
+    constants: tuple[Tensor | None, Tensor | None, float | Tensor | None],
+    group: Any,
+    reduce_hidden_gradient: bool,
 ) -> Tensor:
     """The loss of checked arguments: rows are flat, and classes are each process's own."""
     check_group(group)
@@ -106,7 +109,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         kept: list[Any] = [None] * 6
         for i, x in zip(ctx.which, ctx.saved_tensors, strict=True):
@@ -136,7 +139,7 @@ def _run(
             ]
             if config.is_sparse:
                 own[4] = tensors[4][part]
-            leaves = [x.requires_grad_() if need else x for x, need in zip(own, needed, strict=True)]
+            leaves: list[Any] = [x.requires_grad_() if need else x for x, need in zip(own, needed, strict=True)]  # type: ignore[union-attr]
             of_part = tuple(x if x is None else x[part] for x in (labels, weight))
             with torch.set_grad_enabled(any(needed)):
                 loss = _loss_of(call, leaves, of_part, denominator, by_reference)
