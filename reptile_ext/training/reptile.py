@@ -95,7 +95,7 @@ class Reptile:
             `reptile_ext.binary_distillation_loss`, whose keywords are `loss` then, and labels are numbers from 0 to 1.
             accuracy counts elements, f1 and average_precision are means over labels. See `Objective`.
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
-        teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
+        teacher_head, teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
             `fused_linear`, memory_budget too, and no inplace; with a cache of log-probabilities, those of
             `sparse_distillation_loss`. temperature and hard_weight may be schedules: a function
@@ -130,6 +130,7 @@ class Reptile:
         fused_linear: bool = False,
         binary: bool = False,
         find_unused_parameters: bool = False,
+        teacher_head: Any = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
         student_inputs: Callable[[Any], Any] | None = None,
@@ -168,6 +169,7 @@ class Reptile:
         self.objective = Objective(
             student,
             teacher,
+            teacher_head=teacher_head,
             teacher_weights=teacher_weights,
             teacher_inputs=teacher_inputs,
             student_inputs=student_inputs,
