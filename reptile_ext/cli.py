@@ -389,15 +389,26 @@ def cache_info(argv: list[str]) -> int:
     parser.add_argument(
         "--samples", type=int, default=1000, help="how many samples these are taken from (default: 1000)"
     )
+    parser.add_argument(
+        "--examples", type=int, default=0, metavar="N", help="show N positions: text, likeliest classes"
+    )
+    parser.add_argument("--tokenizer", type=_path, metavar="FOLDER", help="of the examples (default: ids)")
     o = parser.read(argv)
     if o.samples < 1:
         parser.error(f"--samples must be at least 1; got {o.samples}")
+    if o.examples < 0:
+        parser.error(f"--examples must be at least 0; got {o.examples}")
+    if o.tokenizer is not None and not o.examples:
+        parser.error("--tokenizer is for --examples N")
     from .cache import TeacherCache, report
 
     cache = TeacherCache.open(o.folder)
     if o.verify:
         cache.verify()
-    print(json.dumps(cache.info() | report.of_rows(cache, o.samples, o.plot), indent=2))
+    found = cache.info() | report.of_rows(cache, o.samples, o.plot)
+    if o.examples:
+        found["examples"] = report.examples(cache, o.examples, o.tokenizer)
+    print(json.dumps(found, indent=2, ensure_ascii=False))
     return 0
 
 

@@ -197,8 +197,8 @@ def _write(
             of_window = sum(len(tokens.ids) for tokens in tokenized)
             before = found["tokens"]
             for batch in _batches(tokenized, batch_tokens):
-                for tokens, answers in zip(batch, teacher.answers([x.ids for x in batch]), strict=True):
-                    rows = teacher.rows(answers[: len(tokens.ids)], tokens.id)
+                answers = teacher.answers([tokens.ids for tokens in batch])
+                for tokens, rows in zip(batch, teacher.rows(answers, batch), strict=True):
                     if isinstance(writer, TokenWriter):
                         writer.add_with_tokens(tokens.id, tokens.ids, *rows)
                     else:
@@ -477,23 +477,36 @@ class _Teacher:
         found: Tensor = answers if self._head is None else self._head.logits(answers)
         return found
 
-    def rows(self, answers: Tensor, sample_id: fmt.SampleId) -> tuple[Tensor, ...]:
-        """What the cache keeps of a sample's answers, [T, H] or [T, V]. A sample's draws are its own, whatever else was
-        in the batch."""
+    def rows(self, answers: Tensor, samples: list[_Tokens]) -> Iterator[tuple[Tensor, ...]]:
+        """What the cache keeps of each sample's answers, [B, T, H] or [B, T, V] with padding behind."""
         settings = self._settings
+        parts = [answer[: len(sample.ids)] for answer, sample in zip(answers, samples, strict=True)]
+        broken = torch.stack([part.isnan().any() for part in parts]).tolist()
+        if any(broken):
+            sample_id = samples[broken.index(True)].id
+            raise ValueError(f"sample {sample_id!r}: what the model says are no numbers, computed in {self._dtype}")
         if settings["kind"] == "hidden":
-            return (answers,)
-        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{settings['seed']} {sample_id}".encode()))
-        parts = []
+            yield from ((part,) for part in parts)
+        elif settings["kind"] == "top_k":
+            lengths = [len(part) for part in parts]
+            targets = self._targets(torch.cat(parts), None)
+            yield from zip(*(torch.split(x.cpu(), lengths) for x in targets), strict=True)
+        else:  # a sample's draws are its own, whatever else is in the batch
+            for part, sample in zip(parts, samples, strict=True):
+                seed = zlib.crc32(f"{settings['seed']} {sample.id}".encode())
+                yield self._targets(part, torch.Generator(self._device).manual_seed(seed))
+
+    def _targets(self, answers: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        """Indices and log-probabilities, [N, K] each, of answers [N, H] or [N, V]."""
+        k, temperature = self._settings["k"], self._settings["temperature"]
+        found = []
         for some in torch.split(answers, _ROWS):
             logits = self._logits(some)
-            if bool(logits.isnan().any()):
-                raise ValueError(f"sample {sample_id!r}: the model's logits are not numbers, in {self._dtype}")
-            if settings["kind"] == "top_k":
-                parts.append(top_k_targets(logits, settings["k"], settings["temperature"]))
+            if generator is None:
+                found.append(top_k_targets(logits, k, temperature))
             else:
-                parts.append(sampled_targets(logits, settings["k"], settings["temperature"], generator))
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+                found.append(sampled_targets(logits, k, temperature, generator))
+        return tuple(torch.cat(x) for x in zip(*found, strict=True))
 
     def save_head(self, folder: Path) -> None:
         from ..heads import HEAD_FILE, KnownHead

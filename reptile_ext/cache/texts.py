@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import checks
 from ..words import did_you_mean
 from . import sources
 from .format import SampleId, checked_id
@@ -55,8 +56,8 @@ class Texts:
             raise ValueError("files must name at least one file; got none")
         if len(set(self.paths)) < len(self.paths):
             raise ValueError(f"files must differ; got {', '.join(self.paths)}")
-        if sample_by is not None and sample_by not in SAMPLE_BY:
-            raise ValueError(f"sample_by must be one of {', '.join(SAMPLE_BY)}; got {sample_by!r}")
+        if sample_by is not None:
+            checks.one_of("sample_by", sample_by, SAMPLE_BY)
         self._sample_by = sample_by or "line"
         self._kinds = [_kind_of(path, sample_by is not None) for path in self.paths]
         for name, column in (("text_column", text_column), ("id_column", id_column)):
