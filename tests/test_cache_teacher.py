@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import gzip
+import itertools
 import json
 import os
 import re
@@ -160,7 +161,7 @@ def kl_of_listed(exact: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
 @pytest.mark.parametrize(("kind", "temperature"), [("llama", 1.0), ("llama", 2.5), ("gpt2", 1.0), ("gemma2", 1.0)])
 def test_rows_are_what_the_model_says(place: Place, tmp_path: Path, kind: str, temperature: float) -> None:
     cache = place.cache(tmp_path / "c", kind, k=20, temperature=temperature, batch_tokens=300)
-    assert list(cache.info()[name] for name in ("kind", "vocab_size", "temperature")) == ["top_k", V, temperature]
+    assert [cache.info()[name] for name in ("kind", "vocab_size", "temperature")] == ["top_k", V, temperature]
     assert sorted(cache) == list(range(len(TEXTS)))
     widest = 0.0
     for i, text in enumerate(TEXTS):
@@ -333,6 +334,47 @@ def test_what_was_done_is_said(place: Place, tmp_path: Path, capsys: pytest.Capt
     assert f"{tmp_path / 'c'}: 6 samples, {tokens} positions, 0.0 MB; 64 classes hold 0." in said
 
 
+def test_a_bar_of_tokens_and_time_left(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes from nothing to all of it, and where half is there already from half of it."""
+    import tqdm.auto
+
+    folder, seen = tmp_path / "c", []
+
+    class Seen(tqdm.auto.tqdm):
+        def update(self, n: float = 1) -> Any:
+            seen.append((self.n, self.n + n, self.total))
+            return super().update(n)
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Seen)
+    total = sum(min(len(text), 4 * CONTEXT) for text in TEXTS)
+    with monkeypatch.context() as patch:
+        added: list[Any] = []
+
+        def stop(self: Any, *values: Any) -> None:
+            added.append(values)
+            if len(added) > len(TEXTS) // 2:
+                raise KeyboardInterrupt
+            original(self, *values)
+
+        original = TokenWriter.add_with_tokens
+        patch.setattr(TokenWriter, "add_with_tokens", stop)
+        patch.setattr(teacher_module, "_TEXTS", 8)
+        with pytest.raises(KeyboardInterrupt):
+            cache_model(folder, place.folder / "llama", place.file, k=5, batch_tokens=200, progress_bar=True)
+    assert seen[0][0] == 0
+    done = seen[-1][1]
+    assert 0.2 * total < done < 0.8 * total
+    assert all(a[1] == b[0] and b[2] == total for a, b in itertools.pairwise(seen))
+    seen.clear()
+    cache_model(folder, resume=True, progress_bar=True)
+    assert 0.2 * total < seen[0][0] < total
+    assert seen[-1][1:] == (total, total)
+    said = capsys.readouterr().err
+    assert re.search(r"100 % \|.*\| \d\d:\d\d < 00:00, [\d,]+ tokens, [\d,]+ tokens/s", said)
+
+
 def test_names_are_hashes(place: Place, tmp_path: Path) -> None:
     """Of what changes the rows: weights and configuration, tokenizer.json (as `cache-import` has it), texts, their
     length."""
@@ -362,7 +404,7 @@ def test_names_are_hashes(place: Place, tmp_path: Path) -> None:
     weights.write_bytes(content)
     other = names("other-weights", moved)
     assert other[0] != first[0]
-    with pytest.raises(ValueError, match=f"teacher: .* was written with '{first[0]}', .*|teacher"):
+    with pytest.raises(ValueError, match=f"teacher: .* was written with '{first[0]}'; asked for '{other[0]}'"):
         TeacherCache.open(tmp_path / "first", teacher=other[0])
 
 
@@ -496,6 +538,7 @@ def test_the_page_trains_a_student_from_the_folder_alone(
     (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     place.cache(tmp_path / "CACHE", k=64)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(compile(program, "docs/cache.md", "exec"), names)
@@ -594,7 +637,7 @@ def test_hidden_states_are_evaluated(place: Place, tmp_path: Path) -> None:
         Reptile(student_of("llama"), place.models["llama"], teacher_head=torch.zeros(V, 32))
     with pytest.raises(ValueError, match=re.escape(f"must have a weight of {[V, 32]}")):
         Reptile(student_of("llama"), cache, teacher_head=torch.zeros(V, 31), fused_linear=True)
-    with pytest.raises(TypeError, match="teacher_head must be a torch.nn.Linear"):
+    with pytest.raises(TypeError, match=r"teacher_head must be a torch\.nn\.Linear"):
         Reptile(student_of("llama"), cache, teacher_head=place.models["llama"], fused_linear=True)
 
 
@@ -604,14 +647,14 @@ def test_a_head_that_is_another_is_refused(place: Place, tmp_path: Path) -> None
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="head.safetensors is altered"):
+    with pytest.raises(ValueError, match=r"head\.safetensors is altered"):
         Objective(student_of("llama"), cache, fused_linear=True)
     path.write_bytes(content[:-9])
-    with pytest.raises(ValueError, match="head.safetensors is damaged or cut short"):
+    with pytest.raises(ValueError, match=r"head\.safetensors is damaged or cut short"):
         Objective(student_of("llama"), cache, fused_linear=True)
     place.cache(tmp_path / "other", "gemma2", kind="hidden")
     shutil.copy(tmp_path / "other" / "teacher" / "head.safetensors", path)
-    with pytest.raises(ValueError, match="head.safetensors is of another teacher"):
+    with pytest.raises(ValueError, match=r"head\.safetensors is of another teacher"):
         Objective(student_of("llama"), cache, fused_linear=True)
 
 
@@ -753,6 +796,9 @@ def test_bad_models(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[
     weights.write_bytes(weights.read_bytes()[:-100])
     (changed("no-json") / "config.json").write_text("{")
     (changed("unknown") / "config.json").write_text('{"model_type": "nothing-of-the-kind"}')
+    own = changed("own-code")
+    (own / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    (own / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Config: pass\n")
     small = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     bert = transformers.BertConfig(num_hidden_layers=2, max_position_embeddings=CONTEXT, **small)
     made = {
@@ -794,6 +840,7 @@ def test_bad_models(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[
         ("cut", "", f"model: transformers cannot load {tmp_path}/cut: "),
         ("no-json", "", f"model: transformers cannot read {tmp_path}/no-json/config.json: "),
         ("unknown", "", f"model: transformers cannot read {tmp_path}/unknown/config.json: "),
+        ("own-code", "", f"model: transformers cannot read {tmp_path}/own-code/config.json: "),
         ("bert", "", "(BertLMHeadModel) later tokens change what is said of earlier ones"),
         ("filler", "", f"model must be a causal language model; {tmp_path}/filler is a BertForMaskedLM"),
         ("classifier", "", "is a LlamaForSequenceClassification"),
@@ -837,6 +884,7 @@ def test_bad_models(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert out.exists() == (name in ("few", "nan"))  # what only the texts show is found when they are read
         assert not list(out.glob("rows-*"))
         shutil.rmtree(out, ignore_errors=True)
+    assert not (tmp_path / "executed").exists()
     assert (
         cli.main(["cache-teacher", str(tmp_path / "pickle"), str(place.file), "--allow-pickle", "--out", str(out)]) == 0
     )
@@ -852,9 +900,8 @@ def test_bad_commands(
     out, model = tmp_path / "c", place.folder / "llama"
     assert refused(capsys, model) == f"a model needs files of texts, MODEL FILE …; got {model} alone"
     assert "recipe must be one of code-lm, digits; got 'code-ml'; did you mean code-lm?" in refused(capsys, "code-ml")
-    assert "got both" in refused(capsys, model, place.file, "--out", "a", "--resume", "b").replace(
-        "give one", "got both"
-    )
+    said = refused(capsys, model, place.file, "--out", "a", "--resume", "b")
+    assert said == "--out and --resume are both folders to write to: give one"
     argv = [model, place.file, "--out", out, "--k", "5"]
     assert cli.main(["cache-teacher", *map(str, argv)]) == 0
     capsys.readouterr()

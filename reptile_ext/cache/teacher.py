@@ -115,7 +115,7 @@ def cache_model(
     settings = _settings(folder, given, resume, place[0])
     texts = Texts(settings["files"], settings["text_column"], settings["id_column"], settings["sample_by"])
     source = _Source(settings)
-    survey = texts.survey()
+    survey = texts.survey(source.most_characters)
     teacher = _Teacher(source, settings, _device(device))
     if settings["k"] is not None and settings["k"] > teacher.vocab_size:
         raise ValueError(f"k must be at most the model's number of classes, {teacher.vocab_size}; got {settings['k']}")
@@ -168,26 +168,32 @@ def _write(
     began = time.perf_counter()
     found = {"samples": 0, "tokens": 0, "truncated": 0, "without_tokens": 0, "there_before": len(writer)}
     # Time left is taken from characters, of which a first look has told the number: of tokens nobody knows it.
-    read = end = 0
+    read = 0
+    end: int | None = None
     latest: list[Sample] = []
+
+    def length(sample: Sample) -> int:
+        return min(len(sample.text), source.most_characters)
 
     def ids() -> Iterator[fmt.SampleId]:
         nonlocal read
         for sample in texts:
             latest[:] = [sample]
-            read += len(sample.text)
+            read += length(sample)
             yield sample.id
 
-    todo = (latest[0] for _ in writer.todo(ids()))
+    def todo() -> Iterator[Sample]:
+        nonlocal end
+        for _ in writer.todo(ids()):
+            if end is None:  # what was there before is passed over in no time
+                end = read - length(latest[0])
+            yield latest[0]
+
     with contextlib.ExitStack() as stack, torch.no_grad():
         bar: Any = None
-        for window in _windows(todo):
-            if bar is None:  # what was there before is passed over in no time
-                begin = read if found["there_before"] else 0
-                bar = stack.enter_context(bar_of(characters, begin))
-            else:
-                begin = end
-            end = read
+        for window in _windows(todo()):
+            begin, end = end or 0, read
+            bar = bar or stack.enter_context(bar_of(characters, begin))
             tokenized = []
             for sample, (token_ids, is_cut) in zip(window, source.tokenize([s.text for s in window]), strict=True):
                 found["truncated"] += is_cut
@@ -348,6 +354,7 @@ class _Source:
         if given is None and context is None:
             raise ValueError(f"max_length must be given: the configuration of {self.folder} names no context")
         self.max_length = int(given or context)
+        self.most_characters = 4 * self.max_length  # of a text that is cut, as far as they take time: about so many
 
     def _config(self) -> Any:
         transformers = self._transformers

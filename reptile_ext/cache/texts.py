@@ -73,8 +73,8 @@ class Texts:
                 raise ValueError(f"{path} is empty")
         self._text_column, self._id_column = text_column, id_column
 
-    def survey(self) -> Survey:
-        """Read all of it once."""
+    def survey(self, most: int) -> Survey:
+        """Read all of it once. Of a text at most so many characters are counted."""
         samples = empty = characters = 0
         seen: dict[SampleId, str] = {}
         for path, number, sample_id, text in self._records():
@@ -90,7 +90,7 @@ class Texts:
                 seen[sample_id] = f"{path}, record {number}"
             samples += bool(text)
             empty += not text
-            characters += len(text)
+            characters += min(len(text), most)
         if not samples:
             raise ValueError(f"files must hold at least one text; got {empty} empty ones in {', '.join(self.paths)}")
         about = [*map(_hash, self.paths), self._kinds, self._text_column, self._id_column, self._sample_by]

@@ -66,11 +66,13 @@ class Reptile:
             `.logits`. The teacher gets no gradient, runs in eval mode, is in no checkpoint, and after `fit` has the
             modes and `requires_grad` it came with. It may be any function that returns logits, several in a list (with
             `teacher_weights`), or "batch": every batch has its answers; or a `TeacherCache`, which has them on disk:
-            every batch says by "sample_id" which (docs/cache.md, "In training"). `teacher=None` trains the student on
-            the labels alone with the same loop: how a teacher comes to be, and the baseline to compare with. Models are
-            moved to the device, but those that are quantised, offloaded or spread over devices: they are used where
-            they are. A student in train mode keeps its parts' modes; one in eval mode is trained in train mode, all but
-            frozen parts (without a parameter that wants a gradient).
+            every batch says by "sample_id" which (docs/cache.md, "In training"); one of kind "hidden" needs
+            `fused_linear`, and pays where the K likeliest classes hold too little of the mass and the teacher's head is
+            small beside the student. `teacher=None` trains the student on the labels alone with the same loop: how a
+            teacher comes to be, and the baseline to compare with. Models are moved to the device, but those that are
+            quantised, offloaded or spread over devices: they are used where they are. A student in train mode keeps its
+            parts' modes; one in eval mode is trained in train mode, all but frozen parts (without a parameter that
+            wants a gradient).
         metrics: what `evaluate` measures, names from `METRICS`.
         optimizer: makes an optimizer from parameters; default AdamW with `learning_rate` and `weight_decay`.
         schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `until.steps`), after a linear warm-up
