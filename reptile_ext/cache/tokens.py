@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import TEMPORARY, write_atomically
+from ..files import write_atomically
 from .format import SampleId, shard_name
 from .reader import TeacherCache
 from .writer import CacheWriter
@@ -23,9 +23,10 @@ class TokenWriter(CacheWriter):
     def __init__(self, folder: Any, **keywords: Any) -> None:
         self._token_ids: dict[SampleId, Sequence[int]] = {}
         super().__init__(folder, **keywords)
+        stems = {Path(shard["name"]).stem for shard in self._shards}
         for path in (self.folder / TOKENS).glob(f"*rows-{self.rank:05d}-*.parquet"):
-            if path.name.startswith(TEMPORARY) or int(path.stem.rsplit("-", 1)[1]) >= self._number:
-                path.unlink(missing_ok=True)  # of a writer that was killed
+            if path.stem not in stems:
+                path.unlink(missing_ok=True)  # of a writer that was killed, or a shard that was lost
         for shard in self._shards:
             path = tokens_path(self.folder, shard["name"])
             if not path.exists():
