@@ -27,7 +27,8 @@ USAGE = """usage: reptile <command> [options]
   distill [recipe]   train a teacher, distil it into a student, compare with the student alone (default: code-lm)
   evaluate <folder>  held-out metrics of the distilled student of a run folder
   benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
-  cache-teacher [recipe]  train a recipe's teacher and keep its answers on disk, for distill --cache
+  cache-teacher <model> <file>  keep on disk what a Hugging Face model says of the texts in files, to distil from
+  cache-teacher [recipe]  the same of a recipe's teacher, which is trained first, for distill --cache
   cache-import <folder> <file>  a teacher cache from the log-probabilities of a server or a data set
   cache-info <folder>  what a teacher cache is of, what it holds and how exact it is; --verify reads it all
   doctor             say what is installed, whether the kernels load, and what to do if not
@@ -41,6 +42,10 @@ _FAILURES = (ArithmeticError, EOFError, ImportError, MemoryError, OSError, Runti
 
 # What PyTorch's and our RuntimeErrors say where there is no memory left.
 _NO_MEMORY = ("not enough memory", "out of memory", "allocate memory")
+
+
+# The names of the recipes, known without the extra that they need.
+_RECIPES = ("code-lm", "digits")
 
 
 class CommandError(Exception):
@@ -202,7 +207,10 @@ def benchmark(argv: list[str]) -> int:
 
 def cache_teacher(argv: list[str]) -> int:
     """Train a recipe's teacher, and keep its answers to what the students see and what is held out on disk, in a
-    teacher cache: for `reptile distill --cache FOLDER`."""
+    teacher cache: for `reptile distill --cache FOLDER`. (Of a Hugging Face model: `reptile cache-teacher MODEL FILE …
+    --help`.)"""
+    if _is_of_model(argv):
+        return _cache_model(argv)
 
     def add_flags(parser: _Parser) -> None:
         parser.add_argument(
@@ -245,6 +253,85 @@ def cache_teacher(argv: list[str]) -> int:
         + "\n"
         f"`reptile distill --config {shlex.quote(str(own / 'config.toml'))} --cache {shlex.quote(str(folder))}` "
         "distils from it with the same settings"
+    )
+    return 0
+
+
+def _is_of_model(argv: list[str]) -> bool:
+    """Whether `cache-teacher` has been given a model and files, or their cache to go on with, and not a recipe."""
+    if argv and not argv[0].startswith("-"):
+        # A word that is neither is a recipe with a mistake in it, unless a file follows.
+        is_path = "/" in argv[0] or Path(argv[0]).exists()
+        return argv[0] not in _RECIPES and (is_path or any(Path(word).exists() for word in argv[1:]))
+    early = _Parser(prog="reptile cache-teacher", add_help=False)
+    early.add_argument("--resume", type=_path)
+    folder: Path | None = early.parse_known_args(argv)[0].resume
+    if folder is not None:
+        return (folder / "teacher" / "model.json").is_file()
+    return any(Path(word, "config.json").is_file() for word in argv)  # flags came first
+
+
+def _cache_model(argv: list[str]) -> int:
+    """Keep on disk what a Hugging Face causal language model says of the texts in files, in a teacher cache."""
+    parser = _Parser(prog="reptile cache-teacher", description=_cache_model.__doc__)
+    add = parser.add_argument
+    add("model", nargs="?", help="folder as save_pretrained writes it, or a name on the hub")
+    add("files", nargs="*", metavar="file", help=".jsonl, .parquet or .txt, also compressed (.gz, .bz2, .xz, .zst)")
+    add("--out", type=_path, metavar="FOLDER", help="where to write (default: runs/cache-TIME)")
+    add("--resume", type=_path, metavar="FOLDER", help="go on with what was stopped: no other option is needed")
+    add("--kind", help="top_k, sampled, or hidden: the states that go into the head (default: top_k)")
+    add("--k", type=int, help="classes kept of each position, 1 to 4096 (default: 64)")
+    add("--temperature", type=float, help="of the softmax (default: 1)")
+    add("--max-kl", type=float, help="nats that coding may cost a position (default: 0.001)")
+    add("--seed", type=int, help="of --kind sampled (default: 0)")
+    add("--text-column", metavar="NAME", help="default: text")
+    add("--id-column", metavar="NAME", help="of the samples' ids (default: the number of the record, from 0)")
+    add("--sample-by", help="what a sample of plain text is: line, paragraph, document (default: line)")
+    add("--tokenizer", type=_path, metavar="FOLDER", help="default: the model's")
+    add("--max-length", type=int, help="tokens kept of a sample (default: the model's context)")
+    add("--batch-tokens", type=int, default=4096, help="that go through the model at once (default: 4096)")
+    add("--dtype", help="auto, float32, bfloat16 or float16 (default: auto, the checkpoint's)")
+    add("--device", help="default: this process's GPU, else cpu")
+    add("--allow-pickle", action="store_true", default=None, help="read weights that are no safetensors, too")
+    add("--no-save-tokens", dest="save_tokens", action="store_false", default=None, help="leave the token ids out")
+    add("--quiet", action="store_true", help="no progress bar")
+    options = vars(parser.read(argv))
+    out, resume, quiet = (options.pop(name) for name in ("out", "resume", "quiet"))
+    if out is not None and resume is not None:
+        parser.error("--out and --resume are both folders to write to: give one")
+    if resume is None and not options["files"]:
+        parser.error(f"a model needs files of texts, MODEL FILE …; got {options['model'] or 'neither'} alone")
+    options["files"] = options["files"] or None
+    folder = resume or out or Path("runs") / f"cache-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    is_first = os.environ.get("RANK", "0") == "0"
+    from .cache import cache_model
+
+    again = f"reptile cache-teacher --resume {shlex.quote(str(folder))}"
+    try:
+        done = cache_model(
+            folder, **options, resume=resume is not None, progress_bar=is_first and not quiet and sys.stderr.isatty()
+        )
+    except KeyboardInterrupt:
+        begun = (folder / "teacher" / "model.json").is_file()
+        raise KeyboardInterrupt(f"; go on with `{again}`" if begun else "; nothing was written") from None
+    left_out = {
+        "empty": done["empty"],
+        "without a token": done["without_tokens"],
+        "already there": done["there_before"],
+    }
+    print(
+        f"{done['samples']:,} samples, {done['tokens']:,} tokens, {done['tokens_per_second']:,.0f} tokens/s"
+        + (f", rank {done['rank']} of {done['world_size']}" if done["world_size"] > 1 else "")
+        + "".join(f"; {number:,} {what}" for what, number in left_out.items() if number)
+        + (f"; {done['truncated']:,} cut to {done['max_length']:,} tokens" if done["truncated"] else "")
+    )
+    if "cache" not in done:
+        print(f"{folder}: the other processes are at work, or stopped (go on with `{again}` in all of them)")
+        return 0
+    info = done["cache"]
+    print(
+        f"{folder}: {info['samples']:,} samples, {info['rows']:,} positions, {info['bytes'] / 1e6:.1f} MB"
+        + (f"; {info['k']} classes hold {info['captured_mass']:.3f} of the mass" if info["kind"] == "top_k" else "")
     )
     return 0
 
@@ -302,15 +389,26 @@ def cache_info(argv: list[str]) -> int:
     parser.add_argument(
         "--samples", type=int, default=1000, help="how many samples these are taken from (default: 1000)"
     )
+    parser.add_argument(
+        "--examples", type=int, default=0, metavar="N", help="show N positions: text, likeliest classes"
+    )
+    parser.add_argument("--tokenizer", type=_path, metavar="FOLDER", help="of the examples (default: ids)")
     o = parser.read(argv)
     if o.samples < 1:
         parser.error(f"--samples must be at least 1; got {o.samples}")
+    if o.examples < 0:
+        parser.error(f"--examples must be at least 0; got {o.examples}")
+    if o.tokenizer is not None and not o.examples:
+        parser.error("--tokenizer is for --examples N")
     from .cache import TeacherCache, report
 
     cache = TeacherCache.open(o.folder)
     if o.verify:
         cache.verify()
-    print(json.dumps(cache.info() | report.of_rows(cache, o.samples, o.plot), indent=2))
+    found = cache.info() | report.of_rows(cache, o.samples, o.plot)
+    if o.examples:
+        found["examples"] = report.examples(cache, o.examples, o.tokenizer)
+    print(json.dumps(found, indent=2, ensure_ascii=False))
     return 0
 
 
@@ -360,7 +458,7 @@ def doctor(argv: list[str]) -> int:
 
 # Distributions whose absence means that the extra is not installed.
 _EXTRAS = {
-    "cache": ("pyarrow", "tokenizers", "tqdm"),
+    "cache": ("datasets", "pyarrow", "safetensors", "tokenizers", "tqdm", "transformers"),
     "train": (
         "accelerate",
         "filelock",

@@ -2,6 +2,7 @@
 
 from .importing import import_rows
 from .reader import TeacherCache
+from .teacher import cache_model
 from .writer import CacheWriter
 
-__all__ = ["CacheWriter", "TeacherCache", "import_rows"]
+__all__ = ["CacheWriter", "TeacherCache", "cache_model", "import_rows"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from .. import checks
 from . import format as fmt
 from . import sources
 from .answers import ALIGNMENTS, Answer, Keys, of_columns, of_server, value_of
+from .progress import bar_of
 from .reader import TeacherCache
 from .vocabulary import Vocabulary
 from .writer import CacheWriter
@@ -113,7 +113,7 @@ def import_rows(
     seen: dict[fmt.SampleId, tuple[str, int]] = {}
     writer: CacheWriter | None = None
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_bar(sources.total_bytes(paths) if progress_bar else -1))
+        bar = stack.enter_context(bar_of(sources.total_bytes(paths) if progress_bar else -1))
         if resume:  # to know what need not be read again
             writer = stack.enter_context(begin())
         try:
@@ -313,26 +313,3 @@ class _Found:
                 "rows": {f"{a} to {b}": int(n) for a, b, n in zip(edges, edges[1:], self._bins, strict=False)},
             },
         }
-
-
-@contextlib.contextmanager
-def _bar(total: int | None) -> Any:
-    """A function of the bytes and the tokens so far, which draws them at most ten times a second; -1: draws nothing."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        total = -1
-    if total == -1:
-        yield lambda done, tokens: None
-        return
-    share = "{percentage:3.0f} % |{bar}| " if total is not None else ""
-    left = " < {remaining}" if total is not None else ""
-    began = time.perf_counter()
-    with tqdm(total=total, bar_format=f"{share}{{elapsed}}{left}{{postfix}}") as bar:
-
-        def update(done: int, tokens: int) -> None:
-            rate = tokens / max(1e-9, time.perf_counter() - began)
-            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
-            bar.update(done - bar.n if total is not None else 1)
-
-        yield update

@@ -49,6 +49,9 @@ class Vocabulary:
             self._texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
         return self._texts[token]
 
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
     def disagrees(self, token: int, text: Any) -> bool:
         """Whether a server that shows this token as `text` has another tokenizer. Spaces in front are dropped by some
         decoders, and what is no UTF-8 by itself is shown in many ways."""

@@ -6,7 +6,7 @@
     result = reptile.fit(train_loader, eval_loader, until=Until(metric="accuracy", target=0.9, steps=10_000))
 
 Read top-down: `reptile` is the loop, `objective` what a step of it computes, `batches` what it is given, `data` where
-it stands in the data, `heads` how it does without logits, `until` when it stops, `schedules` what changes on the way,
+it stands in the data, `..heads` how it does without logits, `until` when it stops, `schedules` what changes on the way,
 `guards` what keeps student, teacher and processes apart, `metrics` what it measures, `checkpoint` how it survives a
 kill, `weights` what its files hold, `costs` what a step takes, `report` the table and the curves, `recipes` the runs
 that `reptile distill` starts.

@@ -21,10 +21,10 @@ from .. import compat
 from ..cache import TeacherCache
 from ..cache.batches import rows_like, rows_of_batch
 from ..cache.format import CODED
+from ..heads import Head, KnownHead, known_head, output_layer
 from ..linear import linear_distillation_loss
 from ..modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss, SparseDistillationLoss
 from .batches import Batch, logits_in, num_samples, output_of, scalars_in, split
-from .heads import Head, output_layer
 from .modes import in_mode
 
 EVALUATED_ROWS = 512  # whose logits `logits_in_parts` makes at a time: as many as make a product fast
@@ -60,11 +60,14 @@ class Objective:
             without a graph, whatever mode it is in, and is left in it. Several teachers are a list: the divergence is
             the sum of theirs by `teacher_weights`. "batch": every batch has the logits, under "teacher_logits" (a
             tensor, or a list of one for each teacher), which a batch may have instead of running the teacher, too.
-            A `TeacherCache` of kind "top_k", "sampled" or "logits": every batch is a mapping with the ids of its
-            samples in the cache under "sample_id" (docs/cache.md, "In training"); the loss is then
+            A `TeacherCache`: every batch is a mapping with the ids of its samples in the cache under "sample_id"
+            (docs/cache.md, "In training"); of the kinds "top_k" and "sampled" the loss is
             `sparse_distillation_loss` with its `tail`, by default "bucket" for "top_k" and "renormalize" for "sampled",
             and the teacher's temperature is the cache's: `temperature`, by default that for both, may only be it or a
-            pair (T_s, it). None: the labels' cross entropy alone.
+            pair (T_s, it). One of kind "hidden" needs `fused_linear`, and its loss is that of all classes. None: the
+            labels' cross entropy alone.
+        teacher_head: with a cache of kind "hidden" the teacher's output layer, a `torch.nn.Linear`, its weight [V, H]
+            or a `reptile_ext.heads.KnownHead`; by default the one that `reptile cache-teacher` has put beside the rows.
         teacher_weights: of several teachers; by default each has the same and they add up to 1.
         teacher_inputs, student_inputs: functions from the inputs of a batch to what the model takes instead. A batch
             that is a mapping may also have both under these names.
@@ -164,6 +167,7 @@ class Objective:
         student: nn.Module,
         teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None,
         *,
+        teacher_head: Any = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
         student_inputs: Callable[[Any], Any] | None = None,
@@ -200,6 +204,10 @@ class Objective:
             loss = _keywords_with_cache(self.cache, binary, teacher_inputs, loss)
         elif "tail" in loss:
             raise ValueError("tail is for a teacher of which K classes are known, a TeacherCache; got another teacher")
+        is_of_hidden = self.cache is not None and self.cache.kind == "hidden"
+        if teacher_head is not None and not is_of_hidden:
+            raise ValueError("teacher_head is for a cache of kind 'hidden'; got it with another teacher")
+        self._known_head = known_head(teacher_head, self.cache) if self.cache is not None and is_of_hidden else None
         self.binary = binary
         self._pos_weight: Tensor | None = loss.pop("pos_weight", None)
         self.student, self.teacher = student, teacher
@@ -249,6 +257,8 @@ class Objective:
         self.teacher_heads: list[Head | None] = [None] * (len(self.teachers) if self.cache is None else 2)
         self._linear_keywords: dict[str, Any] = {}
         if not fused_linear:
+            if self._known_head is not None:
+                raise ValueError("a cache of kind 'hidden' is for the loss of hidden states: pass fused_linear=True")
             return
         keywords = dict(self.criterion.keywords)
         if keywords.pop("inplace"):
@@ -552,7 +562,11 @@ class Objective:
         """What a cache says of a batch's positions as what it says of the rows of these outputs."""
         if self.cache is None:
             return list(teacher_outputs)
-        return rows_like(tuple(teacher_outputs), outputs.shape[:-1], outputs.device)
+        found = rows_like(tuple(teacher_outputs), outputs.shape[:-1], outputs.device)
+        if self._known_head is not None:
+            dtype = self._known_head.to(outputs.device).weight.dtype
+            found = [hidden.to(dtype) for hidden in found]
+        return found
 
     def shared_classes(self, classes: int) -> int:
         """How many of the student's classes are compared with the cache's."""
@@ -586,7 +600,8 @@ class Objective:
                 teacher |= dict(zip(("teacher_indices", "teacher_log_probs"), teacher_outputs, strict=True))
             else:
                 of_teacher = teacher_outputs[i]
-                teacher_head = None if batch.teacher_logits is not None else self.teacher_heads[i]
+                of_model = None if batch.teacher_logits is not None else self.teacher_heads[i]
+                teacher_head = self._known_head or of_model
                 if teacher_head is not None:
                     found = teacher_head.keywords("teacher")
                     teacher = {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}
@@ -677,7 +692,7 @@ class Objective:
                     f"the teacher must have the student's rows, {list(rows)}; got {list(of_teacher.shape[:-1])}"
                 )
         is_given = batch.teacher_logits is not None or self.cache is not None
-        heads = [None] * len(teacher_outputs) if is_given else self.teacher_heads
+        heads: Sequence[Any] = [self._known_head] * len(teacher_outputs) if is_given else self.teacher_heads
         flat = outputs.flatten(0, -2)
         flat_teachers = [of_teacher.flatten(0, -2) for of_teacher in teacher_outputs]
         flat_labels, flat_weight = (None if x is None else x.flatten() for x in (labels, weight))
@@ -812,7 +827,7 @@ class Objective:
             warnings.warn(what, stacklevel=4)
         return wrong or decided
 
-    def _logits(self, head: Head | None, outputs: Tensor) -> Tensor:
+    def _logits(self, head: Head | KnownHead | None, outputs: Tensor) -> Tensor:
         with self._autocast():
             return outputs if head is None else head.logits(outputs)
 
@@ -840,12 +855,6 @@ def _keywords_with_cache(
 ) -> dict[str, Any]:
     """The keywords of the loss where a cache is the teacher, its temperature and tail among them. Raises ValueError for
     what cannot be had of it."""
-    if cache.kind == "hidden":
-        raise ValueError(
-            f"the cache in {cache.folder} holds hidden states, which need the teacher's head: give them to "
-            "linear_distillation_loss (teacher_hidden=cache.batch(ids), teacher_weight=the head's) in a loop of your "
-            "own, or write a cache of kind 'top_k', 'sampled' or 'logits' for Reptile and Objective"
-        )
     if binary:
         raise ValueError("a cache holds softmaxes over classes: binary=True has no meaning with it")
     if teacher_inputs is not None:
@@ -854,7 +863,7 @@ def _keywords_with_cache(
     if cache.kind in CODED:
         return {"tail": "renormalize" if cache.kind == "sampled" else "bucket", **keywords}
     if "tail" in keywords:
-        raise ValueError(f"tail is for caches of kind {' and '.join(map(repr, CODED))}; this one is of 'logits'")
+        raise ValueError(f"tail is for caches of kind {' and '.join(map(repr, CODED))}; this one is of {cache.kind!r}")
     return keywords
 
 

@@ -66,11 +66,13 @@ class Reptile:
             `.logits`. The teacher gets no gradient, runs in eval mode, is in no checkpoint, and after `fit` has the
             modes and `requires_grad` it came with. It may be any function that returns logits, several in a list (with
             `teacher_weights`), or "batch": every batch has its answers; or a `TeacherCache`, which has them on disk:
-            every batch says by "sample_id" which (docs/cache.md, "In training"). `teacher=None` trains the student on
-            the labels alone with the same loop: how a teacher comes to be, and the baseline to compare with. Models are
-            moved to the device, but those that are quantised, offloaded or spread over devices: they are used where
-            they are. A student in train mode keeps its parts' modes; one in eval mode is trained in train mode, all but
-            frozen parts (without a parameter that wants a gradient).
+            every batch says by "sample_id" which (docs/cache.md, "In training"); one of kind "hidden" needs
+            `fused_linear`, and pays where the K likeliest classes hold too little of the mass and the teacher's head is
+            small beside the student. `teacher=None` trains the student on the labels alone with the same loop: how a
+            teacher comes to be, and the baseline to compare with. Models are moved to the device, but those that are
+            quantised, offloaded or spread over devices: they are used where they are. A student in train mode keeps its
+            parts' modes; one in eval mode is trained in train mode, all but frozen parts (without a parameter that
+            wants a gradient).
         metrics: what `evaluate` measures, names from `METRICS`.
         optimizer: makes an optimizer from parameters; default AdamW with `learning_rate` and `weight_decay`.
         schedule: "constant", "linear" or "cosine" (the last two fall to 0 at `until.steps`), after a linear warm-up
@@ -95,7 +97,7 @@ class Reptile:
             `reptile_ext.binary_distillation_loss`, whose keywords are `loss` then, and labels are numbers from 0 to 1.
             accuracy counts elements, f1 and average_precision are means over labels. See `Objective`.
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
-        teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
+        teacher_head, teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
             `fused_linear`, memory_budget too, and no inplace; with a cache of log-probabilities, those of
             `sparse_distillation_loss`. temperature and hard_weight may be schedules: a function
@@ -130,6 +132,7 @@ class Reptile:
         fused_linear: bool = False,
         binary: bool = False,
         find_unused_parameters: bool = False,
+        teacher_head: Any = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
         student_inputs: Callable[[Any], Any] | None = None,
@@ -168,6 +171,7 @@ class Reptile:
         self.objective = Objective(
             student,
             teacher,
+            teacher_head=teacher_head,
             teacher_weights=teacher_weights,
             teacher_inputs=teacher_inputs,
             student_inputs=student_inputs,

@@ -17,16 +17,20 @@ itself rounds its logits to 16 bits is compared to that accuracy.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from . import reference
+from .cache import TeacherCache
+from .cache.format import TEACHER
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # or divisors
@@ -183,6 +187,110 @@ class Head:
             f"logits after the head that is no softcap or scale of its config ({known or 'which has none'}), and "
             "leaving it out would change the loss; pass fused_linear=False"
         )
+
+
+class KnownHead:
+    """A head without its model: the teacher's, for hidden states that a cache holds. It wants no gradient."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0):
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.softcap, self.scale = softcap, scale
+
+    def to(self, device: torch.device) -> KnownHead:
+        if self.weight.device != device:
+            self.weight, self.bias = self.weight.to(device), None if self.bias is None else self.bias.to(device)
+        return self
+
+    def keywords(self, side: str) -> dict[str, Any]:
+        """Of `linear_distillation_loss`; `side` is "student" or "teacher"."""
+        found = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+        return {f"{side}_{name}": value for name, value in found.items()}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `Head.logits`."""
+        head = self.to(hidden.device)
+        return reference.linear_logits(hidden.to(head.weight.dtype), head.weight, head.bias, head.softcap, head.scale)
+
+    def save(self, path: Path, **notes: str) -> None:
+        """A safetensors file: weight, bias, and in its metadata softcap, scale, `notes` and a checksum."""
+        import safetensors.torch
+
+        from .files import write_atomically
+
+        tensors = {"weight": self.weight.cpu().contiguous()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias.cpu().contiguous()
+        metadata = {"softcap": repr(self.softcap), "scale": repr(self.scale), **notes, "sha256": _digest(tensors)}
+        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: Path, **notes: str | None) -> KnownHead:
+        """What `save` wrote. Raises ValueError for a damaged file, and for one with other notes than these."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short: {error}") from None
+        if "weight" not in tensors or metadata.get("sha256") != _digest(tensors):
+            raise ValueError(f"{path} is altered: its content has another checksum than was written")
+        for name, wanted in notes.items():
+            if metadata.get(name) != wanted:
+                raise ValueError(f"{path} is of another {name}: {metadata.get(name)!r}; wanted {wanted!r}")
+        softcap = metadata["softcap"]
+        return cls(
+            tensors["weight"],
+            tensors.get("bias"),
+            None if softcap == "None" else float(softcap),
+            float(metadata["scale"]),
+        )
+
+
+HEAD_FILE = "head.safetensors"  # in the folder TEACHER of a cache of hidden states
+
+
+def known_head(given: Any, cache: TeacherCache) -> KnownHead:
+    """The teacher's head for a cache of hidden states: what was given, else the one that lies beside the rows.
+
+    Raises ValueError if there is none, or one of another shape than the cache's."""
+    if given is None:
+        path = cache.folder / TEACHER / HEAD_FILE
+        if not path.exists():
+            raise ValueError(
+                f"the cache in {cache.folder} holds hidden states, which need the teacher's head: pass teacher_head=, "
+                "its torch.nn.Linear (of a Hugging Face model get_output_embeddings()); `reptile cache-teacher --kind "
+                f"hidden` writes it to {path}"
+            )
+        head = KnownHead.load(path, teacher=cache.info()["teacher"] or "")
+    elif isinstance(given, KnownHead):
+        head = given
+    elif isinstance(given, nn.Linear):
+        head = KnownHead(given.weight, given.bias)
+    elif isinstance(given, Tensor):
+        head = KnownHead(given)
+    else:
+        raise TypeError(
+            "teacher_head must be a torch.nn.Linear, its weight [V, H] or a reptile_ext.heads.KnownHead; got "
+            f"{type(given).__name__}"
+        )
+    wanted, found = [cache.vocab_size, cache.info()["width"]], list(head.weight.shape)
+    if found != wanted and len(cache):
+        raise ValueError(
+            f"teacher_head must have a weight of {wanted}, the cache's classes and the width of its hidden states; got "
+            f"{found}"
+        )
+    return head
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def made_up_logits(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
