@@ -265,9 +265,9 @@ def test_what_lies_between_rows_of_logits_is_zero(dtype: torch.dtype) -> None:
     linear.release_scratch()
     memory = scratch.Scratch(1 << 20, torch.device("cpu"))
     memory.bytes.fill_(0xFF)  # NaN in every dtype
-    for rows, size in ((5, 37), (3, 64), (17, 1000)):
-        cut = memory.cut(rows, size, dtype)
-        whole = cut.as_strided((rows, cut.stride(0)), cut.stride())
+    for count, size in ((5, 37), (3, 64), (17, 1000)):
+        cut = memory.cut(count, size, dtype)
+        whole = cut.as_strided((count, cut.stride(0)), cut.stride())
         assert cut.isnan().all()
         assert not whole[:, size:].any()
         assert whole.shape[1] * dtype.itemsize % 128 == 0
