@@ -283,6 +283,35 @@ def test_logits_far_apart(tail: str, kind: str, each_set: str) -> None:
             torch.testing.assert_close(a.double(), b, rtol=epsilon, atol=epsilon)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_an_offset_of_all_logits_changes_nothing(temperature: float, each_set: str) -> None:
+    """Up to 2^19, where a rounded product of a logit would have lost all that the classes differ by."""
+    s, t = make_logits("random", 3, 700)
+    s = (16 * s).round() / 16
+    ids, log_probs = targets(t, 9, temperature)
+    keywords = {"temperature": temperature, "hard_weight": 0.5, "label_smoothing": 0.1, "reduction": "none"}
+    given = (ids, log_probs, make_labels(3, 700))
+    right = value_and_gradient(by_definition, s.double(), *given, arithmetic=torch.float64, tail="bucket", **keywords)
+    for offset in (0.0, 4096.0, -(2.0**19), 2.0**19):
+        assert torch.equal((s + offset).double(), s.double() + offset)
+        for a, b in zip(value_and_gradient(loss_of, s + offset, *given, **keywords), right, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=4e-7 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_logits_at_the_end_of_their_range(dtype: torch.dtype, each_set: str) -> None:
+    """All that is not listed at the least number there is, as masks are made: it is far away, and still pulled."""
+    n, k, least = 1000, 4, torch.finfo(dtype).min
+    s = torch.full((1, n), least, dtype=dtype)
+    s[0, :k] = torch.arange(k)
+    ids, log_probs = torch.arange(k).view(1, k), torch.full((1, k), 0.2).log()
+    loss, gradient = value_and_gradient(loss_of, s, ids, log_probs)
+    assert abs(loss.item() / (0.2 * -least) - 1) < 1e-6
+    right = torch.full((1, n), -0.2 / (n - k), dtype=torch.float64)
+    right[0, :k] = torch.arange(k).double().softmax(-1) - 0.2
+    torch.testing.assert_close(gradient.double(), right, rtol=4e-6 + torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_what_is_left_of_the_student_has_its_digits(each_set: str) -> None:
     """R = 1e-9, of which 1 − Σ q in float32 would be 0 or 1e-7: log R, and so the loss, to six digits."""
     s = torch.zeros(1, 1001)

@@ -188,6 +188,7 @@ template <class In, class V = Arithmetic<In>>
 RestSum rest_of(const In* z, int64_t n, double temperature, const Listed<typename V::Scalar>& listed, bool is_empty,
                 typename V::Scalar* e) {
   using Scalar = typename V::Scalar;
+  constexpr bool kMayFuse = kFusesMultiplyAdd && sizeof(Scalar) == 4;
   const Scalar factor = Scalar(kLog2E / temperature);
   RestSum rest;
   for (bool exact = false;; exact = true) {
@@ -195,7 +196,7 @@ RestSum rest_of(const In* z, int64_t n, double temperature, const Listed<typenam
     if (!exact && !(reference > kNegInf)) continue;  // the probe saw only masked classes, or a NaN
     if (reference == kNegInf) reference = 0;
     const Scalar product = reference * factor;
-    if (sizeof(Scalar) == 4 && product > -kLargestProduct && product < kLargestProduct) {
+    if (kMayFuse && product > -kLargestProduct && product < kLargestProduct) {
       rest.reference = double(product) / double(factor);
       rest.sum = rest_pass<true>(z, n, -product, factor, listed, e);
     } else {
