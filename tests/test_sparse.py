@@ -296,6 +296,22 @@ def test_an_offset_of_all_logits_changes_nothing(temperature: float, each_set: s
         assert torch.equal((s + offset).double(), s.double() + offset)
         for a, b in zip(value_and_gradient(loss_of, s + offset, *given, **keywords), right, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=4e-7 * b.abs().max().item())
+        in_double = value_and_gradient(loss_of, s.double() + offset, *given, **keywords)
+        for a, b in zip(in_double, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=4e-14, atol=4e-14 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("logit", [-2.3e9, 2.0**23 + 1, 3e30])
+def test_equal_logits_of_any_size_are_equal_probabilities(logit: float, each_set: str) -> None:
+    """Over a small temperature, where a product of the logit is off by more than float32's exponents reach."""
+    s = torch.full((1, 31), logit)
+    ids, log_probs = torch.tensor([[25]]), torch.zeros(1, 1)
+    keywords: dict[str, Any] = {"tail": "renormalize", "temperature": 0.01, "temperature_scaling": "none"}
+    loss, gradient = value_and_gradient(loss_of, s, ids, log_probs, **keywords)
+    assert abs(loss.item() / math.log(31) - 1) < 1e-6
+    right = torch.full((1, 31), 1 / 31)
+    right[0, 25] -= 1
+    torch.testing.assert_close(gradient, right / 0.01, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -549,6 +565,20 @@ def test_masked_classes(tail: str, divergence: str, each_set: str) -> None:
         torch.testing.assert_close(found[1][r, keep], factor * right[1][0], rtol=1e-5, atol=1e-6)
 
 
+def test_labels_where_all_others_are_masked_and_the_listed_are_far_below_zero(each_set: str) -> None:
+    """The exponential of a reference point of nothing, 0, over the others' is infinite, and was multiplied by 0."""
+    for dtype in (torch.float32, torch.float64):
+        s = torch.full((1, 40), -torch.inf, dtype=dtype)
+        s[0, 3], s[0, 7] = -1000, -1001
+        ids, log_probs, labels = torch.tensor([[3, 7]]), torch.tensor([[0.5, 0.5]]).log(), torch.tensor([7])
+        loss, gradient = value_and_gradient(loss_of, s, ids, log_probs, labels, soft_weight=0.0, hard_weight=1.0)
+        q = torch.tensor([1.0, 0.0], dtype=torch.float64).softmax(-1)
+        assert abs(loss.item() + math.log(q[1])) < 1e-6
+        right = torch.zeros(1, 40, dtype=torch.float64)
+        right[0, 3], right[0, 7] = q[0], q[1] - 1
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-6, atol=0)
+
+
 def test_mass_where_the_student_is_masked(each_set: str) -> None:
     """Listed or not, teacher mass where the student has none makes forward KL +inf, and its gradient finite."""
     s = torch.randn(3, 8)
@@ -586,6 +616,17 @@ def test_a_broken_row_is_visible_and_stays_alone(dtype: torch.dtype, tail: str, 
         assert gradient[broken].isnan().all()
         for a, b in zip((loss, gradient), whole, strict=True):
             torch.testing.assert_close(a[[0, 7]], b[[0, 7]], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_row_of_masked_classes_alone_is_broken_whatever_is_listed(tail: str, each_set: str) -> None:
+    for ids in ([2, 0], [-1, -1]):
+        s, teacher = torch.full((2, 40), -torch.inf), (torch.tensor([ids, [0, 1]]), torch.full((2, 2), 0.5).log())
+        s[1] = 0
+        loss, gradient = value_and_gradient(loss_of, s, *teacher, tail=tail, reduction="none")
+        assert loss.isnan().tolist() == [True, False]
+        assert gradient[0].isnan().all()
+        assert gradient[1].isfinite().all()
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -28,7 +28,7 @@ namespace reptile_ext {
 namespace {
 
 constexpr double kLeast = 0x1p-60;  // of a tame sum, which a reference point far above the others makes too small
-constexpr double kLargestProduct = 0x1p100;
+constexpr double kLargestProduct = 0x1p24;  // of a reference point; beyond, its rounding counts in an exponent
 constexpr int64_t kAlignment = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -178,12 +178,12 @@ REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Sca
 
 struct RestSum {
   double reference = 0, sum = 0;
-  // log Σ e^(s / T) over the classes outside of the list, times T
-  double logit(double temperature) const { return sum == 0 ? -kInf : reference + temperature * log(sum); }
+  // log Σ e^(s / T) over the classes outside of the list, times T, less the reference point
+  double logit(double temperature) const { return sum == 0 ? -kInf : temperature * log(sum); }
 };
 
 // The same from a good reference point. In float32 it is chosen so that its product with the factor is a number, which
-// saves an operation a logit; unless that is so large that it would leave the logits' range.
+// saves an operation a logit; unless the product is large, as its rounding comes out again in every exponent.
 template <class In, class V = Arithmetic<In>>
 RestSum rest_of(const In* z, int64_t n, double temperature, const Listed<typename V::Scalar>& listed, bool is_empty,
                 typename V::Scalar* e) {
@@ -370,11 +370,12 @@ double read_list(const SparseProblem& p, int64_t row, Listed<Scalar>& listed, in
   return dropped;
 }
 
-// The student's logits of the listed classes, once the row is in the cache: before, each would wait for memory.
+// The student's logits of the listed classes, less the reference point of the others, so that digits of their
+// differences are not lost; once the row is in the cache: before, each would wait for memory.
 template <class In, class Scalar>
-void read_logits(const In* z, Listed<Scalar>& listed) {
+void read_logits(const In* z, double reference, Listed<Scalar>& listed) {
   for (int64_t i = 0; i < listed.k; ++i) {
-    listed.student[i] = listed.ids[i] < 0 ? -kInf : double(to_float(z[listed.ids[i]]));
+    listed.student[i] = listed.ids[i] < 0 ? -kInf : to_float(z[listed.ids[i]]) - reference;
   }
 }
 
@@ -434,7 +435,7 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
 
   const double temperature = soft ? rows.student_temperature : 1;
   const RestSum rest = rest_of(z, n, temperature, listed, is_all, scratch.e);
-  read_logits(z, listed);  // and the label's, before a gradient is written over them
+  read_logits(z, rest.reference, listed);  // and the label's, before a gradient is written over them
   const double s_label = hard ? double(to_float(z[label])) : 0;
   double loss = rest.sum - rest.sum;         // NaN of a row that is broken outside of the list
   if (is_cut && rest.sum == 0) loss = kNaN;  // one that is masked all over
@@ -458,10 +459,14 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
     if (p.tail == Tail::kZero && rows.divergence == Divergence::kForwardKl && share > 0) {
       loss += weight * rows.soft_scale * share * log(share);
     }
+    // Broken also where the teacher has no mass, and no arithmetic sees it.
+    bool is_masked = rest.sum == 0;
     for (int64_t i = 0; i < k; ++i) {
-      loss += listed.student[i] < kInf ? 0 : kNaN;  // also where the teacher has no mass, and no arithmetic sees it
+      loss += listed.student[i] < kInf ? 0 : kNaN;
+      is_masked &= listed.student[i] == -kInf;
       if (gradient) listed.add[i] = listed.gradient[i];
     }
+    if (is_masked) loss = kNaN;
     if (gradient && rest.sum != 0) factors.of_e = listed.gradient[k] / rest.sum;
   }
 
@@ -470,25 +475,29 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
     const RestSum at_1 =
         temperature == 1 ? rest : rest_of(z, n, 1.0, listed, is_all, temperature == 1 ? scratch.e : scratch.e_1);
     if (temperature != 1) e_1 = scratch.e_1;
-    const double rest_logit = at_1.logit(1);
+    // From here on, logits less the reference point at temperature 1, which is nearly always the same.
+    const double shift = rest.reference - at_1.reference, rest_logit = at_1.logit(1);
     double top = rest_logit;
-    for (int64_t i = 0; i < k; ++i) top = max(top, listed.student[i]);
-    const double log_z = top + log(sum_of_exponentials(listed.student, k, top) + exp(rest_logit - top));
+    for (int64_t i = 0; i < k; ++i) top = max(top, listed.student[i] + shift);
+    const double log_z = top + log(sum_of_exponentials(listed.student, k, top - shift) + exp(rest_logit - top));
     double a_sum = 0, unmasked = 1;
     if (rows.label_smoothing > 0) {
       const Scalar m = Scalar(at_1.reference);
       sum_of_logits(z, n, m, a_sum, unmasked);
-      a_sum = (a_sum + unmasked * (m - log_z)) * kLog2E;
+      a_sum = (a_sum + unmasked * (m - at_1.reference - log_z)) * kLog2E;
     }
     const double factor = rows.hard_weight * weight * rows.gradient_scale * grad_output;
     // Exponentials from log_z as the reference point add up to 1.
-    const HardLabel of = hard_label(1, a_sum, unmasked, (s_label - log_z) * kLog2E, rows.label_smoothing, factor);
+    const HardLabel of =
+        hard_label(1, a_sum, unmasked, (s_label - at_1.reference - log_z) * kLog2E, rows.label_smoothing, factor);
     loss += weight * rows.hard_weight * of.loss;
     if (gradient) {
-      (temperature == 1 ? factors.of_e : factors.of_e_1) += of.to_q1 * exp(at_1.reference - log_z);
+      if (at_1.sum != 0) {  // else the reference point is nothing's
+        (temperature == 1 ? factors.of_e : factors.of_e_1) += of.to_q1 * exp(-log_z);
+      }
       factors.uniform = of.uniform;
       for (int64_t i = 0; i < k; ++i) {
-        if (listed.ids[i] >= 0) listed.add[i] += of.to_q1 * exp(listed.student[i] - log_z);
+        if (listed.ids[i] >= 0) listed.add[i] += of.to_q1 * exp(listed.student[i] + shift - log_z);
       }
       listed.add[label_entry] -= of.hit;
     }
