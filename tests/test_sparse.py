@@ -377,6 +377,19 @@ def test_truncate_leaves_out_what_the_student_does_not_have() -> None:
         loss_of(s, ids, log_probs)
 
 
+def test_rounding_of_what_is_left_out_does_not_turn_the_loss_around(each_set: str) -> None:
+    """Classes that the student does not have, with more than all of the mass by rounding: others have it among them,
+    not less than nothing."""
+    s = torch.randn(1, 25)
+    ids, log_probs = torch.tensor([[30, 3]]), torch.tensor([[0.01978, -6.6]])
+    for of in (loss_of, reference.sparse_distillation_loss):
+        for tail in TAILS:
+            found = value_and_gradient(of, s, ids, log_probs, tail=tail, vocab="truncate")
+            right = value_and_gradient(of, s, torch.tensor([[3]]), torch.zeros(1, 1), tail=tail)
+            for a, b in zip(found, right, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("soft_weight", [1.0, 0.0])
 def test_a_row_of_classes_that_the_student_lacks_has_no_divergence(

@@ -370,13 +370,24 @@ double read_list(const SparseProblem& p, int64_t row, Listed<Scalar>& listed, in
   return dropped;
 }
 
-// The student's logits of the listed classes, less the reference point of the others, so that digits of their
-// differences are not lost; once the row is in the cache: before, each would wait for memory.
+// The student's logits of the listed classes, once the row is in the cache: before, each would wait for memory.
 template <class In, class Scalar>
-void read_logits(const In* z, double reference, Listed<Scalar>& listed) {
+void read_logits(const In* z, Listed<Scalar>& listed) {
   for (int64_t i = 0; i < listed.k; ++i) {
-    listed.student[i] = listed.ids[i] < 0 ? -kInf : to_float(z[listed.ids[i]]) - reference;
+    listed.student[i] = listed.ids[i] < 0 ? -kInf : double(to_float(z[listed.ids[i]]));
   }
+}
+
+// Takes the highest logit off them, which is returned, so that it costs no digits of the others' logarithm. Where that
+// is not used, they stay as they are: differences of two roundings could make equal logits of student and teacher
+// differ.
+template <class Scalar>
+double take_off_the_highest(Tail tail, const RestSum& rest, Listed<Scalar>& listed) {
+  if (tail == Tail::kRestrict || rest.sum == 0) return 0;
+  double top = rest.reference;
+  for (int64_t i = 0; i < listed.k; ++i) top = max(top, listed.student[i]);
+  for (int64_t i = 0; i < listed.k; ++i) listed.student[i] -= top;
+  return top;
 }
 
 // The dense kernel on the row of k + 1 classes, whose problem is `few`: the loss of the row, and listed.gradient.
@@ -435,7 +446,8 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
 
   const double temperature = soft ? rows.student_temperature : 1;
   const RestSum rest = rest_of(z, n, temperature, listed, is_all, scratch.e);
-  read_logits(z, rest.reference, listed);  // and the label's, before a gradient is written over them
+  read_logits(z, listed);  // and the label's, before a gradient is written over them
+  const double top_logit = take_off_the_highest(p.tail, rest, listed);
   const double s_label = hard ? double(to_float(z[label])) : 0;
   double loss = rest.sum - rest.sum;         // NaN of a row that is broken outside of the list
   if (is_cut && rest.sum == 0) loss = kNaN;  // one that is masked all over
@@ -444,7 +456,7 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
   if (soft) {
     const double mass = sum_of_exponentials(listed.teacher, k, 0);
     double share = 1;  // what the divergence of distributions is multiplied with
-    listed.student[k] = p.tail == Tail::kRestrict ? -kInf : rest.logit(temperature);
+    listed.student[k] = p.tail == Tail::kRestrict ? -kInf : rest.reference - top_logit + rest.logit(temperature);
     listed.teacher[k] = -kInf;
     if (p.tail == Tail::kBucket && !is_all) {
       double r = 1 - dropped - mass;
@@ -453,7 +465,8 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
       if (rest.sum == 0 && r < rounding_of(listed, eps_of(p.log_probs.dtype))) r = 0;
       listed.teacher[k] = r > 0 ? log(r) : r == r ? -kInf : kNaN;
     }
-    if (p.tail == Tail::kZero) share = mass / (1 - dropped);
+    // Of what the student's classes have; which by rounding may be less than these have of it.
+    if (p.tail == Tail::kZero) share = dropped > 0 ? mass / max(1 - dropped, mass) : mass;
     few.grad_output = &grad_output;
     loss += loss_of_few(few, dense, weight * share, listed);
     if (p.tail == Tail::kZero && rows.divergence == Divergence::kForwardKl && share > 0) {
@@ -475,11 +488,11 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
     const RestSum at_1 =
         temperature == 1 ? rest : rest_of(z, n, 1.0, listed, is_all, temperature == 1 ? scratch.e : scratch.e_1);
     if (temperature != 1) e_1 = scratch.e_1;
-    // From here on, logits less the reference point at temperature 1, which is nearly always the same.
-    const double shift = rest.reference - at_1.reference, rest_logit = at_1.logit(1);
+    // From here on, logits less the reference point at temperature 1.
+    const double shift = top_logit - at_1.reference, rest_logit = at_1.logit(1);
     double top = rest_logit;
-    for (int64_t i = 0; i < k; ++i) top = max(top, listed.student[i] + shift);
-    const double log_z = top + log(sum_of_exponentials(listed.student, k, top - shift) + exp(rest_logit - top));
+    for (int64_t i = 0; i < k; ++i) top = max(top, listed.student[i] += shift);
+    const double log_z = top + log(sum_of_exponentials(listed.student, k, top) + exp(rest_logit - top));
     double a_sum = 0, unmasked = 1;
     if (rows.label_smoothing > 0) {
       const Scalar m = Scalar(at_1.reference);
@@ -497,7 +510,7 @@ void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense,
       }
       factors.uniform = of.uniform;
       for (int64_t i = 0; i < k; ++i) {
-        if (listed.ids[i] >= 0) listed.add[i] += of.to_q1 * exp(listed.student[i] + shift - log_z);
+        if (listed.ids[i] >= 0) listed.add[i] += of.to_q1 * exp(listed.student[i] - log_z);
       }
       listed.add[label_entry] -= of.hit;
     }
