@@ -749,7 +749,9 @@ def _soft_loss(of_student: Tensor, of_teacher: Tensor, teacher: SparseRows, opti
     if TAILS[options.tail] != "zero":
         return options.soft_scale * _divergence(of_student, of_teacher, None, of)
     # Σ p (y − x) = P (KL(p / P ‖ q) + log P), and −Σ p x = P (cross entropy of p / P and q)
-    mass = teacher.y.exp().sum(-1) / (1 - teacher.dropped)
+    mass = teacher.y.exp().sum(-1)
+    # Of what the student's classes have; which by rounding may be less than these have of it.
+    mass = mass / torch.where(teacher.dropped > 0, (1 - teacher.dropped).maximum(mass), 1.0)
     none = mass == 0
     of_teacher = torch.where(none.unsqueeze(-1), of_student.detach(), of_teacher)
     losses = _divergence(of_student, of_teacher, None, of)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles the kernels for aarch64 (Graviton, Apple's processors) and runs them under an emulator, on inputs drawn at
 # random, against the float64 formulas of tests/fuzz/exact.h: every divergence, dtype and layout that
-# tests/fuzz/fuzz_rows.cpp and fuzz_elements.cpp can make.
+# tests/fuzz/fuzz_rows.cpp, fuzz_elements.cpp and fuzz_sparse.cpp can make.
 #     tests/aarch64.sh [number of inputs]        5000 unless said otherwise
 # AARCH64_CXX and AARCH64_EMULATOR name another compiler and emulator. Without them nothing is tested, and that is said.
 set -euo pipefail
@@ -37,6 +37,7 @@ $flags -O3 $portable -fno-exceptions -DREPTILE_EXT_SPARSE_KERNELS=sparse_kernels
 $flags -O3 -c csrc/cpu/dispatch.cpp -o $build/dispatch.o
 $flags -O2 -Wno-return-type -c tests/fuzz/fuzz_rows.cpp -o $build/fuzz_rows.o
 $flags -O2 -Wno-return-type -c tests/fuzz/fuzz_elements.cpp -o $build/fuzz_elements.o
+$flags -O2 -Wno-return-type -c tests/fuzz/fuzz_sparse.cpp -o $build/fuzz_sparse.o
 $flags -O2 -c tests/fuzz/random_inputs.cpp -o $build/random_inputs.o
 COMMANDS
 $compiler -static "$build"/*.o -o "$build/aarch64"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the kernels with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer, and lets tests/fuzz/fuzz_rows.cpp
-# and fuzz_elements.cpp look for inputs on which they break a promise.
+# Builds the kernels with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer, and lets tests/fuzz/fuzz_rows.cpp,
+# fuzz_elements.cpp and fuzz_sparse.cpp look for inputs on which they break a promise.
 #     tests/fuzz.sh [seconds]        for so long (60), from a fixed seed; the input of a finding stays in fuzz-findings/
 #     tests/fuzz.sh --replay FILE    that input again
 # FUZZ_CXX names another clang++; FUZZ_BUILD, a folder to build in that is kept.
@@ -55,6 +55,7 @@ rm -f "$build"/*.o
   echo "dispatch csrc/cpu/dispatch.cpp"
   echo "fuzz_rows tests/fuzz/fuzz_rows.cpp -O2"
   echo "fuzz_elements tests/fuzz/fuzz_elements.cpp -O2"
+  echo "fuzz_sparse tests/fuzz/fuzz_sparse.cpp -O2"
 } | sed "s|^\([a-z0-9_]*\) |$flags -o $build/\1.o -c |" >"$build/commands"
 xargs -P 2 -L 1 $compiler <"$build/commands"
 $compiler $sanitize "$build"/*.o -o "$build/fuzz_rows"

@@ -283,6 +283,51 @@ def test_logits_far_apart(tail: str, kind: str, each_set: str) -> None:
             torch.testing.assert_close(a.double(), b, rtol=epsilon, atol=epsilon)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_an_offset_of_all_logits_changes_nothing(temperature: float, each_set: str) -> None:
+    """Up to 2^19, where a rounded product of a logit would have lost all that the classes differ by."""
+    s, t = make_logits("random", 3, 700)
+    s = (16 * s).round() / 16
+    ids, log_probs = targets(t, 9, temperature)
+    keywords = {"temperature": temperature, "hard_weight": 0.5, "label_smoothing": 0.1, "reduction": "none"}
+    given = (ids, log_probs, make_labels(3, 700))
+    right = value_and_gradient(by_definition, s.double(), *given, arithmetic=torch.float64, tail="bucket", **keywords)
+    for offset in (0.0, 4096.0, -(2.0**19), 2.0**19):
+        assert torch.equal((s + offset).double(), s.double() + offset)
+        for a, b in zip(value_and_gradient(loss_of, s + offset, *given, **keywords), right, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=4e-7 * b.abs().max().item())
+        in_double = value_and_gradient(loss_of, s.double() + offset, *given, **keywords)
+        for a, b in zip(in_double, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=4e-14, atol=4e-14 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("logit", [-2.3e9, 2.0**23 + 1, 3e30])
+def test_equal_logits_of_any_size_are_equal_probabilities(logit: float, each_set: str) -> None:
+    """Over a small temperature, where a product of the logit is off by more than float32's exponents reach."""
+    s = torch.full((1, 31), logit)
+    ids, log_probs = torch.tensor([[25]]), torch.zeros(1, 1)
+    keywords: dict[str, Any] = {"tail": "renormalize", "temperature": 0.01, "temperature_scaling": "none"}
+    loss, gradient = value_and_gradient(loss_of, s, ids, log_probs, **keywords)
+    assert abs(loss.item() / math.log(31) - 1) < 1e-6
+    right = torch.full((1, 31), 1 / 31)
+    right[0, 25] -= 1
+    torch.testing.assert_close(gradient, right / 0.01, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_logits_at_the_end_of_their_range(dtype: torch.dtype, each_set: str) -> None:
+    """All that is not listed at the least number there is, as masks are made: it is far away, and still pulled."""
+    n, k, least = 1000, 4, torch.finfo(dtype).min
+    s = torch.full((1, n), least, dtype=dtype)
+    s[0, :k] = torch.arange(k)
+    ids, log_probs = torch.arange(k).view(1, k), torch.full((1, k), 0.2).log()
+    loss, gradient = value_and_gradient(loss_of, s, ids, log_probs)
+    assert abs(loss.item() / (0.2 * -least) - 1) < 1e-6
+    right = torch.full((1, n), -0.2 / (n - k), dtype=torch.float64)
+    right[0, :k] = torch.arange(k).double().softmax(-1) - 0.2
+    torch.testing.assert_close(gradient.double(), right, rtol=4e-6 + torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_what_is_left_of_the_student_has_its_digits(each_set: str) -> None:
     """R = 1e-9, of which 1 − Σ q in float32 would be 0 or 1e-7: log R, and so the loss, to six digits."""
     s = torch.zeros(1, 1001)
@@ -330,6 +375,19 @@ def test_truncate_leaves_out_what_the_student_does_not_have() -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"teacher_indices must lie in \[-1, 25\), .*vocab='truncate'"):
         loss_of(s, ids, log_probs)
+
+
+def test_rounding_of_what_is_left_out_does_not_turn_the_loss_around(each_set: str) -> None:
+    """Classes that the student does not have, with more than all of the mass by rounding: others have it among them,
+    not less than nothing."""
+    s = torch.randn(1, 25)
+    ids, log_probs = torch.tensor([[30, 3]]), torch.tensor([[0.01978, -6.6]])
+    for of in (loss_of, reference.sparse_distillation_loss):
+        for tail in TAILS:
+            found = value_and_gradient(of, s, ids, log_probs, tail=tail, vocab="truncate")
+            right = value_and_gradient(of, s, torch.tensor([[3]]), torch.zeros(1, 1), tail=tail)
+            for a, b in zip(found, right, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -520,6 +578,20 @@ def test_masked_classes(tail: str, divergence: str, each_set: str) -> None:
         torch.testing.assert_close(found[1][r, keep], factor * right[1][0], rtol=1e-5, atol=1e-6)
 
 
+def test_labels_where_all_others_are_masked_and_the_listed_are_far_below_zero(each_set: str) -> None:
+    """The exponential of a reference point of nothing, 0, over the others' is infinite, and was multiplied by 0."""
+    for dtype in (torch.float32, torch.float64):
+        s = torch.full((1, 40), -torch.inf, dtype=dtype)
+        s[0, 3], s[0, 7] = -1000, -1001
+        ids, log_probs, labels = torch.tensor([[3, 7]]), torch.tensor([[0.5, 0.5]]).log(), torch.tensor([7])
+        loss, gradient = value_and_gradient(loss_of, s, ids, log_probs, labels, soft_weight=0.0, hard_weight=1.0)
+        q = torch.tensor([1.0, 0.0], dtype=torch.float64).softmax(-1)
+        assert abs(loss.item() + math.log(q[1])) < 1e-6
+        right = torch.zeros(1, 40, dtype=torch.float64)
+        right[0, 3], right[0, 7] = q[0], q[1] - 1
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-6, atol=0)
+
+
 def test_mass_where_the_student_is_masked(each_set: str) -> None:
     """Listed or not, teacher mass where the student has none makes forward KL +inf, and its gradient finite."""
     s = torch.randn(3, 8)
@@ -557,6 +629,17 @@ def test_a_broken_row_is_visible_and_stays_alone(dtype: torch.dtype, tail: str, 
         assert gradient[broken].isnan().all()
         for a, b in zip((loss, gradient), whole, strict=True):
             torch.testing.assert_close(a[[0, 7]], b[[0, 7]], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_row_of_masked_classes_alone_is_broken_whatever_is_listed(tail: str, each_set: str) -> None:
+    for ids in ([2, 0], [-1, -1]):
+        s, teacher = torch.full((2, 40), -torch.inf), (torch.tensor([ids, [0, 1]]), torch.full((2, 2), 0.5).log())
+        s[1] = 0
+        loss, gradient = value_and_gradient(loss_of, s, *teacher, tail=tail, reduction="none")
+        assert loss.isnan().tolist() == [True, False]
+        assert gradient[0].isnan().all()
+        assert gradient[1].isfinite().all()
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -28,6 +28,7 @@ namespace reptile_ext {
 namespace {
 
 constexpr double kLeast = 0x1p-60;  // of a tame sum, which a reference point far above the others makes too small
+constexpr double kLargestProduct = 0x1p24;  // of a reference point; beyond, its rounding counts in an exponent
 constexpr int64_t kAlignment = 64;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -58,15 +59,16 @@ struct Listed {
   Scalar* lanes;     // [slots, a pair of vectors]: `add` as vectors
   void* scratch;     // the dense kernel's
 
-  void place(int64_t entry, int64_t id, int pair, bool hides) {
-    uint16_t& slot = slots[id / pair];
+  template <int kPair>
+  void place(int64_t entry, int64_t id, bool hides) {
+    uint16_t& slot = slots[id / kPair];
     if (slot == 0) {
-      pairs[num_slots] = id / pair;
+      pairs[num_slots] = id / kPair;
       hidden[num_slots++] = 0;
       slot = uint16_t(num_slots);
     }
     ids[entry] = id;
-    if (hides) hidden[slot - 1] |= uint32_t(1) << (id % pair);
+    if (hides) hidden[slot - 1] |= uint32_t(1) << (id % kPair);
   }
   // The entry of a class; −1: it is not listed.
   int64_t entry_of(int64_t id) const {
@@ -128,20 +130,20 @@ REPTILE_EXT_OUT_OF_LINE typename V::Scalar rest_max(const In* z, int64_t n, cons
   return reduce_max(top);
 }
 
-// Exponentials of the classes outside of the list, to e, and their sum.
-template <class In, class V = Arithmetic<In>>
-REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Scalar reference,
-                                         typename V::Scalar factor, const Listed<typename V::Scalar>& listed,
-                                         typename V::Scalar* e) {
+// Exponentials of the classes outside of the list, to e, and their sum. kFused: `shift`, added after the logit is
+// multiplied, is −reference · factor; else it is −reference, added before.
+template <bool kFused, class In, class V = Arithmetic<In>>
+REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Scalar shift, typename V::Scalar factor,
+                                         const Listed<typename V::Scalar>& listed, typename V::Scalar* e) {
   constexpr int kLanes = V::kLanes, kPair = 2 * kLanes;
-  const V m = V(reference), k = V(factor);
+  const V c = V(shift), k = V(factor);
   const uint16_t* const slots = listed.slots;
   const int64_t num_whole = n / kPair;
   V total[2] = {V(0), V(0)};
   V s[2], x[2];
   const auto exponentials = [&](int64_t j) {
     for (int h = 0; h < 2; ++h) {
-      x[h] = exp2((s[h] - m) * k);
+      x[h] = exp2(kFused ? fma(s[h], k, c) : (s[h] + c) * k);
       x[h].store(e + j * kPair + h * kLanes);
     }
   };
@@ -174,25 +176,33 @@ REPTILE_EXT_OUT_OF_LINE double rest_pass(const In* z, int64_t n, typename V::Sca
   return reduce_add(total[0] + total[1]);
 }
 
-template <class Scalar>
 struct RestSum {
-  Scalar reference = 0;
-  double sum = 0;
-  // log Σ e^(s / T) over the classes outside of the list, times T
-  double logit(double temperature) const { return sum == 0 ? -kInf : reference + temperature * log(sum); }
+  double reference = 0, sum = 0;
+  // log Σ e^(s / T) over the classes outside of the list, times T, less the reference point
+  double logit(double temperature) const { return sum == 0 ? -kInf : temperature * log(sum); }
 };
 
-// The same from a good reference point.
+// The same from a good reference point. In float32 it is chosen so that its product with the factor is a number, which
+// saves an operation a logit; unless the product is large, as its rounding comes out again in every exponent.
 template <class In, class V = Arithmetic<In>>
-RestSum<typename V::Scalar> rest_of(const In* z, int64_t n, double temperature,
-                                    const Listed<typename V::Scalar>& listed, bool is_empty, typename V::Scalar* e) {
+RestSum rest_of(const In* z, int64_t n, double temperature, const Listed<typename V::Scalar>& listed, bool is_empty,
+                typename V::Scalar* e) {
   using Scalar = typename V::Scalar;
-  RestSum<Scalar> rest;
+  constexpr bool kMayFuse = kFusesMultiplyAdd && sizeof(Scalar) == 4;
+  const Scalar factor = Scalar(kLog2E / temperature);
+  RestSum rest;
   for (bool exact = false;; exact = true) {
-    rest.reference = exact ? rest_max(z, n, listed) : row_max(z, n < kProbe ? n : kProbe, -1);
-    if (!exact && !(rest.reference > kNegInf)) continue;  // the probe saw only masked classes, or a NaN
-    if (rest.reference == kNegInf) rest.reference = 0;
-    rest.sum = rest_pass(z, n, rest.reference, Scalar(kLog2E / temperature), listed, e);
+    Scalar reference = exact ? rest_max(z, n, listed) : row_max(z, n < kProbe ? n : kProbe, -1);
+    if (!exact && !(reference > kNegInf)) continue;  // the probe saw only masked classes, or a NaN
+    if (reference == kNegInf) reference = 0;
+    const Scalar product = reference * factor;
+    if (kMayFuse && product > -kLargestProduct && product < kLargestProduct) {
+      rest.reference = double(product) / double(factor);
+      rest.sum = rest_pass<true>(z, n, -product, factor, listed, e);
+    } else {
+      rest.reference = reference;
+      rest.sum = rest_pass<false>(z, n, -reference, factor, listed, e);
+    }
     if (exact || is_empty || (is_tame(rest.sum) && rest.sum > kLeast)) return rest;
   }
 }
@@ -331,10 +341,10 @@ double rounding_of(const Listed<Scalar>& listed, double eps) {
 
 // Fills the list from the row's indices; returns the teacher's mass of classes that the student does not have, how many
 // classes are listed, and whether all that are lie beyond the student's.
-template <class Scalar>
-double read_list(const SparseProblem& p, int64_t row, int pair, Listed<Scalar>& listed, int64_t& count, bool& is_cut) {
+template <int kPair, class Scalar>
+double read_list(const SparseProblem& p, int64_t row, Listed<Scalar>& listed, int64_t& count, bool& is_cut) {
   const int64_t n = p.rows.vocab_size;
-  std::memset(listed.slots, 0, size_t((n + pair - 1) / pair) * sizeof(*listed.slots));
+  std::memset(listed.slots, 0, size_t((n + kPair - 1) / kPair) * sizeof(*listed.slots));
   listed.num_slots = 0;
   const int64_t* const indices = p.indices + row * p.k;
   double dropped = 0;
@@ -350,7 +360,7 @@ double read_list(const SparseProblem& p, int64_t row, int pair, Listed<Scalar>& 
       listed.teacher[i] = is_listed ? log_prob : -kInf;
       listed.ids[i] = -1;
       if (is_listed) {
-        listed.place(i, id, pair, true);
+        listed.template place<kPair>(i, id, true);
         ++count;
       }
     }
@@ -368,21 +378,32 @@ void read_logits(const In* z, Listed<Scalar>& listed) {
   }
 }
 
-// The dense kernel on the row of k + 1 classes: the loss of the row, and listed.gradient.
+// Takes the highest logit off them, which is returned, so that it costs no digits of the others' logarithm. Where that
+// is not used, they stay as they are: differences of two roundings could make equal logits of student and teacher
+// differ.
 template <class Scalar>
-double loss_of_few(const LossProblem& few, const Kernels& dense, double weight, const Listed<Scalar>& listed) {
+double take_off_the_highest(Tail tail, const RestSum& rest, Listed<Scalar>& listed) {
+  if (tail == Tail::kRestrict || rest.sum == 0) return 0;
+  double top = rest.reference;
+  for (int64_t i = 0; i < listed.k; ++i) top = max(top, listed.student[i]);
+  for (int64_t i = 0; i < listed.k; ++i) listed.student[i] -= top;
+  return top;
+}
+
+// The dense kernel on the row of k + 1 classes, whose problem is `few`: the loss of the row, and listed.gradient.
+template <class Scalar>
+double loss_of_few(LossProblem& few, const Kernels& dense, double weight, const Listed<Scalar>& listed) {
   if (weight == 0) {
     std::memset(listed.gradient, 0, size_t(listed.k + 1) * sizeof(double));
     return 0;
   }
   double loss = 0;
-  LossProblem p = few;
-  p.student.data = listed.student;
-  p.teacher.data = listed.teacher;
-  if (p.gradient.data) p.gradient.data = listed.gradient;
-  p.weights = &weight;
-  p.row_losses = &loss;
-  dense.loss_rows(p, 0, 1, listed.scratch);
+  few.student.data = listed.student;
+  few.teacher.data = listed.teacher;
+  if (few.gradient.data) few.gradient.data = listed.gradient;
+  few.weights = &weight;
+  few.row_losses = &loss;
+  dense.loss_rows(few, 0, 1, listed.scratch);
   return loss;
 }
 
@@ -403,8 +424,8 @@ LossProblem few_of(const SparseProblem& p) {
 }
 
 template <class In>
-void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& dense, int64_t row, const In* z,
-                 In* gradient, bool stream, const Scratch<typename Arithmetic<In>::Scalar>& scratch) {
+void loss_of_row(const SparseProblem& p, LossProblem& few, const Kernels& dense, int64_t row, const In* z, In* gradient,
+                 bool stream, const Scratch<typename Arithmetic<In>::Scalar>& scratch) {
   using V = Arithmetic<In>;
   using Scalar = typename V::Scalar;
   constexpr int kPair = 2 * V::kLanes;
@@ -415,17 +436,18 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
   const double grad_output = rows.grad_output ? rows.grad_output[rows.grad_output_is_uniform ? 0 : row] : 1;
   int64_t count;
   bool is_cut;
-  const double dropped = read_list(p, row, kPair, listed, count, is_cut);
+  const double dropped = read_list<kPair>(p, row, listed, count, is_cut);
   const bool soft = rows.soft_scale > 0 && !is_cut, hard = rows.hard_weight > 0;
   const bool is_all = count == n;
   const int64_t label = hard ? rows.labels[row] : -1;
   int64_t label_entry = hard ? listed.entry_of(label) : -1;
-  if (hard && label_entry < 0) listed.place(label_entry = k, label, kPair, false);
+  if (hard && label_entry < 0) listed.template place<kPair>(label_entry = k, label, false);
   for (int64_t i = 0; i <= k; ++i) listed.add[i] = 0;
 
   const double temperature = soft ? rows.student_temperature : 1;
-  const RestSum<Scalar> rest = rest_of(z, n, temperature, listed, is_all, scratch.e);
+  const RestSum rest = rest_of(z, n, temperature, listed, is_all, scratch.e);
   read_logits(z, listed);  // and the label's, before a gradient is written over them
+  const double top_logit = take_off_the_highest(p.tail, rest, listed);
   const double s_label = hard ? double(to_float(z[label])) : 0;
   double loss = rest.sum - rest.sum;         // NaN of a row that is broken outside of the list
   if (is_cut && rest.sum == 0) loss = kNaN;  // one that is masked all over
@@ -434,7 +456,7 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
   if (soft) {
     const double mass = sum_of_exponentials(listed.teacher, k, 0);
     double share = 1;  // what the divergence of distributions is multiplied with
-    listed.student[k] = p.tail == Tail::kRestrict ? -kInf : rest.logit(temperature);
+    listed.student[k] = p.tail == Tail::kRestrict ? -kInf : rest.reference - top_logit + rest.logit(temperature);
     listed.teacher[k] = -kInf;
     if (p.tail == Tail::kBucket && !is_all) {
       double r = 1 - dropped - mass;
@@ -443,40 +465,49 @@ void loss_of_row(const SparseProblem& p, const LossProblem& few, const Kernels& 
       if (rest.sum == 0 && r < rounding_of(listed, eps_of(p.log_probs.dtype))) r = 0;
       listed.teacher[k] = r > 0 ? log(r) : r == r ? -kInf : kNaN;
     }
-    if (p.tail == Tail::kZero) share = mass / (1 - dropped);
-    LossProblem of_row = few;
-    of_row.grad_output = &grad_output;
-    loss += loss_of_few(of_row, dense, weight * share, listed);
+    // Of what the student's classes have; which by rounding may be less than these have of it.
+    if (p.tail == Tail::kZero) share = dropped > 0 ? mass / max(1 - dropped, mass) : mass;
+    few.grad_output = &grad_output;
+    loss += loss_of_few(few, dense, weight * share, listed);
     if (p.tail == Tail::kZero && rows.divergence == Divergence::kForwardKl && share > 0) {
       loss += weight * rows.soft_scale * share * log(share);
     }
+    // Broken also where the teacher has no mass, and no arithmetic sees it.
+    bool is_masked = rest.sum == 0;
     for (int64_t i = 0; i < k; ++i) {
-      loss += listed.student[i] < kInf ? 0 : kNaN;  // also where the teacher has no mass, and no arithmetic sees it
+      loss += listed.student[i] < kInf ? 0 : kNaN;
+      is_masked &= listed.student[i] == -kInf;
       if (gradient) listed.add[i] = listed.gradient[i];
     }
+    if (is_masked) loss = kNaN;
     if (gradient && rest.sum != 0) factors.of_e = listed.gradient[k] / rest.sum;
   }
 
   const Scalar* e_1 = scratch.e;
   if (hard) {
-    const RestSum<Scalar> at_1 =
+    const RestSum at_1 =
         temperature == 1 ? rest : rest_of(z, n, 1.0, listed, is_all, temperature == 1 ? scratch.e : scratch.e_1);
     if (temperature != 1) e_1 = scratch.e_1;
-    const double rest_logit = at_1.logit(1);
+    // From here on, logits less the reference point at temperature 1.
+    const double shift = top_logit - at_1.reference, rest_logit = at_1.logit(1);
     double top = rest_logit;
-    for (int64_t i = 0; i < k; ++i) top = max(top, listed.student[i]);
+    for (int64_t i = 0; i < k; ++i) top = max(top, listed.student[i] += shift);
     const double log_z = top + log(sum_of_exponentials(listed.student, k, top) + exp(rest_logit - top));
     double a_sum = 0, unmasked = 1;
     if (rows.label_smoothing > 0) {
-      sum_of_logits(z, n, at_1.reference, a_sum, unmasked);
-      a_sum = (a_sum + unmasked * (at_1.reference - log_z)) * kLog2E;
+      const Scalar m = Scalar(at_1.reference);
+      sum_of_logits(z, n, m, a_sum, unmasked);
+      a_sum = (a_sum + unmasked * (m - at_1.reference - log_z)) * kLog2E;
     }
     const double factor = rows.hard_weight * weight * rows.gradient_scale * grad_output;
     // Exponentials from log_z as the reference point add up to 1.
-    const HardLabel of = hard_label(1, a_sum, unmasked, (s_label - log_z) * kLog2E, rows.label_smoothing, factor);
+    const HardLabel of =
+        hard_label(1, a_sum, unmasked, (s_label - at_1.reference - log_z) * kLog2E, rows.label_smoothing, factor);
     loss += weight * rows.hard_weight * of.loss;
     if (gradient) {
-      (temperature == 1 ? factors.of_e : factors.of_e_1) += of.to_q1 * exp(at_1.reference - log_z);
+      if (at_1.sum != 0) {  // else the reference point is nothing's
+        (temperature == 1 ? factors.of_e : factors.of_e_1) += of.to_q1 * exp(-log_z);
+      }
       factors.uniform = of.uniform;
       for (int64_t i = 0; i < k; ++i) {
         if (listed.ids[i] >= 0) listed.add[i] += of.to_q1 * exp(listed.student[i] - log_z);
@@ -517,7 +548,7 @@ void loss_rows_of_type(const SparseProblem& p, const Kernels& dense, int64_t beg
   const LossProblem& rows = p.rows;
   const int64_t n = rows.vocab_size;
   const bool gathered = is_gathered(p);
-  const LossProblem few = few_of(p);
+  LossProblem few = few_of(p);
   Pieces pieces{static_cast<char*>(memory)};
   const auto scratch = scratch_of<V>(p, dense, few, pieces);
   // Fresh memory larger than a cache; in place the line is in the cache already.

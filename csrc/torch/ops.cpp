@@ -284,12 +284,18 @@ void check_log_probs(const SparseProblem& p, int64_t row) {
   }
 }
 
+constexpr int64_t kLogitsPerTask = 1 << 17, kTasksOfManyRows = 64;
+
 Tensor run_sparse(const Arguments& a, const Tensor& indices, const Tensor& log_probs, int64_t tail, bool truncate,
                   const View& student, const View* gradient) {
   std::vector<int64_t> leading;
   SparseProblem p = sparse_problem_of(a, indices, log_probs, tail, student, gradient, leading);
   const Selection set = current_instruction_set();
-  const int64_t chunk = rows_per_task(std::max<int64_t>(1, p.rows.vocab_size));
+  const int64_t vocab_size = std::max<int64_t>(1, p.rows.vocab_size);
+  // Several rows at a time, where there are enough for all threads: the first one of a task waits for memory, and what
+  // is read ahead at the end of a row is the next one's. Of the longest rows one, so that threads end at the same time.
+  const int64_t chunk =
+      std::max(rows_per_task(vocab_size), std::min(kLogitsPerTask / vocab_size, p.rows.num_rows / kTasksOfManyRows));
   return loss_of_rows(a, p.rows, leading, [&] {
     // All of it before anything is written.
     parallel_rows(p.rows.num_rows, std::max<int64_t>(1, (1 << 13) / p.k), [&](int64_t begin, int64_t end) {

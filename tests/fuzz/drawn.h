@@ -1,4 +1,4 @@
-// What both fuzz targets are made of: the bytes of an input and what is drawn from them; tensors in memory of exactly
+// What the fuzz targets are made of: the bytes of an input and what is drawn from them; tensors in memory of exactly
 // their size; how a finding is reported.
 #pragma once
 
@@ -132,17 +132,6 @@ inline void store(char* p, DType dtype, double x) {
               : dtype == DType::kFloat32 ? (const void*)&f
                                          : &half,
               size_of(dtype));
-}
-
-struct Range {
-  double largest, smallest, epsilon;  // finite; normal; relative error of a rounding
-};
-inline Range range_of(DType dtype) {
-  constexpr Range kRanges[] = {{FLT_MAX, 0x1p-126, 0x1p-24},
-                               {0x1.fep127, 0x1p-126, 0x1p-8},
-                               {65504, 0x1p-14, 0x1p-11},
-                               {DBL_MAX, 0x1p-1022, 0x1p-53}};  // in the order of DType
-  return kRanges[int(dtype)];
 }
 
 // ----------------------------------------------------------------------------------------------------- a finding

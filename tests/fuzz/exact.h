@@ -18,11 +18,23 @@
 #include <vector>
 
 #include "../../csrc/divergence.h"
+#include "../../csrc/rows.h"
 
 namespace reptile_ext {
 
 using Numbers = std::vector<double>;
 using Sum = long double;  // of many terms, which in double would add up to more than a kernel's error
+
+struct Range {
+  double largest, smallest, epsilon;  // finite; normal; relative error of a rounding
+};
+inline Range range_of(DType dtype) {
+  constexpr Range kRanges[] = {{FLT_MAX, 0x1p-126, 0x1p-24},
+                               {0x1.fep127, 0x1p-126, 0x1p-8},
+                               {65504, 0x1p-14, 0x1p-11},
+                               {DBL_MAX, 0x1p-1022, 0x1p-53}};  // in the order of DType
+  return kRanges[int(dtype)];
+}
 
 // What is fuzzed: the divergences whose formulas stand here a second time. A new one joins by a case in `compute`.
 constexpr Divergence kKnown[] = {
@@ -383,6 +395,29 @@ class SoftPart {
   }
 };
 
+// Cross entropy at temperature 1, smoothed over the classes that are not masked. `spread` grows to that of its logits.
+inline void add_cross_entropy(ExactRow& row, const LossProblem& problem, const Numbers& student, int64_t label,
+                              double weight, double hard_scale, double& spread) {
+  const Softmax s_1(student, 1);
+  spread = std::max(spread, s_1.spread);
+  Sum sum = 0;
+  double count = 0;
+  for (size_t v = 0; v < student.size(); ++v) {
+    if (s_1.is_masked(v)) continue;
+    sum -= s_1.log_p[v];
+    ++count;
+  }
+  const double smoothing = problem.label_smoothing;
+  const double ce = times(1 - smoothing, -s_1.log_p[label]) + smoothing * double(sum) / count;
+  row.loss += weight * problem.hard_weight * ce;
+  row.loss_size += weight * problem.hard_weight * (1 + ce);
+  for (size_t v = 0; v < student.size(); ++v) {
+    const double target = (int64_t(v) == label ? 1 - smoothing : 0) + (s_1.is_masked(v) ? 0 : smoothing / count);
+    row.gradient[v] += hard_scale * (s_1.p[v] - target);
+    row.gradient_size[v] += std::fabs(hard_scale) * (s_1.p[v] + target);
+  }
+}
+
 // Of the problem, the numbers and the dtypes of student and teacher are read; of the teacher, nothing if there is
 // no soft part.
 inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, const Numbers& teacher, int64_t label,
@@ -425,26 +460,7 @@ inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, co
     }
     is_ambiguous = soft.is_ambiguous;
   }
-  if (is_hard) {  // cross entropy at temperature 1, smoothed over the classes that are not masked
-    const Softmax s_1(student, 1);
-    spread = std::max(spread, s_1.spread);
-    Sum sum = 0;
-    double count = 0;
-    for (size_t v = 0; v < n; ++v) {
-      if (s_1.is_masked(v)) continue;
-      sum -= s_1.log_p[v];
-      ++count;
-    }
-    const double smoothing = problem.label_smoothing;
-    const double ce = times(1 - smoothing, -s_1.log_p[label]) + smoothing * double(sum) / count;
-    row.loss += weight * problem.hard_weight * ce;
-    row.loss_size += weight * problem.hard_weight * (1 + ce);
-    for (size_t v = 0; v < n; ++v) {
-      const double target = (int64_t(v) == label ? 1 - smoothing : 0) + (s_1.is_masked(v) ? 0 : smoothing / count);
-      row.gradient[v] += hard_scale * (s_1.p[v] - target);
-      row.gradient_size[v] += std::fabs(hard_scale) * (s_1.p[v] + target);
-    }
-  }
+  if (is_hard) add_cross_entropy(row, problem, student, label, weight, hard_scale, spread);
   const double underflow = is_double ? 1e-290 : 1e-30;
   row.loss_slack += weight * (problem.soft_scale + problem.hard_weight) * underflow;
   for (double& slack : row.gradient_slack) slack += factor * underflow;
@@ -453,6 +469,160 @@ inline ExactRow exact_row(const LossProblem& problem, const Numbers& student, co
   const bool is_mse_far = problem.divergence == Divergence::kMse && is_soft && reach > 1e6;
   const bool is_factor_tame = factor == 0 || (factor > 1e-12 && factor < 1e12);
   row.is_moderate = spread < 2000 && is_factor_tame && !is_mse_far && !is_ambiguous;
+  return row;
+}
+
+// A row of a sparse teacher: classes, −1 for none, and the logarithms of their probabilities.
+struct SparseTeacher {
+  std::vector<int64_t> ids;
+  Numbers log_probs;
+  DType dtype;
+};
+
+// By the definitions of docs/maths.md, "Sparse teachers": a row of the listed classes and, last, of all others as one.
+// "renormalize" is the row of all classes, nothing of the teacher in the others, and shows that this is the same.
+//
+// The kernel computes the few classes in float64, the exponentials of the others in the arithmetic of the logits. So
+// `unit` is that of these, whose reference point may lie 42 above the highest of them, being another class.
+inline ExactRow exact_sparse_row(const LossProblem& problem, Tail tail, const Numbers& student,
+                                 const SparseTeacher& teacher, int64_t label, double weight, double grad_output) {
+  ExactRow row;
+  const size_t n = student.size();
+  // Of a row that lists only what the student does not have, nothing is known.
+  const int64_t vocab_size = int64_t(n);
+  const auto any_id = [&](auto&& is) { return std::any_of(teacher.ids.begin(), teacher.ids.end(), is); };
+  const bool is_cut = any_id([&](int64_t id) { return id >= vocab_size; }) &&
+                      !any_id([&](int64_t id) { return id >= 0 && id < vocab_size; });
+  const bool is_soft = problem.soft_scale > 0 && !is_cut, is_hard = problem.hard_weight > 0;
+  const bool is_double = problem.student.dtype == DType::kFloat64 || teacher.dtype == DType::kFloat64;
+
+  std::vector<size_t> listed;
+  Numbers y;
+  std::vector<bool> is_listed(n);
+  Sum mass = 0, dropped = 0, of_logarithms = 0;
+  for (size_t i = 0; i < teacher.ids.size(); ++i) {
+    const int64_t id = teacher.ids[i];
+    if (id < 0) continue;
+    const double log_prob = teacher.log_probs[i], p = std::exp(log_prob);
+    (id < vocab_size ? mass : dropped) += p;
+    if (id >= vocab_size) continue;
+    listed.push_back(size_t(id));
+    y.push_back(log_prob);
+    is_listed[size_t(id)] = true;
+    of_logarithms -= times(p, log_prob);
+  }
+  Numbers others;
+  for (size_t v = 0; v < n; ++v) {
+    if (!is_listed[v]) others.push_back(student[v]);
+  }
+  const bool is_all = others.empty();
+  if (is_all) others.push_back(-kInf);
+  const double t_s = problem.student_temperature;
+  const Softmax s(student, t_s), rest(others, t_s, is_all ? 0 : -1);
+  const bool has_rest = rest.top > -kInf && !(is_all || rest.is_empty);
+
+  row.is_broken = s.is_broken;
+  double r = 0, share = 1;
+  bool is_on_the_brink = false;  // a difference of two numbers, of which rounding leaves no digits
+  if (is_soft) {
+    if (tail == Tail::kBucket && !is_all) {
+      r = double(1 - dropped - mass);
+      const double eps = 2 * range_of(teacher.dtype).epsilon, computed = std::min(eps, 0x1p-23);
+      const double rounding = double(2 * eps * of_logarithms + 16 * computed * (1 + of_logarithms));
+      if (!has_rest && r < rounding) r = 0;
+      is_on_the_brink = std::fabs(double(1 - dropped - mass)) < 1e-6 || std::fabs(r - rounding) < 1e-12;
+      r = r < 0 ? 0 : r;
+    }
+    if (tail == Tail::kZero) {
+      share = double(dropped > 0 ? mass / std::max(1 - dropped, mass) : mass);
+      is_on_the_brink = std::fabs(double(1 - dropped)) < 1e-6;
+    }
+    double of_listed = -kInf;
+    for (size_t v : listed) of_listed = std::max(of_listed, student[v]);
+    if (tail == Tail::kRestrict && of_listed == -kInf) row.is_broken = true;
+    const bool is_nothing = std::all_of(y.begin(), y.end(), [](double log_prob) { return log_prob == -kInf; });
+    if ((tail == Tail::kRestrict || tail == Tail::kRenormalize) && is_nothing) row.is_broken = true;
+    if (tail == Tail::kBucket && is_nothing && r == 0 && !is_on_the_brink) row.is_broken = true;
+    if (std::isnan(r + double(mass) + share)) row.is_broken = true;
+  }
+  if (row.is_broken) return row;
+
+  const double scale = weight * problem.gradient_scale * grad_output;
+  const double soft_scale = scale * problem.soft_scale / t_s, hard_scale = scale * problem.hard_weight;
+  const double factor = std::max(std::fabs(soft_scale), std::fabs(hard_scale));
+  // Sums of exponentials may be as large as 2^60 times their number, and as small as 2^-60.
+  const double largest = s.reach * std::max(1.0, factor) * double(n) * 0x1p63;
+  const bool is_zero_times_inf = is_hard && problem.label_smoothing == 1 && std::isinf(student[size_t(label)]);
+  // A teacher without mass, or with none in the student's classes, is NaN; or not, if rounding leaves some.
+  const bool may_be_nothing = is_on_the_brink && (tail == Tail::kZero || mass == 0);
+  row.is_in_range = largest < (is_double ? DBL_MAX : FLT_MAX) && factor < 1e12 && !is_zero_times_inf && !may_be_nothing;
+  if (!row.is_in_range) return row;
+
+  // Logits are taken relative to those outside of the list, where there are any.
+  double spread = is_double ? s.spread : has_rest ? rest.spread : 0;
+  if (!has_rest) spread += std::fabs(s.top) / std::min(t_s, 1.0);
+  row.gradient.assign(n, 0);
+  row.gradient_size = row.gradient_slack = row.gradient;
+  bool is_ambiguous = false;
+  if (is_soft && share > 0) {
+    LossProblem few = problem;
+    few.student.dtype = few.teacher.dtype = DType::kFloat64;
+    few.teacher_temperature = 1;
+    Numbers of_student, of_teacher;
+    if (tail == Tail::kRenormalize) {
+      of_student = student;
+      of_teacher.assign(n, -kInf);
+      for (size_t i = 0; i < listed.size(); ++i) of_teacher[listed[i]] = y[i];
+    } else {
+      for (size_t v : listed) of_student.push_back(student[v] - s.top);  // no digits lost to what they have in common
+      of_teacher = y;
+      if (has_rest || r > 0) {
+        const bool is_left_out = tail == Tail::kRestrict || !has_rest;
+        of_student.push_back(is_left_out ? -kInf : rest.top - s.top + t_s * rest.log_sum);
+        of_teacher.push_back(r > 0 ? std::log(r) : -kInf);
+      }
+    }
+    const SoftPart soft(few, of_student, of_teacher, 0);
+    const double log_share = tail == Tail::kZero && problem.divergence == Divergence::kForwardKl ? std::log(share) : 0;
+    const double to_loss = weight * problem.soft_scale * share, to_gradient = soft_scale * share;
+    row.loss = to_loss * (std::max(double(soft.value), 0.0) + log_share);
+    row.loss_size = to_loss * (soft.size + std::fabs(log_share));
+    row.loss_slack = to_loss * soft.slack;
+    // An exponential is 0 below the least normal number; their sum is 2^-60 at least.
+    const double least = is_double ? 0x1p-962 : 0x1p-66;
+    const auto set = [&](size_t v, size_t i, double part, double underflow) {
+      row.gradient[v] = to_gradient * times(part, soft.gradient[i]);
+      row.gradient_size[v] = std::fabs(to_gradient) * part * (soft.gradient_size[i] + std::fabs(soft.gradient[i]));
+      row.gradient_slack[v] =
+          std::fabs(to_gradient) * (part * soft.gradient_slack[i] + underflow * std::fabs(soft.gradient[i]));
+    };
+    if (tail == Tail::kRenormalize) {
+      for (size_t v = 0; v < n; ++v) {
+        set(v, v, 1, 0);
+        row.gradient_slack[v] += std::fabs(to_gradient) * least;
+      }
+    } else {
+      for (size_t i = 0; i < listed.size(); ++i) set(listed[i], i, 1, 0);
+      for (size_t v = 0, i = 0; has_rest && v < n; ++v) {
+        if (!is_listed[v]) set(v, listed.size(), rest.p[i++], least);
+      }
+    }
+    is_ambiguous = soft.is_ambiguous;
+    if (is_on_the_brink) {
+      row.loss_slack = kInf;
+      row.gradient_slack.assign(n, kInf);
+    }
+  }
+  if (is_hard) add_cross_entropy(row, problem, student, label, weight, hard_scale, spread);
+  const double underflow = is_double ? 1e-290 : 1e-30;
+  row.loss_slack += weight * (problem.soft_scale + problem.hard_weight) * underflow;
+  for (double& slack : row.gradient_slack) slack += factor * underflow;
+
+  row.unit = (is_double ? 0x1p-53 : 0x1p-24) * 4 * (spread + 42 + 16);
+  // What 1 less a sum of probabilities is off by.
+  const double left = tail == Tail::kZero ? double(1 - dropped) : r;
+  if (is_soft && left > 0) row.unit += 0x1p-53 * 16 / left;
+  row.is_moderate = s.spread < 2000 && (factor == 0 || factor > 1e-12) && !is_ambiguous;
   return row;
 }
 

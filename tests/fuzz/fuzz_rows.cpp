@@ -12,16 +12,16 @@
 //     equal    with the student's logits as the teacher's: exactly 0
 //     scale    scale_rows multiplies every element by the factor of its row, and nothing else
 //
-// The first byte may also choose the kernels of elements instead (fuzz_elements.cpp).
+// The first byte may also choose the kernels of elements (fuzz_elements.cpp) or of sparse teachers (fuzz_sparse.cpp).
 //
-// and of all runs that they write the gradient, and no byte between its elements. A finding prints the case and aborts;
-// libFuzzer writes the input to a file, which tests/fuzz.sh --replay FILE runs again.
+// Of all runs it is checked that they write the gradient, and no byte between its elements. A finding prints the case
+// and aborts; libFuzzer writes the input to a file, which tests/fuzz.sh --replay FILE runs again.
 
 #include <sanitizer/asan_interface.h>
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/instruction_sets.h"
-#include "drawn.h"
+#include "rows.h"
 
 using namespace reptile_ext;
 
@@ -44,6 +44,7 @@ struct Case {
 
   bool is_in(int64_t row) const { return weights.empty() || weights[row] != 0; }
   bool is_soft() const { return p.soft_scale > 0; }
+  bool may_be_negative() const { return p.hard_weight > 0; }  // by its rounding alone
   const Tensor& teacher_tensor() const { return teacher_is_student ? student : teacher; }
   DType arithmetic() const {
     return p.student.dtype == DType::kFloat64 || p.teacher.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -86,45 +87,11 @@ void describe_current(int64_t row) {
   }
 }
 
-// Other bits wherever the driver has no business to read: between the elements, past vocab_size, in ignored rows.
-void scramble(Tensor& t, const Case& c, Random random) {
-  Memory other(t.memory.size());
-  random.fill(other);
-  for (int64_t row = 0; row < c.p.num_rows; ++row) {
-    for (int64_t v = 0; c.is_in(row) && v < c.p.vocab_size; ++v) {
-      std::memcpy(&other[t.at(row, v)], &t.memory[t.at(row, v)], size_of(t.dtype));
-    }
-  }
-  t.memory = other;
-}
-void scramble_labels(Case& c, Random random) {
-  for (size_t row = 0; row < c.labels.size(); ++row) {
-    if (!c.is_in(int64_t(row))) {
-      c.labels[row] = random.pick({int64_t(-100), int64_t(-1), c.p.vocab_size, INT64_MIN, INT64_MAX, int64_t(0)});
-    }
-  }
-}
-
-// Classes: few, or around the size of a vector, of the probe (512) and of a block (to 4,096). Then so many rows that
-// the case stays small, but enough to fill the vectors where rows lie side by side.
-void read_shape(LossProblem& p, Input& in) {
-  const int64_t kind = in.below(16), edges[] = {2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 4096};
-  p.vocab_size = kind < 8 ? 1 + in.below(70) : (kind < 15 ? edges[in.below(8)] : in.pick(edges)) + in.below(3) - 1;
-  int64_t room = std::min<int64_t>(100, std::max<int64_t>(9, 2048 / p.vocab_size));
-  p.num_rows = 1;
-  p.num_row_dims = int(in.below(5));
-  for (int d = 0; d < p.num_row_dims; ++d) {
-    p.row_sizes[d] = 1 + in.below(room);
-    p.num_rows *= p.row_sizes[d];
-    room /= p.row_sizes[d];
-  }
-}
-
 Case read_case(Input& in) {
   Case c;
   LossProblem& p = c.p;
   read_numbers(p, in);
-  read_shape(p, in);
+  read_row_shape(p, in);
   c.student.num_classes = c.teacher.num_classes = p.vocab_size;
   if (in.one_in(4)) (in.one_in(2) ? c.student : c.teacher).num_classes += 1 + in.below(40);
   p.gradient_size = c.student.num_classes;
@@ -141,24 +108,7 @@ Case read_case(Input& in) {
   lay_out(c.gradient, in, p, family < 3 ? family : in.below(3), false);
 
   Random random(in.bits(2));
-  if (in.one_in(2)) {
-    c.weights.resize(size_t(p.num_rows));
-    for (double& w : c.weights) w = random.pick({1.0, 0.0, 0.3, 3.0});
-  }
-  if (needs_labels(p.divergence) || p.hard_weight > 0 || in.one_in(4)) {
-    for (int64_t row = 0; row < p.num_rows; ++row) c.labels.push_back(int64_t(random.bits() >> 1) % p.vocab_size);
-    scramble_labels(c, random);
-  }
-  if (in.one_in(2)) {
-    p.grad_output_is_uniform = in.one_in(2);
-    c.grad_output.resize(size_t(p.grad_output_is_uniform ? 1 : p.num_rows));
-    for (double& u : c.grad_output) u = random.pick({1.0, -1.0, 0.0, 65536.0, 1e-3});
-  }
-  if (in.one_in(4)) {
-    c.outer = in.pick({int64_t(3), int64_t(1) << 20, int64_t(1) << 32});
-    c.outer_index = in.one_in(2) ? c.outer - 1 : 0;
-  }
-  c.cuts = read_cuts(in, p.num_rows);
+  read_rows(c, in, random);
 
   fill(c.student, in, p.student_temperature, nullptr);
   fill(c.teacher, in, p.teacher_temperature, &c.student);
@@ -170,33 +120,6 @@ Case read_case(Input& in) {
 }
 
 // -------------------------------------------------------------------------------------------- running the kernels
-
-// The problem in full: with the outermost dimension, along which strides are 0.
-LossProblem with_outer(const Case& c) {
-  LossProblem p = c.p;
-  p.num_rows *= c.outer;
-  p.num_row_dims = 0;
-  if (c.outer > 1) p.row_sizes[p.num_row_dims++] = c.outer;
-  for (int d = 0; d < c.p.num_row_dims; ++d) p.row_sizes[p.num_row_dims++] = c.p.row_sizes[d];
-  return p;
-}
-Operand operand_of(const Tensor& t, Memory& memory, const Case& c) {
-  Operand o;
-  o.data = memory.data() + t.start * int64_t(size_of(t.dtype));
-  o.dtype = t.dtype;
-  o.class_stride = t.class_stride;
-  std::copy(t.row_strides.begin(), t.row_strides.end(), o.row_strides + (c.outer > 1));
-  return o;
-}
-// A pointer to row 0 of an array that has only this case's rows: possibly far before what memory there is.
-template <class T>
-T* row_0(T* rows, const Case& c) {
-  return reinterpret_cast<T*>(uintptr_t(rows) - uintptr_t(c.outer_index * c.p.num_rows) * sizeof(T));
-}
-
-struct Result {
-  Numbers losses, gradient;  // gradient: [num_rows, gradient_size], or empty
-};
 
 // All rows of the case, chunk by chunk. `garbage` is what fresh memory is full of.
 Result run(const Case& c, const Kernels& kernels, char garbage) {
@@ -212,13 +135,8 @@ Result run(const Case& c, const Kernels& kernels, char garbage) {
 
   const std::vector<int64_t> labels(c.labels);
   const Numbers weights(c.weights), grad_output(c.grad_output);
-  if (!labels.empty()) p.labels = row_0(labels.data(), c);
-  if (!weights.empty()) p.weights = row_0(weights.data(), c);
-  if (!grad_output.empty())
-    p.grad_output = p.grad_output_is_uniform ? grad_output.data() : row_0(grad_output.data(), c);
   Result result;
-  result.losses.assign(size_t(c.p.num_rows), garbage);
-  p.row_losses = row_0(result.losses.data(), c);
+  set_rows(p, c, labels, weights, grad_output, result, garbage);
 
   // Without a soft part the teacher is not read at all.
   const bool is_hidden = !c.is_soft() && !c.teacher_is_student;
@@ -237,50 +155,6 @@ Result run(const Case& c, const Kernels& kernels, char garbage) {
 }
 
 // ----------------------------------------------------------------------------------------------------- the checks
-
-// The promises of SPEC.md for each row.
-void check_rows(const Case& c, const Result& result, const std::vector<ExactRow>& exact) {
-  const int64_t n = c.p.vocab_size, width = c.p.gradient_size;
-  for (int64_t row = 0; row < c.p.num_rows; ++row) {
-    const ExactRow& e = exact[row];
-    const double loss = result.losses[row];
-    const double* gradient = result.gradient.empty() ? nullptr : &result.gradient[row * width];
-    const auto all = [&](int64_t begin, int64_t end, const char* what, auto&& is_right) {
-      for (int64_t v = begin; gradient && v < end; ++v) {
-        if (!is_right(gradient[v])) fail(row, "%s: the gradient of class %lld is %g", what, (long long)v, gradient[v]);
-      }
-    };
-    const auto is_zero = [](double g) { return g == 0; };
-
-    if (!c.is_in(row)) {
-      if (loss != 0) fail(row, "is out: the loss is %g", loss);
-      all(0, width, "is out", is_zero);
-      continue;
-    }
-    all(n, width, "past vocab_size", is_zero);
-    if (e.is_broken) {
-      if (!std::isnan(loss)) fail(row, "is broken: the loss is %g", loss);
-      all(0, n, "is broken", [](double g) { return std::isnan(g); });
-      continue;
-    }
-    if (c.p.hard_weight == 0 && loss < 0) fail(row, "the loss is negative, %g", loss);
-    if (!e.is_in_range) continue;
-    if (std::isnan(loss)) fail(row, "is not broken: the loss is NaN");
-    all(0, n, "is not broken", [](double g) { return !std::isnan(g); });
-    if (!e.is_moderate) continue;
-    const double tolerance = e.unit * e.loss_size + e.loss_slack;
-    if (loss != e.loss && !(std::fabs(loss - e.loss) <= tolerance)) {
-      fail(row, "the loss is %.17g, right is %.17g, within %.3g", loss, e.loss, tolerance);
-    }
-    for (int64_t v = 0; gradient && v < n; ++v) {
-      const double tolerance_v = e.unit * e.gradient_size[v] + e.gradient_slack[v];
-      if (!is_near(gradient[v], e.gradient[v], tolerance_v, c.student.dtype)) {
-        fail(row, "the gradient of class %lld is %.17g, right is %.17g, within %.3g", (long long)v, gradient[v],
-             e.gradient[v], tolerance_v);
-      }
-    }
-  }
-}
 
 // The sets compute the same exponents and round differently only what they do with them. So they are near to each other
 // also where the logits are too far apart to be near to what is right. (What is between the passes is float64 and, of
@@ -302,21 +176,6 @@ void check_agreement(const Case& c, const Result& a, const Result& b, const std:
     }
   }
 }
-// In the rows that have the same to read as before.
-template <class Predicate>
-void check_same_bits(const Case& c, const Result& before, const Result& after, Predicate&& is_same) {
-  for (int64_t row = 0; row < c.p.num_rows; ++row) {
-    if (!is_same(row)) continue;
-    if (!same_bits(before.losses[row], after.losses[row])) {
-      fail(row, "the loss was %.17g and is %.17g", before.losses[row], after.losses[row]);
-    }
-    for (int64_t v = 0; !before.gradient.empty() && v < c.p.gradient_size; ++v) {
-      const double g = before.gradient[row * c.p.gradient_size + v], h = after.gradient[row * c.p.gradient_size + v];
-      if (!same_bits(g, h)) fail(row, "the gradient of class %lld was %.17g and is %.17g", (long long)v, g, h);
-    }
-  }
-}
-
 void check_alone(const Case& c, Input& in, const Kernels& kernels, const Result& before) {
   Case other = c;
   current_case = &other;
@@ -418,12 +277,14 @@ std::vector<Selection> supported_sets() {
 }  // namespace
 
 void fuzz_elements(const uint8_t* data, size_t size, const std::vector<Selection>& sets);  // fuzz_elements.cpp
+void fuzz_sparse(const uint8_t* data, size_t size, const std::vector<Selection>& sets);    // fuzz_sparse.cpp
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<Selection> sets = supported_sets();
   Input in(data, size);
-  if (in.one_in(2)) {
-    fuzz_elements(data + 1, size - 1, sets);
+  const int64_t target = in.below(3);
+  if (target > 0) {
+    (target == 1 ? fuzz_elements : fuzz_sparse)(data + 1, size - 1, sets);
     return 0;
   }
   describe_case = describe_current;

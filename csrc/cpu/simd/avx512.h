@@ -9,6 +9,8 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = true;
+// Whether fma rounds once.
+constexpr bool kFusesMultiplyAdd = true;
 
 struct Float {
   using Scalar = float;

@@ -7,6 +7,8 @@ namespace {
 
 // Whether a pair of bfloat16 vectors holds even elements in its first half and odd ones in its second.
 constexpr bool kInterleavesBFloat16 = false;
+// Whether fma rounds once.
+constexpr bool kFusesMultiplyAdd = false;
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t FloatBits __attribute__((vector_size(16)));
