@@ -1015,7 +1015,8 @@ def test_ignored_rows_are_left_out_where_their_number_is_known(
         of_rows, count = ignored_by(labels, weight)
         counted = reference.counted_rows(of_rows.get("labels"), of_rows.get("weight"), -100)
         assert counted is not None
-        case = make_case(dtype)
+        # Of other hidden sizes, torch's bfloat16 products with AMX carry a NaN from row to row (docs/design.md).
+        case = make_case(dtype, sizes=(32, 64))
         wanted = ["student_hidden", "student_weight", "student_bias"]
         above = torch.rand(23) if keywords.get("reduction") == "none" else torch.tensor(1 / 3)
         check(case, wanted, above, num_rows_in=count + beyond, **of_rows, **keywords)
