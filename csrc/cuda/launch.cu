@@ -12,6 +12,8 @@ const char* launch_ring_bfloat16(const DeviceLoss& loss, const Plan& plan, void*
 const char* launch_ring_float16(const DeviceLoss& loss, const Plan& plan, void* stream);
 const char* launch_any_float(const DeviceLoss& loss, const Plan& plan, void* stream);
 const char* launch_any_double(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_sparse_float(const DeviceSparse& problem, const SparsePlan& plan, void* stream);
+const char* launch_sparse_double(const DeviceSparse& problem, const SparsePlan& plan, void* stream);
 
 namespace {
 
@@ -178,6 +180,11 @@ const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream) {
   if (p.student.dtype == DType::kFloat32) return launch_ring_float32(loss, plan, stream);
   return p.student.dtype == DType::kBFloat16 ? launch_ring_bfloat16(loss, plan, stream)
                                              : launch_ring_float16(loss, plan, stream);
+}
+
+const char* launch_sparse(const DeviceSparse& problem, const SparsePlan& plan, void* stream) {
+  if (problem.rows.problem.num_rows == 0) return nullptr;
+  return problem.is_double() ? launch_sparse_double(problem, plan, stream) : launch_sparse_float(problem, plan, stream);
 }
 
 const char* launch_scale(const DeviceLoss& loss, const void* factors, bool factors_are_double, bool is_uniform,
