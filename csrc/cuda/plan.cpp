@@ -221,3 +221,25 @@ extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_p
   for (int i = 0; i < 10; ++i) numbers[i] = found[i];
   return name_of(plan);
 }
+
+// For tests, of a sparse teacher: threads, blocks of a cluster, chunks of a block, tiles, whether a row is kept, bytes
+// of shared memory, blocks.
+extern "C" __attribute__((visibility("default"))) void reptile_ext_cuda_sparse_plan(int64_t num_rows,
+                                                                                    int64_t vocab_size, int64_t k,
+                                                                                    int dtype, int num_multiprocessors,
+                                                                                    int has_clusters,
+                                                                                    int64_t* numbers) {
+  using namespace reptile_ext;
+  DeviceSparse problem;
+  problem.rows.problem.num_rows = num_rows;
+  problem.rows.problem.vocab_size = vocab_size;
+  problem.rows.problem.student.dtype = DType(dtype);
+  problem.k = k;
+  DeviceProperties device;
+  device.num_multiprocessors = num_multiprocessors;
+  device.set_generation(has_clusters != 0);
+  const SparsePlan plan = plan_of(problem, device);
+  const int64_t found[] = {plan.threads, plan.cluster_blocks, plan.share,      plan.num_tiles,
+                           plan.keeps,   plan.shared_bytes,   plan.grid_blocks};
+  for (int i = 0; i < 7; ++i) numbers[i] = found[i];
+}

@@ -36,7 +36,7 @@ namespace {
 
 template <DType kType, class Value, class Stored>
 struct LogitsOf {
-  static constexpr DType kDType = kType;
+  static constexpr DType dtype() { return kType; }
   using V = Value;
   using Bits = Stored;
 };
@@ -54,7 +54,7 @@ REPTILE_EXT_DEVICE void values_of(const Raw<kWordsOf<In>>& raw, typename In::V (
   if constexpr (kWordsOf<In> == 4) {
     memcpy(x, &raw, sizeof(x));
   } else {
-    widen(raw, In::kDType, x);
+    widen(raw, In::dtype(), x);
   }
 }
 template <class In>
@@ -62,8 +62,8 @@ REPTILE_EXT_DEVICE Raw<kWordsOf<In>> raw_of(const typename In::V (&x)[kChunk]) {
   Raw<kWordsOf<In>> raw;
   if constexpr (kWordsOf<In> == 1) {
     for (int i = 0; i < 4; ++i) {
-      raw.word[0].word[i] = In::kDType == DType::kBFloat16 ? bfloat16s_of(float(x[2 * i]), float(x[2 * i + 1]))
-                                                           : halves_of(float(x[2 * i]), float(x[2 * i + 1]));
+      raw.word[0].word[i] = In::dtype() == DType::kBFloat16 ? bfloat16s_of(float(x[2 * i]), float(x[2 * i + 1]))
+                                                            : halves_of(float(x[2 * i]), float(x[2 * i + 1]));
     }
   } else {
     memcpy(&raw, x, sizeof(raw));
@@ -138,22 +138,31 @@ struct Chunks : Slots {
   using V = typename In::V;
   static constexpr int kWords = kWordsOf<In>;
 
-  REPTILE_EXT_DEVICE static bool is_whole(const Place& place, int64_t chunk) {
-    return In::kDType != DType::kFloat64 && place.is_whole(chunk);
-  }
-  REPTILE_EXT_DEVICE static const char* address_of(const LossProblem& p, const Place& place, int64_t chunk) {
-    return address<V>(p.student, place.student + place.first_class(chunk));
+  // Which chunks of a share are whole loads of an operand, and where the first of all is.
+  struct Whole {
+    int first, count;
+    char* base;
+    REPTILE_EXT_DEVICE bool has(int c) const { return uint32_t(c - first) < uint32_t(count); }
+    REPTILE_EXT_DEVICE char* at(int c) const { return base + int64_t(c) * (16 * kWords); }
+  };
+  REPTILE_EXT_DEVICE static Whole whole_of(const Operand& operand, int64_t offset, const Place& place,
+                                           const Share& of) {
+    if (In::dtype() == DType::kFloat64 || !place.aligned || of.count == 0) return {0, 0, nullptr};
+    const int first = of.first == 0 && place.shift > 0 ? 1 : 0;
+    const int64_t end = (place.vocab_size + place.shift) / kChunk - of.first;
+    const int count = int(end < of.count ? end : of.count) - first;
+    const char* const base = address<V>(operand, offset + place.first_class(of.first));
+    return {first, count < 0 ? 0 : count, const_cast<char*>(base)};
   }
   // By this thread, for itself: the copies of a chunk that is whole loads.
-  REPTILE_EXT_DEVICE void order(const LossProblem& p, const Place& place, const Share& of, int c) const {
-    if (!is_whole(place, of.first + c)) return;
-    const char* const from = address_of(p, place, of.first + c);
-    for (int w = 0; w < kWords; ++w) copy_128(at(c, w), from + 16 * w);
+  REPTILE_EXT_DEVICE void order(const Whole& whole, int c) const {
+    if (!whole.has(c)) return;
+    for (int w = 0; w < kWords; ++w) copy_128(at(c, w), whole.at(c) + 16 * w);
   }
   // ... all of its own, from c on.
-  REPTILE_EXT_DEVICE void order_from(const LossProblem& p, const Place& place, const Share& of, int c) const {
+  REPTILE_EXT_DEVICE void order_from(const Whole& whole, const Share& of, int c) const {
     REPTILE_EXT_NO_UNROLL
-    for (; c < of.count; c += threads) order(p, place, of, c);
+    for (; c < of.count; c += threads) order(whole, c);
   }
   REPTILE_EXT_DEVICE Raw<kWords> gathered(const LossProblem& p, const Place& place, int64_t chunk) const {
     V x[kChunk];
@@ -163,36 +172,41 @@ struct Chunks : Slots {
   // The copies have come; what cannot be copied whole is loaded.
   REPTILE_EXT_DEVICE void arrive(const LossProblem& p, const Place& place, const Share& of) const {
     wait_for_copies<0>();
-    const bool aligned = In::kDType != DType::kFloat64 && place.aligned;
+    const Whole whole = whole_of(p.student, place.student, place, of);
     REPTILE_EXT_NO_UNROLL
     for (int c = rank; c < of.count; c += threads) {
       // Of a row of whole loads the first and the last chunk alone may be none: go on to the last.
-      if (aligned && c != rank && of.count - 1 - c >= threads) c += (of.count - 1 - c) / threads * threads;
-      if (is_whole(place, of.first + c)) continue;
+      if (whole.count > 0 && c != rank && of.count - 1 - c >= threads) c += (of.count - 1 - c) / threads * threads;
+      if (whole.has(c)) continue;
       const Raw<kWords> raw = gathered(p, place, of.first + c);
       for (int w = 0; w < kWords; ++w) store_shared_128(at(c, w), raw.word[w]);
     }
   }
   // A chunk of this thread. `again`: of a row that is not kept, it will be read once more.
-  REPTILE_EXT_DEVICE void get(const LossProblem& p, const Place& place, const Share& of, int c, bool again,
-                              V (&x)[kChunk]) const {
+  REPTILE_EXT_DEVICE void get(const LossProblem& p, const Place& place, const Whole& whole, int64_t first_chunk, int c,
+                              bool again, V (&x)[kChunk]) const {
     Raw<kWords> raw;
     if (keeps) {
       for (int w = 0; w < kWords; ++w) raw.word[w] = load_shared_any_128(at(c, w));
-    } else if (is_whole(place, of.first + c)) {
-      raw.load(address_of(p, place, of.first + c), again);
+    } else if (whole.has(c)) {
+      raw.load(whole.at(c), again);
     } else {
-      raw = gathered(p, place, of.first + c);
+      raw = gathered(p, place, first_chunk + c);
     }
     values_of<In>(raw, x);
   }
-  REPTILE_EXT_DEVICE void put_gradient(const LossProblem& p, const Place& place, const Share& of, int c,
-                                       const V (&g)[kChunk]) const {
-    const int64_t chunk = of.first + c;
-    if (!is_whole(place, chunk)) return store_gradient(p.gradient, place, chunk, g);
+  REPTILE_EXT_DEVICE void put_gradient(const LossProblem& p, const Place& place, const Whole& whole,
+                                       int64_t first_chunk, int c, const V (&g)[kChunk]) const {
+    if (!whole.has(c)) return store_elements(p.gradient, place, first_chunk + c, g);
     const Raw<kWords> raw = raw_of<In>(g);
-    char* const to = const_cast<char*>(address<V>(p.gradient, place.gradient + place.first_class(chunk)));
-    for (int w = 0; w < kWords; ++w) store_128(to + 16 * w, raw.word[w]);
+    for (int w = 0; w < kWords; ++w) store_128(whole.at(c) + 16 * w, raw.word[w]);
+  }
+  REPTILE_EXT_DEVICE static void store_elements(const Operand& gradient, const Place& place, int64_t chunk,
+                                                const V (&g)[kChunk]) {
+    for (int i = 0; i < kChunk; ++i) {
+      const int64_t v = place.first_class(chunk) + i;
+      if (v >= 0 && v < place.vocab_size) store_class(gradient, place.gradient + v * gradient.class_stride, g[i]);
+    }
   }
 };
 
@@ -253,7 +267,8 @@ REPTILE_EXT_DEVICE void add_chunk(const Asked<V>& asked, const V (&x)[kChunk], u
 // The passes are functions of their own, each with all registers; the rest of the kernel is there once for all types.
 template <class In>
 REPTILE_EXT_DEVICE_CALL void order_row(const LossProblem& p, const Slots& slots, const Place& place, const Share& of) {
-  Chunks<In>{slots}.order_from(p, place, of, slots.rank);
+  const Chunks<In> chunks{slots};
+  chunks.order_from(chunks.whole_of(p.student, place.student, place, of), of, slots.rank);
   end_copies();
 }
 
@@ -262,11 +277,12 @@ REPTILE_EXT_DEVICE_CALL void rest_pass(const LossProblem& p, const Slots& slots,
                                        const Asked<typename In::V> asked, bool clears,
                                        RestSums<typename In::V>& so_far) {
   const Chunks<In> chunks{slots};
+  const auto whole = chunks.whole_of(p.student, place.student, place, of);
   RestSums<typename In::V> sums = so_far;
   REPTILE_EXT_NO_UNROLL
   for (int c = slots.rank; c < of.count; c += slots.threads) {
     typename In::V x[kChunk];
-    chunks.get(p, place, of, c, true, x);
+    chunks.get(p, place, whole, of.first, c, true, x);
     const uint32_t listed = load_shared(slots.bits + c);
     add_chunk(asked, x, listed, sums);
     if (clears && listed) store_shared(slots.bits + c, uint8_t(0));
@@ -288,12 +304,15 @@ REPTILE_EXT_DEVICE_CALL void gradient_pass(const LossProblem& p, const Slots& sl
                                            const Factors<typename In::V> row, const Place* next, const Share& of_next) {
   using V = typename In::V;
   const Chunks<In> chunks{slots};
+  const auto whole = chunks.whole_of(p.student, place.student, place, of);
+  const auto whole_gradient = chunks.whole_of(p.gradient, place.gradient, place, of);
+  const auto whole_next = next ? chunks.whole_of(p.student, next->student, *next, of_next) : whole;
   const int64_t label_chunk = row.label < 0 ? -1 : (row.label + place.shift) / kChunk - of.first;
   int c = slots.rank;
   REPTILE_EXT_NO_UNROLL
   for (; c < of.count; c += slots.threads) {
     V x[kChunk], g[kChunk];
-    chunks.get(p, place, of, c, false, x);
+    chunks.get(p, place, whole, of.first, c, false, x);
     for (int i = 0; i < kChunk; ++i) g[i] = exp2((x[i] - row.reference) * asked.k) * row.of_e;
     if (asked.separate) {
       for (int i = 0; i < kChunk; ++i) g[i] = g[i] + exp2((x[i] - row.reference) * V(kLog2E)) * row.of_e_1;
@@ -309,11 +328,11 @@ REPTILE_EXT_DEVICE_CALL void gradient_pass(const LossProblem& p, const Slots& sl
       }
       store_shared(slots.bits + c, uint8_t(0));
     }
-    chunks.put_gradient(p, place, of, c, g);
-    if (next) chunks.order(p, *next, of_next, c);
+    chunks.put_gradient(p, place, whole_gradient, of.first, c, g);
+    if (next) chunks.order(whole_next, c);
   }
   if (!next) return;
-  chunks.order_from(p, *next, of_next, c);  // a row that begins at another distance from 16 bytes may have one more
+  chunks.order_from(whole_next, of_next, c);  // a row that begins at another distance from 16 bytes may have one more
   end_copies();
 }
 
@@ -327,6 +346,7 @@ struct Between {
   double top_s, top_t;  // of the listed
   double mass, dropped;
   bool is_all, is_broken;
+  bool is_cut;    // classes are listed, and the student has none of them: nothing is known of its own
   int64_t label;  // −1: none
 };
 
@@ -431,8 +451,8 @@ REPTILE_EXT_DEVICE_CALL double finish_row(const DeviceSparse& device, const List
                                           double s_label, int64_t n, Team<double>& block, Numbers& numbers) {
   const LossProblem& p = device.rows.problem;
   const int64_t k = device.k;
-  const bool soft = p.soft_scale > 0, hard = p.hard_weight > 0, is_first = block.rank == 0;
-  const double temperature = soft ? p.student_temperature : 1;
+  const bool soft = p.soft_scale > 0 && !row.is_cut, hard = p.hard_weight > 0, is_first = block.rank == 0;
+  const double temperature = p.soft_scale > 0 ? p.student_temperature : 1;
   double weight = 1, scale = 1, share = 1, value = 0, of_rest = 0;  // in thread 0
   if (is_first) {
     if (p.weights) weight = load(p.weights + n);
@@ -487,9 +507,10 @@ REPTILE_EXT_DEVICE_CALL double finish_row(const DeviceSparse& device, const List
 
   double loss = 0;
   if (is_first) {
-    loss = row.is_broken ? kNaN : row.z - row.z;  // NaN of a rest that is broken
+    const bool is_masked = row.is_cut && row.z == 0;           // all over
+    loss = row.is_broken || is_masked ? kNaN : row.z - row.z;  // NaN of a rest that is broken
     loss += weight * share * p.soft_scale * value;
-    if (device.tail == Tail::kZero && p.divergence == Divergence::kForwardKl && share > 0) {
+    if (soft && device.tail == Tail::kZero && p.divergence == Divergence::kForwardKl && share > 0) {
       loss += weight * p.soft_scale * share * log(share);
     }
     double of_e = row.z == 0 ? 0 : of_rest / row.z, of_e_1 = 0;
@@ -619,7 +640,7 @@ sparse_kernel(REPTILE_EXT_ARGUMENT DeviceSparse device, const SparsePlan plan) {
     Between row;
     row.is_broken = has_wrong_label(p, n);
     row.label = hard && !row.is_broken ? load(p.labels + n) : -1;
-    double mass = 0, dropped = 0, count = 0, top_s = -kInf, top_t = -kInf;
+    double mass = 0, dropped = 0, count = 0, cut = 0, top_s = -kInf, top_t = -kInf;
     RestSums<V> sums;
     bool is_wrong = false;
     if (plan.keeps) {
@@ -639,6 +660,7 @@ sparse_kernel(REPTILE_EXT_ARGUMENT DeviceSparse device, const SparsePlan plan) {
             mass += exp(double(y));
             top_t = any_max(top_t, double(y));
           } else if (id >= 0 && device.truncate) {
+            cut += 1;
             dropped += exp(load_class<double>(log_probs, n * k + i));
             for (int64_t j = 0; j < i; ++j) is_wrong |= load(device.indices + n * k + j) == id;
           } else {
@@ -672,7 +694,13 @@ sparse_kernel(REPTILE_EXT_ARGUMENT DeviceSparse device, const SparsePlan plan) {
     row.m_1 = row.m > row.top_s ? row.m : row.top_s;
     const bool tells = team.block == 0;  // what all blocks know
     const V z = sums.z == V(0) ? V(0) : sums.z * exp2((sums.reference - V(row.m)) * asked.k);
-    double totals[7] = {double(z), is_wrong ? kNaN : tells ? count : 0, tells ? mass : 0, tells ? dropped : 0, 0, 0, 0};
+    double totals[8] = {double(z), is_wrong ? kNaN : 0, 0, 0, 0, 0, 0, 0};
+    if (tells) {
+      totals[1] += count;
+      totals[2] = mass;
+      totals[3] = dropped;
+      totals[7] = cut;
+    }
     if (hard) {
       const V z_1 = asked.separate ? sums.z_1 : sums.z;
       totals[4] = z_1 == V(0) ? 0 : double(z_1 * exp2((sums.reference - V(row.m_1)) * V(kLog2E)));
@@ -697,6 +725,7 @@ sparse_kernel(REPTILE_EXT_ARGUMENT DeviceSparse device, const SparsePlan plan) {
     row.z_1 = totals[4];
     row.a_1 = totals[5];
     row.count_1 = totals[6];
+    row.is_cut = totals[7] > 0 && totals[1] == 0;
 
     Team<double> block = team;
     block.blocks = 1;
