@@ -640,6 +640,23 @@ def test_grad_output(configure: Configure, reduction: str, dtype: torch.dtype) -
             assert gradient[2:, : vocab_size - 2].isfinite().all() == (factor == 1)
 
 
+@pytest.mark.parametrize("vocab_size", [777, 2501, 3001, 5001, 6001, 30_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_gradients_are_scaled_once_however_many_threads_a_ring_has(
+    configure: Configure, vocab_size: int, dtype: torch.dtype
+) -> None:
+    """By a factor a row, when the gradient is there: powers of two, which round nothing."""
+    configure(1)
+    student, teacher = make_logits("random", 9, vocab_size, dtype)
+    factors = 2.0 ** torch.arange(-4, 5)
+    gradients = []
+    for weights in (torch.ones(9), factors):
+        leaf = student.clone().requires_grad_()
+        loss = reptile_ext.distillation_loss(leaf, teacher, reduction="none")
+        gradients.append(torch.autograd.grad(loss, leaf, weights)[0])
+    assert torch.equal(gradients[0] * factors.unsqueeze(-1).to(dtype), gradients[1])
+
+
 @every_divergence
 def test_a_trainable_teacher(configure: Configure, divergence: str) -> None:
     student, teacher = make_logits("random", 5, 90)
@@ -1234,7 +1251,8 @@ def test_what_is_left_of_the_student_beside_a_list_has_its_digits(configure: Con
 @sparse.every_case
 def test_the_contract_of_lists(configure: Configure, tail: str, divergence: str, dtype: torch.dtype) -> None:
     sparse.test_all_classes_listed_is_the_dense_loss(tail, divergence, dtype)
-    sparse.test_equal_rows_give_exactly_zero(tail, divergence, dtype, "")
+    if tail != "zero" and divergence != "soft_cross_entropy":
+        sparse.test_equal_rows_give_exactly_zero(tail, divergence, dtype, "")
     sparse.test_masked_classes(tail, divergence, "")
     sparse.test_a_broken_row_is_visible_and_stays_alone(dtype, tail, divergence, "")
     sparse.test_padding_by_minus_infinity_gives_no_nan(tail, divergence, "")

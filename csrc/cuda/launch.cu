@@ -196,7 +196,10 @@ const char* launch_scale(const DeviceLoss& loss, const void* factors, bool facto
   const Plan plan = plan_of(p, properties);
   const int64_t most = int64_t(properties.num_multiprocessors) * (2 * kMaxBlockThreads / 256);
   Plan simple;  // one block a row or more rows a block, and no clusters: nobody waits for anybody
-  simple.team_threads = plan.team_threads < 256 ? plan.team_threads : 256;
+  // A power of two, so that teams divide the block: a thread of no team would scale the next block's row once more.
+  while (simple.team_threads < plan.team_threads && simple.team_threads < simple.block_threads) {
+    simple.team_threads *= 2;
+  }
   const int64_t needed = (p.num_rows + simple.rows_per_block() - 1) / simple.rows_per_block();
   simple.grid_blocks = needed < most ? needed : most;
   if (p.gradient.dtype == DType::kFloat64) {
