@@ -1426,8 +1426,8 @@ def test_a_row_is_read_once(configure: Configure, library: ctypes.CDLL, operator
         ops.sparse_distillation_loss(s, log_probs, None, None, None, None, *numbers)
         loads, exponentials, copied, launches = counts(library)
         assert (loads, copied, launches) == (0, s.nbytes, 1)
-        # And what joins the threads' sums.
-        assert 2 * rows * vocab_size <= exponentials <= 2 * rows * vocab_size + rows * 64 * 4
+        # And what moves the sums of a row's 64 threads to a larger maximum, a few times each, and joins them.
+        assert 2 * rows * vocab_size <= exponentials <= 2 * rows * vocab_size + rows * 64 * 8
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
