@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import autograd, compat, distributed, ops, reference
+from . import autograd, distributed, ops, reference
 from .autograd import Constants, Gradients
 from .checks import (
     FLOATING,
@@ -25,7 +24,7 @@ from .checks import (
 )
 from .functional import LogitsLoss, apply, for_operators, needs_reference
 from .options import TAILS, Options, make_sparse_options
-from .sparse_chunks import loss_in_chunks, vocabulary_parallel_sparse_loss
+from .sparse_chunks import vocabulary_parallel_sparse_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +36,6 @@ TENSORS = (*ops.MODELS, "indices")
 _ZERO = TAILS.index("zero")
 
 _warned_of_zero = False
-_warned_of_cuda = False
 
 
 class SparseLoss(LogitsLoss):
@@ -81,54 +79,6 @@ class SparseLoss(LogitsLoss):
     def reference(options: Options, tensors: tuple[Any, ...], constants: Constants) -> Tensor:
         student, log_probs, indices = tensors
         return reference.sparse_with_options(student, indices, log_probs, *constants, options, check_values=False)
-
-
-class SparseLossInChunks(SparseLoss):
-    """The same where there are no kernels of it: some rows at a time, and the gradient in the backward pass."""
-
-    @staticmethod
-    def forward(
-        options: Options, tensors: tuple[Any, ...], constants: Constants, needed: Sequence[bool]
-    ) -> tuple[Tensor, Any]:
-        return SparseLossInChunks.call(options, tensors, constants, None, False)[0], None
-
-    @staticmethod
-    def call(
-        options: Options,
-        tensors: tuple[Any, ...],
-        constants: Constants,
-        grad_output: Tensor | None,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        student, log_probs, indices = tensors
-        with torch.set_grad_enabled(with_gradient):
-            leaf = student.detach().requires_grad_(with_gradient)
-            loss = loss_in_chunks(leaf, indices, log_probs, *constants, options, may_check=False)
-            if not with_gradient:
-                return loss, leaf
-            of = torch.ones_like(loss) if grad_output is None else grad_output.to(loss.dtype)
-            return loss.detach(), torch.autograd.grad(loss, leaf, of.expand_as(loss))[0]
-
-    @staticmethod
-    def in_place(
-        options: Options, tensors: tuple[Any, ...], constants: Constants, grad_output: Tensor | None
-    ) -> Tensor:
-        return SparseLossInChunks.call(options._replace(inplace=True), tensors, constants, grad_output, True)[0]
-
-    @classmethod
-    def by_kernel(
-        cls,
-        options: Options,
-        tensors: tuple[Any, ...],
-        constants: Constants,
-        grad_output: Tensor | None,
-        needed: Sequence[bool],
-    ) -> Gradients:
-        return cls.call(options, tensors, constants, grad_output, True)[1], None, None
-
-
-def loss_for(device: torch.device) -> type[SparseLoss]:
-    return SparseLossInChunks if device.type == "cuda" else SparseLoss
 
 
 autograd.register(ops.sparse_distillation_loss, SparseLoss, TENSORS)
@@ -247,10 +197,7 @@ def sparse_distillation_loss(
         if inplace:
             check_inplace(student_logits, teacher_log_probs)
         return vocabulary_parallel_sparse_loss(*given, group)
-    on_cuda = is_on_cuda(student_logits.device)
-    if needs_reference(student_logits.device, "sparse_distillation_loss") or (
-        on_cuda and compat.is_traced(student_logits)
-    ):
+    if needs_reference(student_logits.device, "sparse_distillation_loss"):
         return reference.sparse_with_options(student_logits, *teacher, labels, weight, denominator, options)
     if inplace:
         check_inplace(student_logits, teacher_log_probs)
@@ -258,33 +205,12 @@ def sparse_distillation_loss(
             options = options._replace(inplace=False)  # the memory holds the numbers with the other sign
     constants, options = for_operators(labels, weight, denominator, options, student_logits.device)
     indices, log_probs = pair_for_operators(*teacher)
-    if on_cuda:
-        tensors, options = (student_logits, log_probs, indices), options._replace(inplace=False)
-        if not torch.is_grad_enabled():
-            return SparseLossInChunks.forward(options, tensors, constants, (False,))[0]
-        fused: Tensor = autograd.Fused.apply(SparseLossInChunks, options, *constants, *tensors)  # type: ignore[no-untyped-call]
-        return fused
     return apply(SparseLoss, (student_logits, log_probs, indices), constants, options)
 
 
 def pair_for_operators(teacher_indices: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """The pair as the operators take it: int64, one row after the other. Nothing of it is of the logits' size."""
     return teacher_indices.to(torch.int64).contiguous(), teacher_log_probs.detach().resolve_neg().contiguous()
-
-
-def is_on_cuda(device: torch.device) -> bool:
-    """Whether plain PyTorch has to do for want of CUDA kernels of this loss; says so once."""
-    global _warned_of_cuda
-    if device.type != "cuda":
-        return False
-    if not _warned_of_cuda and not torch.compiler.is_compiling():
-        _warned_of_cuda = True
-        warnings.warn(
-            "there are no CUDA kernels of sparse teachers yet; their loss runs in plain PyTorch, some rows at a time "
-            "(right, but slower, and inplace=True has no effect)",
-            stacklevel=3,
-        )
-    return True
 
 
 def _warn_of_zero() -> None:

@@ -1,5 +1,5 @@
 """`sparse_distillation_loss` by torch's own operations, with no copy of [N, V] in float32: some rows at a time. Of
-classes that are sharded over the processes of a group, and on devices without kernels of this loss.
+classes that are sharded over the processes of a group.
 
 What is computed first is the row of few classes that a tail compares (reference.py): the student's logits at the K
 listed classes and one number for all others. With a group, each listed class comes from the process that has it, and

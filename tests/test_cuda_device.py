@@ -281,6 +281,69 @@ def test_the_operators_of_elements_refuse_tensors_of_another_device() -> None:
         ops.scale_elements_(student, torch.tensor(2.0), None, None, -100)
 
 
+def few_classes(rows: int, vocab_size: int, k: int) -> tuple[Tensor, ...]:
+    student, teacher, labels = problem(rows, vocab_size)
+    return student, *reptile_ext.top_k_targets(teacher, k), labels
+
+
+@pytest.mark.parametrize(("vocab_size", "k"), [(10, 3), (1000, 64), (32_000, 64), (151_936, 4096)])
+def test_lists_wait_for_nothing_and_are_captured(vocab_size: int, k: int, request: pytest.FixtureRequest) -> None:
+    """Forward and backward, every way a loss is divided; and a graph, replayed with other logits and another list."""
+    student, ids, log_probs, labels = few_classes(300, vocab_size, k)
+    weight = torch.rand(300, device="cuda")
+    leaf = student.requires_grad_()
+
+    def step() -> Tensor:
+        leaf.grad = None
+        loss = reptile_ext.sparse_distillation_loss(leaf, ids, log_probs, labels, hard_weight=0.5, weight=weight)
+        loss.backward()
+        return loss
+
+    graph, loss = captured(step)
+    with torch.no_grad():
+        leaf.copy_(leaf.roll(1, 0) * 0.5)
+        ids.copy_(ids.roll(7, 0))
+    graph.replay()
+    found = loss.clone(), leaf.grad.clone()
+    assert torch.equal(found[0], step())
+    assert torch.equal(found[1], leaf.grad)
+    right = reptile_ext.reference.sparse_distillation_loss(
+        leaf.detach().double(), ids, log_probs.double(), labels, hard_weight=0.5, weight=weight
+    )
+    torch.testing.assert_close(found[0].double(), right, rtol=1e-5, atol=1e-6)
+
+    request.getfixturevalue("no_sync")
+    for keywords in (
+        *({}, {"weight": weight}, {"denominator": torch.tensor(3.0, device="cuda")}),
+        *({"reduction": "none"}, {"inplace": True}, {"divergence": "jsd", "temperature": 2.0}),
+    ):
+        loss = reptile_ext.sparse_distillation_loss(leaf * 1, ids, log_probs, labels, hard_weight=0.5, **keywords)
+        (loss.sum() / 3).backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_of_the_size_of_the_logits_is_allocated_for_a_list(inplace: bool) -> None:
+    student, ids, log_probs, labels = few_classes(512, 32_000, 64)
+    z = student.requires_grad_() * 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = reptile_ext.sparse_distillation_loss(z, ids, log_probs, labels, hard_weight=0.5, inplace=inplace)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= (0 if inplace else student.nbytes) + (2 << 20)  # what the allocator rounds up
+    loss.backward()
+
+
+def test_the_operators_of_lists_refuse_tensors_of_another_device() -> None:
+    from reptile_ext.options import make_sparse_options
+
+    student, ids, log_probs, _ = few_classes(4, 1000, 8)
+    numbers = ops.numbers(make_sparse_options())
+    for wrong, message in (((log_probs.cpu(), ids), "log-probabilities"), ((log_probs, ids.cpu()), "indices")):
+        with pytest.raises(RuntimeError, match=f"{message} must be on the device of student"):
+            ops.sparse_distillation_loss(student, wrong[0], None, None, None, None, *numbers, wrong[1], 0, False, True)
+
+
 def linear_problem(rows: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     sizes = {"student_hidden": (rows, 64), "student_weight": (5000, 64), "teacher_hidden": (rows, 96)}
     sizes |= {"teacher_weight": (5000, 96), "student_bias": (5000,)}

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import test_binary as binary
 import test_halves as halves
+import test_sparse as sparse
 import torch
 from oracle import (
     DTYPES,
@@ -34,7 +35,7 @@ from torch import Tensor
 
 import reptile_ext
 from reptile_ext import linear, ops, reference
-from reptile_ext.options import make_binary_options, make_options
+from reptile_ext.options import TAILS, make_binary_options, make_options, make_sparse_options
 
 HERE = Path(__file__).parent / "cuda"
 sys.path.insert(0, str(HERE))
@@ -99,6 +100,7 @@ def by_gpu(name: str) -> Callable[..., Any]:
 OPERATORS = (
     *("distillation_loss", "distillation_loss_", "scale_gradient_"),
     *("binary_distillation_loss", "binary_distillation_loss_", "scale_elements_"),
+    *("sparse_distillation_loss", "sparse_distillation_loss_"),
 )
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or ops.cuda_missing is not None, reason="needs a GPU and the CUDA kernels"
@@ -638,6 +640,23 @@ def test_grad_output(configure: Configure, reduction: str, dtype: torch.dtype) -
             assert gradient[2:, : vocab_size - 2].isfinite().all() == (factor == 1)
 
 
+@pytest.mark.parametrize("vocab_size", [777, 2501, 3001, 5001, 6001, 30_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_gradients_are_scaled_once_however_many_threads_a_ring_has(
+    configure: Configure, vocab_size: int, dtype: torch.dtype
+) -> None:
+    """By a factor a row, when the gradient is there: powers of two, which round nothing."""
+    configure(1)
+    student, teacher = make_logits("random", 9, vocab_size, dtype)
+    factors = 2.0 ** torch.arange(-4, 5)
+    gradients = []
+    for weights in (torch.ones(9), factors):
+        leaf = student.clone().requires_grad_()
+        loss = reptile_ext.distillation_loss(leaf, teacher, reduction="none")
+        gradients.append(torch.autograd.grad(loss, leaf, weights)[0])
+    assert torch.equal(gradients[0] * factors.unsqueeze(-1).to(dtype), gradients[1])
+
+
 @every_divergence
 def test_a_trainable_teacher(configure: Configure, divergence: str) -> None:
     student, teacher = make_logits("random", 5, 90)
@@ -1107,6 +1126,336 @@ BROKEN = {
     "quotients": "",
     "right": "",
 }
+
+# ------------------------------------------------------------------------------ teachers of K classes a row (sparse.cu)
+
+loss_of_few = reptile_ext.sparse_distillation_loss
+ignores_zero = pytest.mark.filterwarnings("ignore:tail='zero'")
+# Rows, classes, listed, clusters: a warp a row, a block, a cluster, from memory, by tiles; one multiprocessor, so that
+# a block has several rows, and odd sizes, so that these begin anywhere between 16 bytes.
+LISTS = {
+    "one class": (5, 1, 1, True),
+    "a warp": (40, 333, 20, True),
+    "a block": (20, 3001, 64, True),
+    "a cluster": (4, 70_001, 64, True),
+    "from memory": (5, 90_001, 40, False),
+    "all listed": (5, 77, 77, True),
+}
+every_list = pytest.mark.parametrize(("rows", "vocab_size", "k", "clusters"), LISTS.values(), ids=LISTS.keys())
+
+
+def sparse_plan(
+    library: ctypes.CDLL, vocab_size: int, k: int, dtype: torch.dtype, clusters: bool, rows: int = 8192
+) -> tuple[int, ...]:
+    numbers = (ctypes.c_int64 * 7)()
+    code = (torch.float32, torch.bfloat16, torch.float16, torch.float64).index(dtype)
+    library.reptile_ext_cuda_sparse_plan(
+        ctypes.c_int64(rows), ctypes.c_int64(vocab_size), ctypes.c_int64(k), code, 132, int(clusters), numbers
+    )
+    return tuple(numbers)
+
+
+def test_the_plans_of_sparse_teachers(library: ctypes.CDLL) -> None:
+    """Threads, blocks of a cluster, chunks of a block, tiles, whether a row is kept, bytes of shared memory, blocks."""
+    bf16, f32 = torch.bfloat16, torch.float32
+    for (vocab_size, k, dtype, clusters), expected in {
+        (1000, 64, bf16, True): (32, 1, 126, 1, 1),
+        (32_000, 64, bf16, True): (256, 1, 4001, 1, 1),
+        (32_000, 64, f32, True): (256, 2, 2001, 1, 1),
+        (151_936, 64, bf16, True): (256, 8, 2375, 1, 1),
+        (262_144, 4096, f32, True): (256, 8, 4097, 1, 1),
+        (32_000, 64, bf16, False): (256, 1, 4001, 1, 1),
+        (151_936, 64, bf16, False): (256, 1, 18_993, 1, 0),
+        (1_000_000, 4096, bf16, False): (256, 1, 125_001, 1, 0),
+        (2_000_000, 64, bf16, False): (256, 1, 161_024, 2, 0),
+    }.items():
+        found = sparse_plan(library, vocab_size, k, dtype, clusters)
+        assert found[:5] == expected, (vocab_size, k, dtype, clusters, found)
+        assert found[5] <= (227 if clusters else 163) << 10
+
+
+def check_list(
+    rows: int, vocab_size: int, k: int, tail: str, divergence: str = "forward_kl", dtype: torch.dtype = torch.float32
+) -> None:
+    s, t = make_logits("random", rows, vocab_size, dtype)
+    ids, log_probs = sparse.targets(t, k, 1.3, torch.float64 if dtype == torch.float64 else torch.float32)
+    sparse.assert_right(s, ids, log_probs, temperature=(1.7, 1.3), **sparse.keywords_of(tail, divergence))
+
+
+@ignores_zero
+@sparse.every_case_and_dtype
+def test_divergences_of_lists(configure: Configure, tail: str, divergence: str, dtype: torch.dtype) -> None:
+    configure(1)
+    for name in ("one class", "a warp", "all listed"):
+        check_list(*LISTS[name][:3], tail, divergence, dtype)
+
+
+@ignores_zero
+@every_dtype
+@every_list
+@pytest.mark.parametrize("tail", TAILS)
+def test_lists(
+    configure: Configure, rows: int, vocab_size: int, k: int, clusters: bool, dtype: torch.dtype, tail: str
+) -> None:
+    configure(1, clusters)
+    check_list(rows, vocab_size, k, tail, dtype=dtype)
+
+
+@pytest.mark.parametrize(("vocab_size", "k"), [(151_936, 64), (262_144, 4096)])
+def test_lists_of_large_vocabularies(configure: Configure, vocab_size: int, k: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        check_list(2, vocab_size, k, "bucket", "jsd", dtype)
+
+
+@every_dtype
+@every_list
+@pytest.mark.parametrize("temperature", [1.0, (2.0, 1.0)])
+def test_lists_and_hard_labels(
+    configure: Configure, rows: int, vocab_size: int, k: int, clusters: bool, dtype: torch.dtype, temperature: Any
+) -> None:
+    """Labels that are listed and that are not; ignored rows among the first of a block."""
+    configure(1, clusters)
+    s, t = make_logits("random", rows, vocab_size, dtype)
+    ids, log_probs = sparse.targets(t, k)
+    labels = sparse.make_labels(rows, vocab_size)
+    labels[0] = ids[0].max()
+    for smoothing in (0.0, 0.2):
+        keywords = {"temperature": temperature, "hard_weight": 0.6, "label_smoothing": smoothing}
+        sparse.assert_right(s, ids, log_probs, labels, **keywords)
+
+
+@ignores_zero
+@pytest.mark.parametrize("kind", ["late_peak", "rising", "peaked"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_lists_of_logits_far_apart(configure: Configure, tail: str, kind: str) -> None:
+    sparse.test_logits_far_apart(tail, kind, "")
+    s, t = make_logits(kind, 3, 3001, torch.float32)
+    ids, log_probs = sparse.targets(t, 20, padded=False)
+    labels = sparse.make_labels(3, 3001)
+    keywords = {"tail": tail, "hard_weight": 0.5, "label_smoothing": 0.1, "temperature": 2.0, "reduction": "none"}
+    found = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, labels, **keywords)
+    right = sparse.value_and_gradient(
+        reference.sparse_distillation_loss, s.double(), ids, log_probs.double(), labels, **keywords
+    )
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_of_the_student_beside_a_list_has_its_digits(configure: Configure) -> None:
+    sparse.test_what_is_left_of_the_student_has_its_digits("")
+
+
+# What else docs/contract.md says of sparse teachers, as the CPU's kernels are asked for it.
+@ignores_zero
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@sparse.every_case
+def test_the_contract_of_lists(configure: Configure, tail: str, divergence: str, dtype: torch.dtype) -> None:
+    sparse.test_all_classes_listed_is_the_dense_loss(tail, divergence, dtype)
+    if tail != "zero" and divergence != "soft_cross_entropy":
+        sparse.test_equal_rows_give_exactly_zero(tail, divergence, dtype, "")
+    sparse.test_masked_classes(tail, divergence, "")
+    sparse.test_a_broken_row_is_visible_and_stays_alone(dtype, tail, divergence, "")
+    sparse.test_padding_by_minus_infinity_gives_no_nan(tail, divergence, "")
+
+
+@ignores_zero
+def test_lists_that_are_no_ordinary_ones(configure: Configure) -> None:
+    sparse.test_mass_where_the_student_is_masked("")
+    sparse.test_rows_without_a_class_listed()
+    sparse.test_probabilities_above_one_by_rounding_are_scaled()
+    sparse.test_two_classes_of_which_one_is_listed_lose_nothing()
+    sparse.test_mean_sum_none_and_denominator()
+    sparse.test_an_expanded_student_and_teacher()
+    sparse.test_the_largest_vocabulary_and_list("")
+    sparse.test_a_second_backward_and_what_is_ignored_times_infinity()
+
+
+@ignores_zero
+@pytest.mark.parametrize("tail", TAILS)
+def test_lists_of_classes_that_the_student_lacks(configure: Configure, tail: str) -> None:
+    """Some of what a row lists, or all of it: no divergence then, and NaN if it is broken."""
+    s, t = make_logits("random", 4, 40)
+    ids, log_probs = sparse.targets(t, 30, padded=False)
+    found, right = (
+        sparse.value_and_gradient(of, s[:, :25].contiguous(), ids, log_probs, tail=tail, vocab="truncate")
+        for of in (loss_of_few, reference.sparse_distillation_loss)
+    )
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)
+    s = s[:, :25].contiguous()
+    s[2, 9] = NAN
+    ids, log_probs = sparse.targets(t, 4, padded=False)
+    ids[1:3] = torch.tensor([25, 26, 27, 39])
+    labels = torch.tensor([1, 2, 3, 4])
+    for more in ({}, {"hard_weight": 0.5, "temperature": 2.0}):
+        keywords = {"tail": tail, "vocab": "truncate", "reduction": "none", **more}
+        found = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, labels, **keywords)
+        assert more or found[0][1] == 0
+        right = sparse.value_and_gradient(reference.sparse_distillation_loss, s, ids, log_probs, labels, **keywords)
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@every_list
+@every_dtype
+def test_a_list_that_is_wrong_breaks_its_row_alone(
+    configure: Configure, rows: int, vocab_size: int, k: int, clusters: bool, dtype: torch.dtype
+) -> None:
+    """An index out of range, however far, or one that is there twice: NaN, and nothing is read or written there."""
+    configure(1, clusters)
+    s, t = make_logits("random", rows, vocab_size, dtype)
+    ids, log_probs = sparse.targets(t, k, padded=False)
+    right = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, reduction="none")
+    wrong: list[int] = [vocab_size, -2, 2**40, -(2**62)]
+    for index in [*wrong, *([int(ids[3, 0])] if k > 1 else [])]:
+        bad = ids.clone()
+        bad[3, -1] = index
+        vocabs = ("error", "truncate") if index < vocab_size else ("error",)
+        for vocab in vocabs:
+            found = sparse.value_and_gradient(loss_of_few, s, bad, log_probs, reduction="none", vocab=vocab)
+            is_nan = torch.arange(rows) == 3
+            assert torch.equal(found[0].isnan(), is_nan)
+            assert torch.equal(found[1].isnan().all(-1), is_nan)
+            for a, b in zip(found, right, strict=True):
+                assert torch.equal(a[~is_nan], b[~is_nan])
+    if k > 1:  # also where the student has neither of the two
+        bad = ids.clone()
+        bad[3, -2:] = vocab_size + 1
+        loss = loss_of_few(s, bad, log_probs, reduction="none", vocab="truncate")
+        assert torch.equal(loss.isnan(), torch.arange(rows) == 3)
+
+
+def test_a_wrong_label_beside_a_list(configure: Configure) -> None:
+    s, t = make_logits("random", 6, 1001)
+    ids, log_probs = sparse.targets(t, 9)
+    labels = torch.tensor([3, 1001, -1, -100, 2**40, 1000])
+    loss, gradient = sparse.value_and_gradient(
+        loss_of_few, s, ids, log_probs, labels, hard_weight=0.5, reduction="none"
+    )
+    assert loss.isnan().tolist() == [False, True, True, False, True, False]
+    assert gradient.isnan().all(-1).tolist() == loss.isnan().tolist()
+    assert gradient.isfinite().all(-1).tolist() == [True, False, False, True, False, True]
+
+
+@every_list
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_lists_in_place_and_in_any_order_of_threads(
+    configure: Configure, rows: int, vocab_size: int, k: int, clusters: bool, dtype: torch.dtype
+) -> None:
+    """The same bits: in place or not, whoever goes first, with or without a gradient, and with garbage in ignored
+    rows."""
+    s, t = make_logits("random", rows, vocab_size, dtype)
+    ids, log_probs = sparse.targets(t, k)
+    labels = sparse.make_labels(rows, vocab_size)
+    s[2] = NAN
+    ids[2] = 2**50
+    keywords = {"hard_weight": 0.5, "label_smoothing": 0.1, "temperature": 2.0}
+    found = []
+    for order in range(4):
+        configure(1, clusters, order)
+        for inplace in (False, True):
+            leaf = s.clone().requires_grad_()
+            loss = loss_of_few(leaf * 1, ids, log_probs, labels, inplace=inplace, **keywords)
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        with torch.no_grad():
+            found.append((loss_of_few(s, ids, log_probs, labels, **keywords), found[0][1]))
+    assert found[0][0].isfinite()
+    assert (found[0][1][2] == 0).all()
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+@every_dtype
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layouts_of_lists(configure: Configure, inplace: bool, dtype: torch.dtype) -> None:
+    configure(1)
+    sparse.test_layouts(inplace, dtype)
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+def test_dtypes_of_lists(configure: Configure, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    sparse.test_dtypes_of_the_log_probabilities(dtypes)
+
+
+def test_lists_that_are_far_apart(configure: Configure) -> None:
+    """Beyond 2^31 elements, in memory of which next to nothing is touched."""
+    rows, vocab_size, step = 4, 1000, 2**30 + 8
+    s, t = make_logits("random", rows, vocab_size, torch.bfloat16)
+    ids, log_probs = sparse.targets(t, 9)
+    right = sparse.value_and_gradient(loss_of_few, s, ids, log_probs)
+    far = torch.empty(rows * step, dtype=s.dtype).as_strided((rows, vocab_size), (step, 1))
+    far.copy_(s)
+    numbers = (*ops.numbers(make_sparse_options()), ids, 0, False)
+    loss = ops.sparse_distillation_loss_(far, log_probs, None, None, None, None, *numbers)
+    torch.testing.assert_close(loss, right[0], rtol=0, atol=0)
+    torch.testing.assert_close(far, right[1], rtol=0, atol=0)
+
+
+def test_rows_by_tiles(configure: Configure) -> None:
+    """A row whose bits no block has room for; in place, hard labels, the list in every tile."""
+    configure(1, False)
+    vocab_size = 1_300_001
+    s = torch.randn(2, vocab_size).to(torch.bfloat16)
+    ids = torch.stack([torch.randperm(vocab_size)[:50], torch.arange(0, 50 * 26_000, 26_000)])
+    log_probs = torch.full((2, 50), 0.01).log()
+    labels = torch.tensor([int(ids[0, 7]), vocab_size - 1])
+    keywords = {"hard_weight": 0.5, "label_smoothing": 0.1, "reduction": "none"}
+    sparse.assert_right(s, ids, log_probs, labels, **keywords)
+    leaf = s.clone().requires_grad_()
+    loss = loss_of_few(leaf * 1, ids, log_probs, labels, inplace=True, **keywords)
+    found = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, labels, **keywords)
+    assert torch.equal(loss, found[0])
+    weights = torch.linspace(0.5, 2, 2)
+    assert torch.equal(torch.autograd.grad(loss, leaf, weights)[0], found[1])
+    ids[1, 3] = ids[1, 40]
+    assert loss_of_few(s, ids, log_probs, reduction="none").isnan().tolist() == [False, True]
+
+
+def test_a_row_is_read_once(configure: Configure, library: ctypes.CDLL, operators: Operators) -> None:
+    """By copies, of all its whole chunks and no more; and 2 exponentials a class. From memory, twice."""
+    if operators is by_gpu:
+        pytest.skip("counts are the host's")
+    rows, vocab_size, k = 4, 4096, 8
+    for dtype in (torch.bfloat16, torch.float32):
+        s, t = make_logits("random", rows, vocab_size, dtype)
+        ids, log_probs = sparse.targets(t, k, padded=False)
+        numbers = (*ops.numbers(make_sparse_options()), ids, 0, False, True)
+        configure(1)
+        counts(library)
+        ops.sparse_distillation_loss(s, log_probs, None, None, None, None, *numbers)
+        loads, exponentials, copied, launches = counts(library)
+        assert (loads, copied, launches) == (0, s.nbytes, 1)
+        # And what moves the sums of a row's 64 threads to a larger maximum, a few times each, and joins them.
+        assert 2 * rows * vocab_size <= exponentials <= 2 * rows * vocab_size + rows * 64 * 8
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_loss_of_lists_is_the_references(configure: Configure, reduction: str) -> None:
+    """Weights, a denominator, no gradient, several rows a block; and grad_output."""
+    configure(1)
+    s, t = make_logits("random", 37, 501, torch.float32)
+    ids, log_probs = sparse.targets(t, 17)
+    labels, weight = sparse.make_labels(37, 501), torch.rand(37)
+    weight[5] = 0
+    for more in ({}, {"denominator": 3.0}, {"soft_weight": 0.0}, {"temperature": (0.7, 3.0)}):
+        keywords = {"hard_weight": 0.5, "weight": weight, "reduction": reduction, **more}
+        found = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, labels, **keywords)
+        right = sparse.value_and_gradient(
+            reference.sparse_distillation_loss, s.double(), ids, log_probs.double(), labels, **keywords
+        )
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
+        with torch.no_grad():
+            assert torch.equal(loss_of_few(s, ids, log_probs, labels, **keywords), found[0])
+
+
+def test_no_rows_with_lists(configure: Configure) -> None:
+    s, ids, log_probs = torch.empty(0, 9), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
+    for reduction, wanted in (("mean", torch.zeros(())), ("sum", torch.zeros(())), ("none", torch.empty(0))):
+        loss, gradient = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, reduction=reduction)
+        assert torch.equal(loss, wanted)
+        assert gradient.shape == (0, 9)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@
 // With all registers of a multiprocessor, where the compiler would leave half of them to another block.
 #define REPTILE_EXT_LONE_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define REPTILE_EXT_ARGUMENT const __grid_constant__
+// A function of its own, once for all kernels of a file that call it.
+#define REPTILE_EXT_DEVICE_CALL __device__ __noinline__
 #define REPTILE_EXT_UNROLL _Pragma("unroll")
 #define REPTILE_EXT_NO_UNROLL _Pragma("unroll 1")
 
@@ -92,6 +94,8 @@ template <class T>
 REPTILE_EXT_DEVICE void store_shared(T* p, T x) {
   *p = x;
 }
+// What was there before. The other threads' bits are kept.
+REPTILE_EXT_DEVICE uint32_t set_shared_bits(uint32_t* p, uint32_t bits) { return atomicOr(p, bits); }
 
 // Device memory. Logits and gradients are touched once and not kept in the caches for others (.cs).
 struct alignas(16) Bits128 {

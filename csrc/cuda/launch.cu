@@ -12,6 +12,8 @@ const char* launch_ring_bfloat16(const DeviceLoss& loss, const Plan& plan, void*
 const char* launch_ring_float16(const DeviceLoss& loss, const Plan& plan, void* stream);
 const char* launch_any_float(const DeviceLoss& loss, const Plan& plan, void* stream);
 const char* launch_any_double(const DeviceLoss& loss, const Plan& plan, void* stream);
+const char* launch_sparse_float(const DeviceSparse& problem, const SparsePlan& plan, void* stream);
+const char* launch_sparse_double(const DeviceSparse& problem, const SparsePlan& plan, void* stream);
 
 namespace {
 
@@ -180,6 +182,11 @@ const char* launch_loss(DeviceLoss loss, const Plan& plan, void* stream) {
                                              : launch_ring_float16(loss, plan, stream);
 }
 
+const char* launch_sparse(const DeviceSparse& problem, const SparsePlan& plan, void* stream) {
+  if (problem.rows.problem.num_rows == 0) return nullptr;
+  return problem.is_double() ? launch_sparse_double(problem, plan, stream) : launch_sparse_float(problem, plan, stream);
+}
+
 const char* launch_scale(const DeviceLoss& loss, const void* factors, bool factors_are_double, bool is_uniform,
                          const DeviceProperties& properties, void* stream) {
   DeviceLoss device = loss;
@@ -189,7 +196,10 @@ const char* launch_scale(const DeviceLoss& loss, const void* factors, bool facto
   const Plan plan = plan_of(p, properties);
   const int64_t most = int64_t(properties.num_multiprocessors) * (2 * kMaxBlockThreads / 256);
   Plan simple;  // one block a row or more rows a block, and no clusters: nobody waits for anybody
-  simple.team_threads = plan.team_threads < 256 ? plan.team_threads : 256;
+  // A power of two, so that teams divide the block: a thread of no team would scale the next block's row once more.
+  while (simple.team_threads < plan.team_threads && simple.team_threads < simple.block_threads) {
+    simple.team_threads *= 2;
+  }
   const int64_t needed = (p.num_rows + simple.rows_per_block() - 1) / simple.rows_per_block();
   simple.grid_blocks = needed < most ? needed : most;
   if (p.gradient.dtype == DType::kFloat64) {

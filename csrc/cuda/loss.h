@@ -83,6 +83,12 @@ constexpr int kPieceBytes = 16;
 constexpr int kMaxRingRows = 8;
 constexpr int kRingRowsBefore90 = 2;
 constexpr int kRingSharedBytes = 5376;  // in front of the stages
+
+// Sparse teachers.
+constexpr int kSparseThreads = 256;  // of a block at most
+constexpr int kSparseDoubleThreads = 128;
+constexpr int kSparseResidentThreads = 768;  // of a multiprocessor, at 80 registers a thread
+constexpr int kSparseSharedBytes = 5376;     // in front of the list
 // Pieces of a thread, where values of each class are kept: 40 pairs of logits, or fewer where more of a class are kept,
 // or where so many small pieces, and all that a mixture needs, are too much.
 template <class D>
@@ -133,6 +139,35 @@ const char* launch_binary_weights(const DeviceBinary& loss, const DeviceProperti
 // stay 0.
 const char* launch_binary_scale(const DeviceBinary& loss, bool is_uniform, const DeviceProperties& device,
                                 void* stream);
+
+// A teacher that is k classes a row (sparse.cu): the student's rows are `rows`, which has the student in the teacher's
+// place.
+struct DeviceSparse {
+  DeviceLoss rows;
+  Tail tail = Tail::kBucket;
+  int64_t k = 0;
+  const int64_t* indices = nullptr;  // [num_rows, k]
+  const void* log_probs = nullptr;   // [num_rows, k]
+  DType log_probs_dtype = DType::kFloat32;
+  bool truncate = false;  // whether there may be indices from vocab_size on
+
+  constexpr bool is_double() const {
+    return rows.problem.student.dtype == DType::kFloat64 || log_probs_dtype == DType::kFloat64;
+  }
+};
+// A row is shared by the blocks of a cluster, each of which has `share` chunks of it one after the other; a row with
+// more than that goes by tiles, each shared in the same way.
+struct SparsePlan {
+  int threads = 32;
+  int cluster_blocks = 1;
+  int64_t grid_blocks = 1;
+  int share = 0;  // chunks
+  int64_t num_tiles = 1;
+  bool keeps = true;  // the row, in shared memory; else it is read again for the gradient
+  int shared_bytes = 0;
+};
+SparsePlan plan_of(const DeviceSparse& problem, const DeviceProperties& device);
+const char* launch_sparse(const DeviceSparse& problem, const SparsePlan& plan, void* stream);
 
 // What `plan_of` needs to know of a device.
 const char* properties_of(int device, DeviceProperties& found);

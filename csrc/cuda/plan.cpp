@@ -16,7 +16,8 @@ int64_t power_of_two_from(int64_t n) {
 constexpr int kSharedBlockThreads = 256;  // of a block with many rows
 constexpr int kThreadsInRegisters = 512;  // of a multiprocessor, at 128 registers a thread
 constexpr int kMemoryChunksPerThread = 4;
-constexpr int kMostBlocksAtOnce = 16;   // of a multiprocessor
+constexpr int kMostBlocksAtOnce = 16;  // of a multiprocessor
+constexpr int kChunksPerSparseThread = 8;
 constexpr int64_t kSmallestRing = 512;  // classes; shorter rows leave most of a warp without a piece
 // The blocks of a cluster share a group of multiprocessors (GPC). How many are usable in each differs from group to
 // group and from device to device; 16 is what Hopper's have at least. Before a launch the device is asked.
@@ -137,6 +138,52 @@ Plan plan_of(const LossProblem& p, const DeviceProperties& device) {
   return plan;
 }
 
+// The smallest cluster whose blocks are few enough bytes for several of a multiprocessor: while one of them is in
+// between its passes, the others read and write.
+SparsePlan plan_of(const DeviceSparse& problem, const DeviceProperties& device) {
+  const LossProblem& p = problem.rows.problem;
+  const bool is_double = problem.is_double();
+  const int64_t size = is_double ? 8 : int64_t(size_of(p.student.dtype));
+  // Of a row that begins farthest behind a boundary of 16 bytes.
+  const int64_t chunks = (p.vocab_size + 2 * (kChunk - 1)) / kChunk;
+  const int64_t list = kSparseSharedBytes + (2 * problem.k * (is_double ? 8 : 4) + 15) / 16 * 16;
+  const auto bytes_of = [&](int64_t share, bool keeps) {
+    return list + (share + 15) / 16 * 16 + (keeps ? share * kChunk * size : 0);
+  };
+  const auto room_for = [&](int64_t at_once) {
+    const int64_t all = device.shared_all / at_once - 1024;
+    return all < device.shared_block ? all : device.shared_block;
+  };
+  SparsePlan plan;
+  int64_t share = 0;
+  constexpr int64_t kBlocksWanted = 3;
+  const int most = device.has_clusters ? kMaxClusterBlocks : 1;
+  for (plan.cluster_blocks = 1;; plan.cluster_blocks *= 2) {
+    share = (chunks + plan.cluster_blocks - 1) / plan.cluster_blocks;
+    if (bytes_of(share, true) <= room_for(kBlocksWanted) || plan.cluster_blocks == most) break;
+  }
+  plan.keeps = bytes_of(share, true) <= room_for(1);
+  if (!plan.keeps) {  // as many chunks as there is room for bits
+    int64_t at_once = kBlocksWanted;
+    while (at_once > 1 && bytes_of(share, false) > room_for(at_once)) --at_once;
+    const int64_t room = (room_for(at_once) - list) / 16 * 16;
+    if (share > room) share = room;
+  }
+  plan.share = int(share);
+  plan.num_tiles = (chunks + share * plan.cluster_blocks - 1) / (share * plan.cluster_blocks);
+  plan.shared_bytes = int(bytes_of(share, plan.keeps));
+  const int64_t threads = power_of_two_from((share + kChunksPerSparseThread - 1) / kChunksPerSparseThread);
+  const int64_t most_threads = is_double ? kSparseDoubleThreads : kSparseThreads;
+  plan.threads = int(threads < 32 ? 32 : threads < most_threads ? threads : most_threads);
+  // At most; how many there really is room for the device is asked (limit_to_resident).
+  int64_t at_once = device.shared_all / (plan.shared_bytes + 1024);
+  if (at_once > kSparseResidentThreads / plan.threads) at_once = kSparseResidentThreads / plan.threads;
+  int64_t resident = device.num_multiprocessors * at_once / plan.cluster_blocks;
+  if (resident < 1) resident = 1;
+  plan.grid_blocks = (p.num_rows < resident ? p.num_rows : resident) * plan.cluster_blocks;
+  return plan;
+}
+
 const char* name_of(const Plan& plan) {
   if (plan.source == Plan::Source::kRing) {
     return plan.cluster_blocks > 1  ? "a ring, a row a cluster"
@@ -173,4 +220,26 @@ extern "C" __attribute__((visibility("default"))) const char* reptile_ext_cuda_p
                            plan.keeps,        plan.ring_pieces};
   for (int i = 0; i < 10; ++i) numbers[i] = found[i];
   return name_of(plan);
+}
+
+// For tests, of a sparse teacher: threads, blocks of a cluster, chunks of a block, tiles, whether a row is kept, bytes
+// of shared memory, blocks.
+extern "C" __attribute__((visibility("default"))) void reptile_ext_cuda_sparse_plan(int64_t num_rows,
+                                                                                    int64_t vocab_size, int64_t k,
+                                                                                    int dtype, int num_multiprocessors,
+                                                                                    int has_clusters,
+                                                                                    int64_t* numbers) {
+  using namespace reptile_ext;
+  DeviceSparse problem;
+  problem.rows.problem.num_rows = num_rows;
+  problem.rows.problem.vocab_size = vocab_size;
+  problem.rows.problem.student.dtype = DType(dtype);
+  problem.k = k;
+  DeviceProperties device;
+  device.num_multiprocessors = num_multiprocessors;
+  device.set_generation(has_clusters != 0);
+  const SparsePlan plan = plan_of(problem, device);
+  const int64_t found[] = {plan.threads, plan.cluster_blocks, plan.share,      plan.num_tiles,
+                           plan.keeps,   plan.shared_bytes,   plan.grid_blocks};
+  for (int i = 0; i < 7; ++i) numbers[i] = found[i];
 }

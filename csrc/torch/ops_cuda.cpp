@@ -7,7 +7,7 @@
 // REPTILE_EXT_ON_HOST and the kernels for tests/cuda/host.h: the same operators, of tensors on the CPU, in a namespace
 // of their own.
 
-#include "operators.h"
+#include "sparse.h"
 
 #include <optional>
 
@@ -114,36 +114,28 @@ void name_stats(const OnDevice& place, const LossProblem& p) {
   place.names(p.mixture_sums, size_t(p.num_rows) * kNumMixtureSums * 8);
 }
 
-Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
-  const OnDevice place(a.student);
-  std::vector<int64_t> leading;
-  DeviceLoss loss = device_loss(place, a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
+// The loss of rows [leading], and what it is divided by; `launch_rows` launches the kernel of the rows, of grid_blocks
+// at most, which adds up their losses or leaves them in row_losses.
+template <class Launch>
+Tensor loss_of_rows(const OnDevice& place, const Arguments& a, DeviceLoss& loss, bool in_double,
+                    const std::vector<int64_t>& leading, int64_t grid_blocks, const Launch& launch_rows) {
   LossProblem& p = loss.problem;
-  if (combined) {
-    check_device(a.student, combined->maxima, "maxima");
-    check_device(a.student, combined->sums, "sums");
-    check_device(a.student, combined->mixture_sums, "mixture_sums");
-    combined->put_into(p);
-    name_stats(place, p);
-  }
-
   const size_t rows = size_t(p.num_rows);
   const bool none = a.reduction == int64_t(Reduction::kNone), mean = a.reduction == int64_t(Reduction::kMean);
   const bool adds_up = !none && p.num_rows > 0;  // the kernel of the rows; of no row there is none
-  const Plan plan = plan_of(p, place.properties());
   // The divisor, how many blocks have ended, sums of tiles of rows, and a loss of each block or of each row.
   const int64_t num_tiles = num_row_tiles(p.num_rows);
-  const int64_t sizes[1] = {2 + num_tiles + (adds_up ? plan.grid_blocks : p.num_rows)};
+  const int64_t sizes[1] = {2 + num_tiles + (adds_up ? grid_blocks : p.num_rows)};
   const Tensor scratch = new_tensor(place.device, 1, sizes, aoti_torch_dtype_float64());
   double* const divisor = data_of<double>(scratch);
   double* const tiles = divisor + 2;
   place.names(divisor, size_t(sizes[0]) * 8);
-  const int32_t dtype = is_double(p) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int32_t dtype = in_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   Tensor result = new_tensor(place.device, none ? int64_t(leading.size()) : 0, leading.data(), dtype);
-  place.names(View(result).data, (none ? rows : 1) * (is_double(p) ? 8 : 4));
+  place.names(View(result).data, (none ? rows : 1) * (in_double ? 8 : 4));
   if (adds_up) {
     loss.sum = View(result).data;
-    loss.sum_is_double = is_double(p);
+    loss.sum_is_double = in_double;
     loss.of_blocks = tiles + num_tiles;
     loss.arrived = reinterpret_cast<uint32_t*>(divisor + 1);
   } else {
@@ -160,9 +152,26 @@ Tensor run(const Arguments& a, const View& student, const View* gradient, const 
     if (adds_up) check_launch(set_to_zero(loss.arrived, place.stream));
   }
 
-  check_launch(launch_loss(loss, plan, place.stream));
-  if (!adds_up) check_launch(launch_losses(loss, none, is_double(p), tiles, View(result).data, place.stream));
+  check_launch(launch_rows());
+  if (!adds_up) check_launch(launch_losses(loss, none, in_double, tiles, View(result).data, place.stream));
   return result;
+}
+
+Tensor run(const Arguments& a, const View& student, const View* gradient, const Combined* combined) {
+  const OnDevice place(a.student);
+  std::vector<int64_t> leading;
+  DeviceLoss loss = device_loss(place, a, student, gradient, leading, combined ? Part::kGradient : Part::kLoss);
+  LossProblem& p = loss.problem;
+  if (combined) {
+    check_device(a.student, combined->maxima, "maxima");
+    check_device(a.student, combined->sums, "sums");
+    check_device(a.student, combined->mixture_sums, "mixture_sums");
+    combined->put_into(p);
+    name_stats(place, p);
+  }
+  const Plan plan = plan_of(p, place.properties());
+  return loss_of_rows(place, a, loss, is_double(p), leading, plan.grid_blocks,
+                      [&] { return launch_loss(loss, plan, place.stream); });
 }
 
 Tensor run_stats(const Arguments& a, const View& student, Part part, int count, const OptionalTensor& maxima,
@@ -241,6 +250,29 @@ Tensor run_binary(const Arguments& a, const OptionalTensor& pos_weight, const Vi
   return result;
 }
 
+Tensor run_sparse(const Arguments& a, const Tensor& indices, const Tensor& log_probs, int64_t tail, bool truncate,
+                  const View& student, const View* gradient) {
+  check_device(a.student, indices, "indices");
+  check_device(a.student, log_probs, "log-probabilities");
+  const OnDevice place(a.student);
+  std::vector<int64_t> leading;
+  DeviceSparse problem;
+  const SparseProblem sparse = sparse_problem_of(a, indices, log_probs, tail, student, gradient, leading);
+  leading.clear();
+  problem.rows = device_loss(place, a, student, gradient, leading, Part::kLoss);
+  problem.tail = sparse.tail;
+  problem.k = sparse.k;
+  problem.indices = sparse.indices;
+  problem.log_probs = sparse.log_probs.data;
+  problem.log_probs_dtype = sparse.log_probs.dtype;
+  problem.truncate = truncate;
+  name_view(place, View(log_probs), "log-probabilities");
+  place.names(sparse.indices, size_t(sparse.rows.num_rows * sparse.k) * sizeof(int64_t));
+  const SparsePlan plan = plan_of(problem, place.properties());
+  return loss_of_rows(place, a, problem.rows, problem.is_double(), leading, plan.grid_blocks,
+                      [&] { return launch_sparse(problem, plan, place.stream); });
+}
+
 Device device_of(const Tensor& tensor) { return OnDevice(tensor).device; }
 Tensor new_gradient(const Tensor& student) { return fresh_gradient(student); }
 
@@ -282,10 +314,19 @@ void scale_elements_(const Tensor& gradient, const Tensor& factor, const std::op
 }  // namespace reptile_ext
 
 #if !defined(REPTILE_EXT_ON_HOST)
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CUDA, m) { REPTILE_EXT_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext, CUDA, m) {
+  REPTILE_EXT_IMPLEMENT(m);
+  REPTILE_EXT_IMPLEMENT_SPARSE(m);
+}
 #else
-STABLE_TORCH_LIBRARY(reptile_ext_on_host, m) { REPTILE_EXT_DEFINE(m); }
-STABLE_TORCH_LIBRARY_IMPL(reptile_ext_on_host, CPU, m) { REPTILE_EXT_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY(reptile_ext_on_host, m) {
+  REPTILE_EXT_DEFINE(m);
+  REPTILE_EXT_DEFINE_SPARSE(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(reptile_ext_on_host, CPU, m) {
+  REPTILE_EXT_IMPLEMENT(m);
+  REPTILE_EXT_IMPLEMENT_SPARSE(m);
+}
 #endif
 
 #if !defined(REPTILE_EXT_ON_HOST)

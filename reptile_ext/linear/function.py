@@ -30,7 +30,7 @@ from ..checks import (
 from ..functional import for_operators, needs_reference
 from ..options import REDUCTIONS, Options, make_options, make_sparse_options
 from ..reference import counted_rows
-from ..sparse import is_on_cuda, pair_for_operators
+from ..sparse import pair_for_operators
 from .dtensor import gathered, is_dtensor
 from .group import sharded_linear_loss
 from .head import linear_map
@@ -222,8 +222,6 @@ def linear_distillation_loss(
     if group is not None:
         loss = sharded_linear_loss(config, tensors, (labels, weight, denominator), group, reduce_hidden_gradient)
         return loss.reshape(leading) if reduction == "none" else loss
-    if is_sparse:
-        is_on_cuda(device)  # which says what that means
     if needs_reference(device, "linear_distillation_loss"):
         # A denominator that is a number stays one: its value is checked.
         loss = LinearLoss.reference(config, tensors, (labels, weight, denominator), check_values=True)

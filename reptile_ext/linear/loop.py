@@ -12,7 +12,7 @@ from ..checks import check_weight_values
 from ..functional import LogitsLoss
 from ..options import REDUCTIONS, Options
 from ..reference import counted_rows
-from ..sparse import loss_for as sparse_loss_for
+from ..sparse import SparseLoss
 from .gradients import Gradients
 from .logits import LogitsSource
 from .plan import chunk_sizes, plan
@@ -111,7 +111,7 @@ def run_chunks(
             s = student.logits(part, s_product)
             t = teacher.logits(part, t_product) if uses_teacher or config.is_sparse else s
             indices = teacher.indices_of(part)
-            loss_of = LogitsLoss if indices is None else sparse_loss_for(s.device)
+            loss_of = LogitsLoss if indices is None else SparseLoss
             models = (s, t) if indices is None else (s, t, indices)
             of_part: Constants = (_rows_of(labels, part), _rows_of(weight, part), denominator)
             grad_of_part = grad_output if grad_output is None or grad_output.dim() == 0 else grad_output[part]

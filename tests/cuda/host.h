@@ -35,6 +35,7 @@
 #define REPTILE_EXT_KERNEL(max_threads) void
 #define REPTILE_EXT_LONE_KERNEL(max_threads) void
 #define REPTILE_EXT_ARGUMENT const
+#define REPTILE_EXT_DEVICE_CALL inline
 #define REPTILE_EXT_UNROLL
 #define REPTILE_EXT_NO_UNROLL
 
@@ -332,6 +333,11 @@ void store_shared(T* p, T x) {
   const auto [block, offset] = host::find_shared(p, sizeof(T));
   std::memset(block->written.data() + offset, 1, sizeof(T));
   *p = x;
+}
+inline uint32_t set_shared_bits(uint32_t* p, uint32_t bits) {
+  const uint32_t before = load_shared(p);
+  store_shared(p, before | bits);
+  return before;
 }
 
 struct Bits128 {
