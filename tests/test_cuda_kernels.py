@@ -1438,7 +1438,8 @@ def test_the_loss_of_lists_is_the_references(configure: Configure, reduction: st
     ids, log_probs = sparse.targets(t, 17)
     labels, weight = sparse.make_labels(37, 501), torch.rand(37)
     weight[5] = 0
-    for more in ({}, {"denominator": 3.0}, {"soft_weight": 0.0}, {"temperature": (0.7, 3.0)}):
+    others: list[dict[str, Any]] = [{}] if reduction == "none" else [{}, {"denominator": 3.0}]
+    for more in (*others, {"soft_weight": 0.0}, {"temperature": (0.7, 3.0)}):
         keywords = {"hard_weight": 0.5, "weight": weight, "reduction": reduction, **more}
         found = sparse.value_and_gradient(loss_of_few, s, ids, log_probs, labels, **keywords)
         right = sparse.value_and_gradient(
