@@ -222,10 +222,10 @@ def agree_on_classes(
     return int(ranges.first), int(ranges.vocab_size)
 
 
-def refuse_second_derivative() -> NoReturn:
+def refuse_second_derivative(function: str = "sparse_distillation_loss", gathered: str = "logits") -> NoReturn:
     raise RuntimeError(
-        "sparse_distillation_loss(group=...) has no double backward, and takes no batch of gradients: gather the "
-        "student's logits for these"
+        f"{function}(group=...) has no double backward, and takes no batch of gradients: gather the student's "
+        f"{gathered} for these"
     )
 
 

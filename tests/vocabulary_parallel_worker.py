@@ -539,6 +539,10 @@ def linear(rank: int, world_size: int) -> Any:
     torch.testing.assert_close(total, leaf.grad)
     with torch.no_grad():
         alone = reptile_ext.linear_distillation_loss(leaf, own(weight), *teacher, case.labels, **keywords)
+
+    def of_hidden(x: Tensor) -> Tensor:
+        return reptile_ext.linear_distillation_loss(x, own(weight), *teacher, case.labels, **keywords)
+
     said = []
     for wrong in (
         lambda: reptile_ext.linear_distillation_loss(
@@ -559,6 +563,15 @@ def linear(rank: int, world_size: int) -> Any:
             wrong()
             said.append("nothing")
         except (TypeError, ValueError) as error:
+            said.append(str(error))
+    for twice in (
+        lambda x: torch.autograd.grad(of_hidden(x), x, create_graph=True),
+        lambda x: torch.func.grad(of_hidden)(x.detach()),
+    ):
+        try:
+            twice(leaf)
+            said.append("nothing")
+        except RuntimeError as error:
             said.append(str(error))
     return found, numbers(frozen), numbers(alone), numbers(leaf.grad), said
 

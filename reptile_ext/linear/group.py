@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import compat, reference
-from ..distributed import check_group, vocabulary_parallel_loss
+from ..distributed import check_group, refuse_second_derivative, vocabulary_parallel_loss
 from ..functional import needs_reference
 from ..options import REDUCTIONS
 from ..reference import counted_rows
@@ -51,6 +50,8 @@ def sharded_linear_loss(
 ) -> Tensor:
     """The loss of checked arguments: rows are flat, and classes are each process's own."""
     check_group(group)
+    if compat.in_torch_func() or compat.in_forward_mode():
+        refuse_second_derivative("linear_distillation_loss", "heads")
     labels, weight, denominator = constants
     options = config.options
     if options.reduction == _MEAN and denominator is None:
@@ -109,8 +110,9 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled() or compat.is_batched(grad_output):
+            refuse_second_derivative("linear_distillation_loss", "heads")
         kept: list[Any] = [None] * 6
         for i, x in zip(ctx.which, ctx.saved_tensors, strict=True):
             kept[i] = x
