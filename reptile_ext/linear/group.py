@@ -118,7 +118,8 @@ class _Loss(torch.autograd.Function):
             kept[i] = x
         if not ctx.at_once:
             return None, *_run(ctx.call, kept, ctx.needed, grad_output)[1]
-        return None, *(None if x is None else x * grad_output.to(x.dtype) for x in kept)
+        # The factor is not rounded to 16 bits.
+        return None, *(None if x is None else (x.to(_wide(x)) * grad_output.to(_wide(x))).to(x.dtype) for x in kept)
 
 
 def _run(
