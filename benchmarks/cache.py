@@ -292,7 +292,8 @@ def open_and_look(folder: Path, samples: int, queue: Any) -> None:
 
 
 def measure_loader(samples: Samples, vocab_size: int) -> dict[str, Any]:
-    """A loader with one worker beside steps of the code-lm recipe's student: how long they wait for the teacher."""
+    """Steps of the code-lm recipe's student, and how long they wait for the teacher: of rows that the loop decodes
+    itself, and of a loader with one worker, whose tensors pass from process to process."""
     from reptile_ext.training.recipes.code_lm import LSTM
 
     folder, k = Path(tempfile.mkdtemp()) / "c", samples[0][0].shape[1]
@@ -304,7 +305,7 @@ def measure_loader(samples: Samples, vocab_size: int) -> dict[str, Any]:
         cache(1e-3, vocab_size, folder, samples)
         opened = TeacherCache.open(folder)
         wanted = [i % len(samples) for i in range(2 * steps)]
-        loader = DataLoader(wanted, batch_size=2, num_workers=1, collate_fn=partial(opened.batch, length=LENGTH))
+        result: dict[str, Any] = {"tokens_a_step": 2 * LENGTH}
 
         def step(ids: Tensor, log_probs: Tensor) -> None:
             logits = student(ids[..., 0].clamp(max=classes - 1))
@@ -314,23 +315,27 @@ def measure_loader(samples: Samples, vocab_size: int) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
 
-        batches: Iterator[Any] = iter(loader)
-        waiting = working = 0.0
-        for number in range(steps):
-            start = time.perf_counter()
-            ids, log_probs = next(batches)
-            middle = time.perf_counter()
-            step(ids, log_probs)
-            if number >= warm:
-                waiting += middle - start
-                working += time.perf_counter() - middle
-        a_step = working / (steps - warm)
-        return {
-            "tokens_a_step": 2 * LENGTH,
-            "milliseconds_a_step": a_step * 1e3,
-            "gb_per_second_consumed": 2 * LENGTH * k * 12 / a_step / 1e9,
-            "share_waiting": waiting / (waiting + working),
-        }
+        for workers in (0, 1):
+            loader = DataLoader(
+                wanted, batch_size=2, num_workers=workers, collate_fn=partial(opened.batch, length=LENGTH)
+            )
+            batches: Iterator[Any] = iter(loader)
+            waiting = working = 0.0
+            for number in range(steps):
+                start = time.perf_counter()
+                ids, log_probs = next(batches)
+                middle = time.perf_counter()
+                step(ids, log_probs)
+                if number >= warm:
+                    waiting += middle - start
+                    working += time.perf_counter() - middle
+            a_step = working / (steps - warm)
+            result |= {
+                "milliseconds_a_step": a_step * 1e3,
+                "gb_per_second_consumed": 2 * LENGTH * k * 12 / a_step / 1e9,
+                f"share_waiting_{workers}_workers": waiting / (waiting + working),
+            }
+        return result
     finally:
         shutil.rmtree(folder.parent)
 
