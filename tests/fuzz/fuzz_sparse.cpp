@@ -8,7 +8,7 @@
 //     in place the gradient over the logits has the bits of a new one
 //     sets     the first of these on every instruction set
 //
-// Whether indices are in range and differ is looked at before the kernels are called (csrc/torch/ops.cpp), and tested
+// Whether indices are in range and differ is checked before the kernels are called (csrc/torch/ops.cpp), and tested
 // in tests/test_sparse.py.
 #include "../../csrc/cpu/dispatch.h"
 #include "rows.h"
