@@ -291,6 +291,10 @@ def extra(rows, hidden, classes, dtype, learns, has_product=None, **keywords):
     x, y = (torch.randn(rows, hidden).to(dtype).requires_grad_(learns and i == 0) for i in range(2))
     head, teachers = (torch.randn(classes, hidden).to(dtype).requires_grad_(learns and i == 0) for i in range(2))
     reptile_ext.linear_distillation_loss(x[:8], head, y[:8], teachers)  # what is loaded or grown once
+    with torch.no_grad():  # and what the products' library keeps of its own: MKL 0.6 MB more on a Xeon with AMX
+        z = x[:512] @ head.t()
+        z @ head, z.t() @ x[:512]
+        del z
     reptile_ext.linear.release_scratch()
     open("/proc/self/clear_refs", "w").write("5")  # the peak so far is what is there now
     before = status("VmHWM")
@@ -327,8 +331,8 @@ reads_peak_memory = pytest.mark.skipif(
     ids=["bfloat16", "float16 without products", "float32"],
 )
 def test_peak_memory(case: str, of_head: int, logits: float) -> None:
-    """In bytes: 128 MB beside the head's gradient, and up to 4 of the products' library (0.6 on a Xeon with AMX)."""
-    assert logits < extra_bytes(case) - of_head < 132e6  # not less than the logits of 512 rows: something was measured
+    """In bytes: 128 MB beside the head's gradient."""
+    assert logits < extra_bytes(case) - of_head < 128e6  # not less than the logits of 512 rows: something was measured
 
 
 @reads_peak_memory
@@ -339,9 +343,9 @@ def test_peak_memory_without_gradients_is_the_same_for_any_number_of_rows() -> N
 
 @reads_peak_memory
 def test_peak_memory_with_softcaps() -> None:
-    """dW and its sum beside a budget of 100 MB, and what products take (37 MB on a Xeon with AMX)."""
+    """dW and its sum beside a budget of 100 MB, and what products take."""
     keywords = "student_softcap=9.0, teacher_softcap=9.0, memory_budget=100_000_000"
-    assert 50e6 < extra_bytes(f"(1100, 64, 64_000, torch.bfloat16, True, {keywords})") - 64 * 64_000 * (2 + 4) < 140e6
+    assert 50e6 < extra_bytes(f"(1100, 64, 64_000, torch.bfloat16, True, {keywords})") - 64 * 64_000 * (2 + 4) < 135e6
 
 
 def test_chunks() -> None:
