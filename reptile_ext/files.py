@@ -47,3 +47,10 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def add_file(digest: Any, path: str | os.PathLike[str]) -> None:
+    """To a hash, the content of a file of any size."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

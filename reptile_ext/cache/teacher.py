@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,11 +23,22 @@ from torch import Tensor
 
 from .. import checks
 from ..files import restated, write_json
+from ..pretrained import (
+    check_kind,
+    first_line,
+    folder_of,
+    hash_of_files,
+    load_model,
+    read_config,
+    read_tokenizer,
+    require_transformers,
+    weight_files,
+)
 from ..sparse import sampled_targets, top_k_targets
 from . import format as fmt
 from .progress import bar_of
 from .reader import TeacherCache
-from .texts import Sample, Texts, add_file
+from .texts import Sample, Texts
 from .tokens import TokenWriter
 from .vocabulary import Vocabulary
 from .writer import CacheWriter, _place
@@ -321,7 +331,7 @@ def _device(device: str | None) -> torch.device:
         torch.empty(0, device=found)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"device must be one that torch has here, such as cpu or cuda; got {device!r}: {_first(error)}"
+            f"device must be one that torch has here, such as cpu or cuda; got {device!r}: {first_line(error)}"
         ) from None
     return found
 
@@ -333,20 +343,15 @@ class _Source:
     """Configuration and tokenizer of a model's folder: what is wrong is said before its weights are read."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._transformers = _transformers()
-        self.folder = _folder_of(settings["model"], settings["allow_pickle"])
+        require_transformers("cache")
         self.allow_pickle: bool = settings["allow_pickle"]
-        self.config = self._config()
-        self.weights = _weight_files(self.folder, self.allow_pickle)
+        self.folder = folder_of(settings["model"], self.allow_pickle)
+        self.config = read_config(self.folder)
+        check_kind(self.config, "language-model", self.folder)
+        self.weights = weight_files(self.folder, self.allow_pickle)
         folder = settings["tokenizer"] or self.folder
         self.tokenizer_name = Vocabulary(folder).name
-        with _quiet(self._transformers):
-            try:
-                self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, local_files_only=True
-                )
-            except Exception as error:
-                raise ValueError(f"tokenizer: {folder} has none that transformers loads: {_first(error)}") from error
+        self._tokenizer = read_tokenizer(folder)
         context: Any = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         given = settings["max_length"]
         if given is not None and context is not None and given > context:
@@ -356,55 +361,8 @@ class _Source:
         self.max_length = int(given or context)
         self.most_characters = 4 * self.max_length  # of a text that is cut, as far as they take time: about so many
 
-    def _config(self) -> Any:
-        transformers = self._transformers
-        with _quiet(transformers):
-            try:
-                config = transformers.AutoConfig.from_pretrained(
-                    self.folder, trust_remote_code=False, local_files_only=True
-                )
-            except Exception as error:
-                raise ValueError(
-                    f"model: transformers cannot read {self.folder / 'config.json'}: {_first(error)}"
-                ) from error
-        from transformers.models.auto import modeling_auto
-
-        known: set[str] = set()
-        for mapping in (
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-            modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        ):
-            known.update(name for name in mapping.values() if isinstance(name, str))
-        names = config.architectures or []
-        if config.is_encoder_decoder or config.model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            what = f"a {names[0] if names else config.model_type}"
-            raise ValueError(f"model must be a causal language model; {self.folder} is {what}")
-        if names and not known.intersection(names):
-            raise ValueError(f"model must be a causal language model; {self.folder} is a {names[0]}")
-        return config
-
     def load(self, dtype: str) -> Any:
-        with _quiet(self._transformers):
-            try:
-                model, info = self._transformers.AutoModelForCausalLM.from_pretrained(
-                    self.folder,
-                    config=self.config,
-                    dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                    use_safetensors=None if self.allow_pickle else True,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
-            except (torch.OutOfMemoryError, MemoryError, ImportError):
-                raise
-            except Exception as error:
-                raise ValueError(f"model: transformers cannot load {self.folder}: {_first(error)}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"model: {len(missing)} parameters are missing in the weights of {self.folder}, {missing[0]} for one: "
-                "they would be random"
-            )
-        return model.eval()
+        return load_model(self.folder, self.config, "language-model", dtype, self.allow_pickle)
 
     def tokenize(self, texts: list[str]) -> list[tuple[list[int], bool]]:
         """Token ids, and whether they were cut to `max_length`."""
@@ -424,7 +382,7 @@ class _Teacher:
         self._model = source.load(settings["dtype"]).to(device)
         self._dtype = next(self._model.parameters()).dtype
         files = [source.folder / "config.json", *source.weights]
-        self.name = f"sha256:{_hash_of_files(files)} in {str(self._dtype).removeprefix('torch.')}"
+        self.name = f"sha256:{hash_of_files(files)} in {str(self._dtype).removeprefix('torch.')}"
         self._classes_in: int = self._model.get_input_embeddings().weight.shape[0]
         look = torch.arange(2 * min(24, source.max_length)).reshape(2, -1) * 7 % self._classes_in
         with torch.no_grad():
@@ -523,86 +481,5 @@ class _Teacher:
         known.save(folder / fmt.TEACHER / HEAD_FILE, teacher=self.name)
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("a model needs the extra 'cache': pip install 'reptile_ext[cache]'") from None
-    return transformers
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """What it warns of is checked here; its bars are not of tokens."""
-    log = transformers.utils.logging
-    verbosity, has_bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if has_bar:
-            log.enable_progress_bar()
-
-
-def _folder_of(model: str, allow_pickle: bool) -> Path:
-    """The folder itself, or where the hub's model has been downloaded to."""
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            adapter = (folder / "adapter_config.json").is_file()
-            hint = " (an adapter: merge it into its model, and save that)" if adapter else ""
-            raise ValueError(f"model must be a folder as save_pretrained writes it; {folder} has no config.json{hint}")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ValueError(f"model must be a folder as save_pretrained writes it, or a name on the hub; got {model}")
-    from huggingface_hub import snapshot_download
-
-    weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                allow_patterns=["*.json", "*.model", "*.txt", "*.jinja", *weights],
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
-    except Exception as error:
-        raise ValueError(f"model: there is no folder {model}, and the hub does not give it: {_first(error)}") from error
-
-
-def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    for name in ("model.safetensors", "pytorch_model.bin")[: 1 + allow_pickle]:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (KeyError, ValueError, AttributeError) as error:
-                raise ValueError(f"model: {index} is damaged: {error!r}") from None
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise ValueError(f"model: {folder / missing[0]} is missing, which {index.name} names")
-            return [folder / name for name in names]
-    others = sorted(path.name for path in folder.glob("*.bin"))
-    hint = f"; {others[0]} can run code when it is read: allow_pickle reads it" if others and not allow_pickle else ""
-    raise ValueError(f"model: {folder} has no weights, model.safetensors{hint}")
-
-
-def _hash_of_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        add_file(digest, path)
-    return digest.hexdigest()
-
-
 def _hash_of(what: Any) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(what).encode()).hexdigest()}"
-
-
-def _first(error: BaseException) -> str:
-    """The first line of what a library says."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import checks
+from ..files import add_file
 from ..words import did_you_mean
 from . import sources
 from .format import SampleId, checked_id
@@ -198,10 +199,3 @@ def _hash(path: str) -> str:
     digest = hashlib.sha256()
     add_file(digest, path)
     return digest.hexdigest()
-
-
-def add_file(digest: Any, path: str | os.PathLike[str]) -> None:
-    """To a hash, the content of a file of any size."""
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)

@@ -1,0 +1,1 @@
+"""Kinds of work: the data, models and metrics of each."""
