@@ -478,6 +478,35 @@ class Reptile:
         put_data_back()
         return evaluation.compute()
 
+    def evaluate_teacher(self, data: Iterable[Any]) -> dict[str, float]:
+        """The `metrics` of labels (all but "loss" and "agreement"), of what the teacher says of `data`.
+
+        Raises ValueError for a teacher that is None or a cache: there are no logits to measure."""
+        objective = self.objective
+        if self.teacher is None or objective.cache is not None:
+            raise ValueError("evaluate_teacher needs a teacher that is a model or a function")
+        check_data("eval", data)
+        names = tuple(name for name in self.metrics if name not in ("loss", "agreement"))
+        evaluation = Evaluation(names, objective.ignore_index, self.accelerator.device, objective.binary)
+        random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
+        with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
+            for found in data:
+                batch = self._on_device(objective.split(found))
+                if is_empty(batch.inputs):
+                    continue
+                outputs = objective.student_outputs(self.student, batch)  # which say the rows
+                teacher_outputs = objective.teacher_outputs(batch)
+                for logits, teacher_logits, part in objective.logits_in_parts(outputs, teacher_outputs, batch):
+                    rows = objective.counted_rows(logits, part)
+                    answer = self._answer(teacher_logits, logits.shape[-1])
+                    assert isinstance(answer, Tensor)
+                    if len(teacher_logits) > 1:  # probabilities
+                        answer = answer.clamp(min=torch.finfo(answer.dtype).tiny).log()
+                    evaluation.update(torch.zeros(()), float(rows), answer, None, part.labels, part.weight)
+        set_random_state(random_numbers)
+        put_data_back()
+        return {name: value for name, value in evaluation.compute().items() if name != "loss"}
+
     def _answer(self, teacher_logits: Sequence[Tensor], classes: int) -> Tensor | FirstClass | None:
         """What the teachers say together: the weighted mean of their probabilities; of K classes, which is first."""
         if self.objective.cache is not None and len(teacher_logits) == 2:

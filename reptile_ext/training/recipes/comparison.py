@@ -16,7 +16,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,17 +146,24 @@ class Cacheable:
 
 @dataclass
 class Task:
-    """What a recipe brings. The loaders give pairs (inputs, labels)."""
+    """What a recipe brings. The loaders give what `Reptile` takes as batches."""
 
-    teacher: nn.Module
+    teacher: nn.Module | TeacherCache
     student: nn.Module
-    teacher_train: Iterable[Any]
+    teacher_train: Iterable[Any] | None  # None: the teacher is trained already
     student_train: Iterable[Any]
     held_out: Iterable[Any]
     metrics: Sequence[str]  # of METRICS, without "agreement"
     notes: Sequence[str]  # what each of the three sees, said with the results
     fused_linear: bool = False  # for models that show their heads: train all three without logits in full
     cacheable: Cacheable | None = None
+    settings: Settings | None = None  # those given, where the recipe has completed them
+    keywords: Mapping[str, Any] = field(default_factory=dict)  # of every `Reptile`
+    teacher_keywords: Mapping[str, Any] = field(default_factory=dict)  # of those with a teacher
+    baseline: bool = True  # train the student without a teacher, too
+    compares_speed: bool = True  # time the loss and the step against eager PyTorch
+    # Called with the distilled student's `Reptile`, the run folder and the report, which it may add to.
+    finish: Callable[[Reptile, Path, dict[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,9 @@ class _Stages:
             "precision": settings.precision,
             "seed": settings.seed,
             "fused_linear": task.fused_linear,
+            **task.keywords,
         }
+        self._of_teacher = dict(task.teacher_keywords)
         self._metrics = tuple(task.metrics)
         self.table: dict[str, dict[str, Any]] = {}
         self.lines: list[dict[str, Any]] = []
@@ -191,7 +200,15 @@ class _Stages:
         settings = self._settings
         metrics = (*self._metrics, "agreement")
         keywords = {"metrics": metrics, "learning_rate": settings.learning_rate, **settings.loss(), **self._common}
-        return Reptile(student, teacher, **keywords)
+        return Reptile(student, teacher, **keywords | self._of_teacher)
+
+    def measure_teacher(self, reptile: Reptile, held_out: Iterable[Any]) -> None:
+        """Of a teacher that is trained already: what its answers to the held-out data are worth."""
+        began = time.perf_counter()
+        teacher = reptile.objective.teachers[0]
+        parameters = sum(x.numel() for x in teacher.parameters()) if isinstance(teacher, nn.Module) else 0
+        metrics = reptile.evaluate_teacher(held_out)
+        self.table["teacher"] = {"parameters": parameters, **metrics, "seconds": time.perf_counter() - began}
 
     def train(self, name: str, reptile: Reptile, train: Iterable[Any], held_out: Iterable[Any], steps: int) -> None:
         print(f"{name}: {steps} steps", flush=True)
@@ -244,7 +261,8 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     check(settings)
     cache_folder: str | None = getattr(settings, "cache", None)
     task = recipe.build(settings, folder)
-    student_alone = copy.deepcopy(task.student)  # before the student is trained: the same start
+    settings = task.settings or settings
+    student_alone = copy.deepcopy(task.student) if task.baseline else None  # before the student is trained
     stages = _Stages(settings, task, folder, progress_bar, measures_memory=cache_folder is not None)
     metrics, cacheable = task.metrics, task.cacheable
     from_cache: Reptile | None = None
@@ -254,30 +272,44 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         expected = {name: getattr(cacheable, name) for name in ("vocab_size", "tokenizer", "data")}
         expected["temperature"] = settings.temperature
         from_cache = stages.on_teacher(copy.deepcopy(task.student), _open(cache_folder, **expected))
-    teacher = stages.on_labels(task.teacher, settings.teacher_learning_rate)
     distilled = stages.on_teacher(task.student, task.teacher)
-    alone = stages.on_labels(student_alone, settings.learning_rate)
-    if cache_folder is not None:
-        _take_teacher(Path(cache_folder) / TEACHER / "teacher", folder / "teacher")
-    stages.train("teacher", teacher, task.teacher_train, task.held_out, settings.teacher_steps)
-    if cache_folder is not None:
-        _open(cache_folder, **expected, teacher=_digest_of(task.teacher))
+    alone = None if student_alone is None else stages.on_labels(student_alone, settings.learning_rate)
+    if task.teacher_train is not None:
+        assert isinstance(task.teacher, nn.Module)
+        teacher = stages.on_labels(task.teacher, settings.teacher_learning_rate)
+        if cache_folder is not None:
+            _take_teacher(Path(cache_folder) / TEACHER / "teacher", folder / "teacher")
+        stages.train("teacher", teacher, task.teacher_train, task.held_out, settings.teacher_steps)
+        if cache_folder is not None:
+            _open(cache_folder, **expected, teacher=_digest_of(task.teacher))
+        del teacher
+    elif isinstance(task.teacher, nn.Module):
+        stages.measure_teacher(distilled, task.held_out)
     stages.train("student", distilled, task.student_train, task.held_out, settings.steps)
-    stages.train("student alone", alone, task.student_train, task.held_out, settings.steps)
+    if alone is not None:
+        stages.train("student alone", alone, task.student_train, task.held_out, settings.steps)
 
-    batch = next(iter(task.student_train))
-    times = time_losses(task.student, task.teacher, batch[0], settings.temperature)
-    report: dict[str, Any] = {"models": stages.table, "milliseconds": times, "notes": list(task.notes), "minutes": 0.0}
-    if task.fused_linear:
-        report["fused_linear"] = distilled.measure_fused_linear(batch)
+    report: dict[str, Any] = {"models": stages.table, "notes": list(task.notes), "minutes": 0.0}
+    if task.compares_speed:
+        assert isinstance(task.teacher, nn.Module)
+        batch = next(iter(task.student_train))
+        report["milliseconds"] = time_losses(task.student, task.teacher, batch[0], settings.temperature)
+        if task.fused_linear:
+            report["fused_linear"] = distilled.measure_fused_linear(batch)
     if from_cache is not None and cacheable is not None:
-        del task, teacher, distilled, alone, student_alone, batch  # no teacher in memory
+        finish = task.finish
+        del task, alone, student_alone, batch  # no teacher in memory
+        assert finish is None
+        del distilled
         stages.train("student from cache", from_cache, cacheable.student_train, cacheable.held_out, settings.steps)
         order = ("teacher", "student", "student from cache", "student alone")
         report["models"] = {name: stages.table[name] for name in order}
         report["cache"] = from_cache.objective.cache.info()  # type: ignore[union-attr]
         report["notes"] += _notes_on_cache(report["cache"], from_cache.accelerator.device)
-    report["notes"].append(_best_of(stages.lines, "student alone", metrics[0]))
+    elif task.finish is not None:
+        task.finish(distilled, folder, report)
+    if "student alone" in stages.table:
+        report["notes"].append(_best_of(stages.lines, "student alone", metrics[0]))
     report["minutes"] = (time.perf_counter() - started) / 60
     text = "".join(f"{line}\n" for line in map(json.dumps, stages.lines))
     write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
@@ -300,7 +332,7 @@ def cache_teacher(
     own = folder / TEACHER
     task = recipe.build(settings, own)
     cacheable = task.cacheable
-    if cacheable is None:
+    if cacheable is None or not isinstance(task.teacher, nn.Module) or task.teacher_train is None:
         raise ValueError("recipe: its samples are others in every pass, so that a teacher's answers cannot be kept")
     if k > cacheable.vocab_size:
         raise ValueError(f"k must be at most the vocabulary's size, {cacheable.vocab_size}; got {k}")
