@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,7 @@ def time_losses(
         {"loss": {"fused": …, "eager": …, "rows": …}, "step": the same}
     """
     device = next(student.parameters()).device
-    inputs = inputs.to(device)
+    inputs = send_to_device(inputs, device)
     student = copy.deepcopy(student).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=device.type in ("cpu", "cuda"))
     with torch.no_grad():
@@ -80,31 +81,38 @@ def time_losses(
 
 def measure_fused_linear(objective: Objective, batch: Any, repeats: int = 5) -> dict[str, Any]:
     """See `Reptile.measure_fused_linear`; `batch` is on the student's device."""
-    student = objective.student
-    batch = objective.split(batch)
+    ways = {"logits": objective.with_fused_linear(False), "fused_linear": objective.with_fused_linear(True)}
+    return measure_ways(ways, batch, repeats)
+
+
+def measure_ways(ways: Mapping[str, Objective], batch: Any, repeats: int = 5) -> dict[str, Any]:
+    """Forward and backward of a batch on the student's device, in each of these ways: objectives of the same student.
+    The ways take turns, after a round that does not count. Gradients, buffers and random numbers stay as they were.
+    Returns what `Reptile.measure_fused_linear` does, by the names of the ways."""
+    first = next(iter(ways.values()))
+    student = first.student
     shape: dict[str, int] = {}
 
-    def contender(name: str, fused_linear: bool) -> Contender:
-        chosen = objective.with_fused_linear(fused_linear)
-
+    def contender(name: str, objective: Objective) -> Contender:
         def setup() -> None:
             for parameter in student.parameters():
                 parameter.grad = None
 
         def step(_: None) -> None:
-            outputs = chosen.student_outputs(student, batch)
-            rows = chosen.num_rows(outputs, batch)
-            loss = chosen.loss(outputs, chosen.teacher_outputs(batch), batch, rows, overwrite=True)
+            parts = objective.split(batch)
+            outputs = objective.student_outputs(student, parts)
+            rows = objective.num_rows(outputs, parts)
+            loss = objective.loss(outputs, objective.teacher_outputs(parts), parts, rows, overwrite=True)
             torch.autograd.backward(loss)
-            head = chosen.student_head
+            head = objective.student_head
             classes = outputs.shape[-1] if head is None else head.layer.out_features
             shape.update(rows=outputs.shape[:-1].numel(), classes=classes)
 
         return Contender(name, setup, step)
 
     device = next(student.parameters()).device
-    turns = Turns([contender("logits", False), contender("fused_linear", True)], device, catch=torch.OutOfMemoryError)
-    with frozen(objective.teachers), untouched(student), being_trained(student):
+    turns = Turns([contender(name, way) for name, way in ways.items()], device, catch=torch.OutOfMemoryError)
+    with frozen(first.teachers), untouched(student), being_trained(student):
         for one in turns.measured:  # to warm up
             turns.run(one)
         turns.take_turns(repeats)

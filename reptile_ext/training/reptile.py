@@ -352,7 +352,7 @@ class Reptile:
                     if accelerator.num_processes == 1:  # several wait for each other at each micro-batch
                         window = [batch for batch in window if not is_empty(batch.inputs)]
                     guard = None if progress.step or idle else Unchanged(objective.teachers, self.student)
-                    for taken, batch in enumerate(map(self._on_device, window), start=1):
+                    for taken, batch in enumerate(map(self.on_device, window), start=1):
                         # Gradients of several processes meet in the last backward.
                         alone = accelerator.no_sync(model) if taken < len(window) else contextlib.nullcontext()
                         with alone, naming_unused_parameters():
@@ -464,7 +464,7 @@ class Reptile:
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
             for found in data:
-                batch = self._on_device(objective.split(found))
+                batch = self.on_device(objective.split(found))
                 if is_empty(batch.inputs):
                     continue
                 outputs = objective.student_outputs(self.student, batch)
@@ -491,7 +491,7 @@ class Reptile:
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
             for found in data:
-                batch = self._on_device(objective.split(found))
+                batch = self.on_device(objective.split(found))
                 if is_empty(batch.inputs):
                     continue
                 outputs = objective.student_outputs(self.student, batch)  # which say the rows
@@ -538,9 +538,9 @@ class Reptile:
             ValueError: as `fused_linear=True` does, for models and options that it is not for.
         """
         batch = self.objective.with_fused_linear(True).split(batch)  # which counts rows while the batch is on the host
-        return measure_fused_linear(self.objective, self._on_device(batch), repeats)
+        return measure_fused_linear(self.objective, self.on_device(batch), repeats)
 
-    def _on_device(self, batch: Batch) -> Batch:
+    def on_device(self, batch: Batch) -> Batch:
         return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
 
     def _sum_over_processes(self, count: Tensor) -> Tensor:

@@ -132,6 +132,16 @@ class Named:
             return None
         return read_tokenizer(folder, self.argument)
 
+    def context(self, allow_pickle: bool) -> int | None:
+        """Positions of the model, where its configuration says."""
+        folder = self.folder(allow_pickle)
+        if folder is None:
+            return None
+        config = read_config(Path(self.name) if self.kind == "config" else folder, self.argument)
+        for name, value in self.options.items():
+            setattr(config, name, value)
+        return context_of(config)
+
     # ------------------------------------------------------------------------------------------- the model
 
     def load(
@@ -301,6 +311,75 @@ def _begin_again(model: nn.Module, prefixes: tuple[str, ...]) -> None:
                 nn.init.zeros_(module.bias)
 
 
+# ------------------------------------------------------------------------------------------------ a run's models
+
+_LONGEST = 512  # tokens of a sample, where nobody says more
+
+
+class Models:
+    """The teacher and the student of a run. Tokenizers and configurations are read first, so that what is wrong with
+    them, or with the data, is said before weights are loaded.
+
+    Attributes:
+        tokenizer: the student's. teacher_tokenizer: another one, of a teacher of samples, not of tokens; else the same.
+        max_length: tokens that a sample keeps.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        teacher: str | None,
+        student: str,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        same_tokenizer: bool = True,
+        allow_pickle: bool = False,
+    ) -> None:
+        """teacher: None for one that is a cache. tokenizer: for models that have none."""
+        self.task, self._allow_pickle = task, allow_pickle
+        self.teacher = None if teacher is None else Named.parse("teacher", teacher)
+        self.student = Named.parse("student", student)
+        of_teacher = None if self.teacher is None else self.teacher.tokenizer(allow_pickle)
+        of_student = self.student.tokenizer(allow_pickle) if self.student.kind == "folder" else None
+        self.teacher_tokenizer = of_teacher or tokenizer or of_student
+        self.tokenizer = of_student or tokenizer or of_teacher
+        if self.tokenizer is None:
+            raise ValueError("tokenizer must name a folder with one: neither teacher nor student has a tokenizer")
+        if self.tokenizer is not self.teacher_tokenizer:
+            if compare_tokenizers(self.teacher_tokenizer, self.tokenizer) is None:
+                self.teacher_tokenizer = self.tokenizer
+            elif same_tokenizer:
+                check_same_tokenizer(self.teacher_tokenizer, self.tokenizer)
+        contexts = {
+            one.argument: context
+            for one in (self.teacher, self.student)
+            if one is not None and (context := one.context(allow_pickle)) is not None
+        }
+        shortest = min(contexts, key=lambda name: contexts[name], default=None)
+        if max_length is not None and shortest is not None and max_length > contexts[shortest]:
+            raise ValueError(
+                f"max_length must be at most the {shortest}'s context, {contexts[shortest]}; got {max_length}"
+            )
+        self.max_length: int = max_length or min([_LONGEST, *contexts.values()])
+
+    def load_teacher(self, labels: list[str] | None = None, **more: Any) -> nn.Module:
+        assert self.teacher is not None
+        keywords = {"context": self.max_length, "allow_pickle": self._allow_pickle, **more}
+        model = self.teacher.load(self.task, tokenizer=self.teacher_tokenizer, labels=labels, **keywords)
+        check_ids_fit(model, self.teacher_tokenizer, "teacher")
+        return model
+
+    def load_student(
+        self, classes: int | None = None, labels: list[str] | None = None, lora: str | None = None
+    ) -> nn.Module:
+        """In float32, in which it is trained. classes: of the teacher's logits, which a new student has too."""
+        keywords: dict[str, Any] = {"context": self.max_length, "allow_pickle": self._allow_pickle}
+        model = self.student.load(self.task, tokenizer=self.tokenizer, classes=classes, labels=labels, **keywords)
+        check_ids_fit(model, self.tokenizer, "student")
+        return model if lora is None else add_lora(model, self.task, lora)
+
+
 # ------------------------------------------------------------------------------------------------ tokenizers
 
 _PROBES = (
@@ -374,16 +453,19 @@ def merged(model: nn.Module) -> nn.Module:
     return found
 
 
-def context_of(model: nn.Module) -> int | None:
-    """Positions that a model has; None if its configuration names none."""
-    config: Any = getattr(model, "config", None)
-    if callable(getattr(config, "get_text_config", None)):
-        config = config.get_text_config()
+def context_of(config: Any) -> int | None:
+    """Positions that a configuration gives a model; None if it names none."""
+    config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            # RoBERTa's kind counts positions from behind the padding's id.
+            offset = (config.pad_token_id or 0) + 1 if config.model_type in _POSITIONS_AFTER_PAD else 0
+            return value - offset
     return None
+
+
+_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xlm-roberta-xl", "data2vec-text")
 
 
 def check_ids_fit(model: nn.Module, tokenizer: Any, argument: str) -> None:
