@@ -45,7 +45,7 @@ _NO_MEMORY = ("not enough memory", "out of memory", "allocate memory")
 
 
 # The names of the recipes, known without the extra that they need.
-_RECIPES = ("code-lm", "digits")
+_RECIPES = ("code-lm", "digits", "language-model")
 
 
 class CommandError(Exception):
@@ -551,7 +551,7 @@ def _recipe_to_run(
     parser = _Parser(
         prog=f"reptile {command} {name}",
         description=description,
-        epilog=f"Recipes: {', '.join(_recipes().RECIPES)}; `reptile {command} RECIPE --help` shows one's settings.",
+        epilog=f"Recipes: {', '.join(_RECIPES)}; `reptile {command} RECIPE --help` shows one's settings.",
     )
     parser.add_argument("--config", type=_path, metavar="FILE", help="TOML file of settings; flags win over it")
     parser.add_argument("--out", type=_path, metavar="FOLDER", help=f"where to write (default: {default})")
@@ -589,11 +589,11 @@ def _recipes() -> Any:
 
 
 def _recipe(name: Any) -> Any:
-    known = _recipes().RECIPES
-    if not isinstance(name, str) or name not in known:
-        nearest = did_you_mean(str(name), known)
-        raise CommandError(f"recipe must be one of {', '.join(known)}; got {name!r}{nearest}")
-    return known[name]
+    recipes = _recipes()
+    if not isinstance(name, str) or name not in recipes.NAMES:
+        nearest = did_you_mean(str(name), recipes.NAMES)
+        raise CommandError(f"recipe must be one of {', '.join(recipes.NAMES)}; got {name!r}{nearest}")
+    return recipes.recipe(name)
 
 
 def _path(text: str) -> Path:

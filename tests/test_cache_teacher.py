@@ -917,9 +917,9 @@ def test_bad_models(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_bad_commands(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reptile_ext.training.recipes import RECIPES
+    from reptile_ext.training.recipes import NAMES
 
-    assert tuple(RECIPES) == cli._RECIPES
+    assert NAMES == cli._RECIPES
     monkeypatch.chdir(tmp_path)
     out, model = tmp_path / "c", place.folder / "llama"
     assert refused(capsys, model) == f"a model needs files of texts, MODEL FILE …; got {model} alone"

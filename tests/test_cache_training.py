@@ -662,7 +662,7 @@ def test_the_commands_end_to_end(
         assert cli.main(argv) == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
-    monkeypatch.setattr(code_lm, "_tokenizer", _merged_otherwise(code_lm._tokenizer))
+    monkeypatch.setattr(code_lm, "trained_tokenizer", _merged_otherwise(code_lm.trained_tokenizer))
     assert cli.main(["distill", *SMALL, "--cache", str(folder), "--out", str(tmp_path / "other")]) == 2
     assert "tokenizer: the cache in" in capsys.readouterr().err
 

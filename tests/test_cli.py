@@ -267,7 +267,7 @@ def test_every_flag_takes_a_value_or_says_what_is_wrong(
         with pytest.raises(Trained):
             cli.main(command.split())
     actions = [action for action in parsers[-1]._actions if action.dest != "help"]
-    fields = recipes.RECIPES[command.split()[1]].settings.model_fields if " " in command else {}
+    fields = recipes.recipe(command.split()[1]).settings.model_fields if " " in command else {}
     assert {"--" + name.replace("_", "-") for name in fields} <= {s for a in actions for s in a.option_strings}
 
     wrong, tried, accepted = [], 0, 0
@@ -300,7 +300,7 @@ def test_every_setting_of_a_file_is_taken_or_named(
     monkeypatch.setattr(torch.nn.Module, "__call__", trained)
     a_little_text(monkeypatch)
     wrong = []
-    for field in recipes.RECIPES[name].settings.model_fields:
+    for field in recipes.recipe(name).settings.model_fields:
         for value in (*NUMBERS, '"x"', '""', "true", "[1]", "{ a = 1 }", "1979-05-27"):
             (tmp_path / "settings.toml").write_text(f"{field} = {value}\n")
             command = f"distill {name} --config settings.toml --out run".split()

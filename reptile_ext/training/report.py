@@ -33,8 +33,9 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
         cells += f"{values['seconds']:>10.1f}"
         cells += (f"{'-':>10}" if peak is None else f"{peak / 1e6:>10.0f}") if has_peaks else ""
         lines.append(f"{labels[name]:<{width}}{values['parameters']:>12,}{cells}")
-    lines += ["", f"{'median ms, fwd KL':<20}{'fused loss':>12}{'eager loss':>15}{'eager / fused':>15}"]
-    for what, of in report["milliseconds"].items():
+    if "milliseconds" in report:
+        lines += ["", f"{'median ms, fwd KL':<20}{'fused loss':>12}{'eager loss':>15}{'eager / fused':>15}"]
+    for what, of in report.get("milliseconds", {}).items():
         title = "loss fwd + bwd" if what == "loss" else "training step"
         compared = _cells(of["fused"], of["eager"], lambda fused, eager: f"{eager / fused:.2f}")
         lines.append(f"{title:<20}{compared}")

@@ -1,21 +1,13 @@
-"""Settings that the three tasks of texts share, and what is found out where one of them is left out."""
+"""Settings that the three tasks of texts share."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliImplicitFlag
 
-from ...files import write_json
-from ...linear import release_scratch
-from ...training import Reptile
-from ...training.costs import measure_ways
 from ...training.recipes.comparison import Count, Rate, Settings
 from .models import DTYPES, Named, key_values
 
@@ -146,119 +138,3 @@ def absolute(settings: TextSettings) -> TextSettings:
         if Path(path).exists():
             found[name] = f"{prefix}{Path(path).absolute()}{comma}{options}"
     return settings.model_copy(update=found)
-
-
-# ------------------------------------------------------------------------------------------------ what is left out
-
-
-def complete(
-    settings: TextSettings,
-    folder: Path,
-    samples: int | None,
-    loader: Callable[[int], Iterable[Any]],
-    make: Callable[[str, bool], Reptile],
-) -> TextSettings:
-    """The settings with nothing left out; what was found out is printed, and kept in the run folder for a run that goes
-    on.
-
-    samples   that a pass has. loader: makes the students' batches of a size. make: the distilled student's `Reptile` by
-              precision and `fused_linear`; steps of it are measured, which change nothing."""
-    path = folder / CHOSEN
-    if path.exists():
-        return settings.model_copy(update=json.loads(path.read_text(encoding="utf-8")))
-    found: dict[str, Any] = {}
-    said: dict[str, str] = {}
-
-    def measure(batch: int, **ways: tuple[str, bool]) -> dict[str, Any]:
-        reptiles = {name: make(*way) for name, way in ways.items()}
-        last = list(reptiles.values())[-1]
-        parts = last.on_device(last.objective.split(next(iter(loader(batch)))))
-        return measure_ways({name: reptile.objective for name, reptile in reptiles.items()}, parts, 3)
-
-    precision = "float32" if settings.precision == "auto" else settings.precision
-    fused = settings.fused_linear == "yes"
-    per_step = (settings.accumulate or 1) if settings.batch is None and settings.accumulate else 16
-    if settings.batch is None:
-        peak = measure(1, one=(precision, fused))["peak_bytes"]["one"]
-        most = per_step if samples is None else min(per_step, samples)
-        free = _free_memory()
-        fits = most if not peak or not free else max(1, int(0.5 * free / peak))
-        # Only divisors of a step's samples, so that steps are of one size.
-        found["batch"] = max(n for n in range(1, most + 1) if n <= fits and (per_step % n == 0 or n == most))
-        said["batch"] = f"a sample takes {_megabytes(peak)} of the {_megabytes(free)} that are free"
-    batch: int = found.get("batch") or settings.batch or 1
-    if settings.accumulate is None:
-        found["accumulate"] = max(1, per_step // batch)
-    accumulate: int = found.get("accumulate") or settings.accumulate or 1
-    if settings.precision == "auto":
-        found["precision"] = "float32"
-        if _has_bfloat16():
-            ms = measure(batch, float32=("float32", fused), bfloat16=("bfloat16", fused))["milliseconds"]
-            if None not in ms.values() and 1.2 * ms["bfloat16"] < ms["float32"]:
-                found["precision"] = "bfloat16"
-            said["precision"] = _times(ms)
-        else:
-            said["precision"] = "there are no instructions for bfloat16 here"
-        precision = found["precision"]
-    if settings.fused_linear == "auto":
-        found["fused_linear"] = "no"
-        try:
-            if not settings.inplace:
-                costs = measure(batch, logits=(precision, False), fused_linear=(precision, True))
-                ms, peaks = costs["milliseconds"], costs["peak_bytes"]
-                if None not in ms.values():
-                    saves = None not in peaks.values() and peaks["fused_linear"] < 0.95 * peaks["logits"]
-                    pays = ms["fused_linear"] < ms["logits"] or (saves and ms["fused_linear"] < 1.05 * ms["logits"])
-                    found["fused_linear"] = "yes" if pays else "no"
-                said["fused_linear"] = f"{_times(ms)}; {' and '.join(map(_megabytes, peaks.values()))}"
-        except ValueError as error:  # models that it is not for
-            said["fused_linear"] = str(error).split("; pass fused_linear")[0]
-    release_scratch()
-    if settings.steps is None:
-        assert samples is not None
-        epochs = settings.epochs or 3
-        found["steps"] = math.ceil(math.ceil(samples / batch) / accumulate) * epochs
-        said["steps"] = f"{epochs} passes over {samples:,} samples"
-    for name in ("eval_every", "checkpoint_every"):
-        if getattr(settings, name) is None:
-            found[name] = max(1, math.ceil((found.get("steps") or settings.steps or 1) / 10))
-    for name, value in found.items():
-        print(f"  {name} = {value}" + (f"  # {said[name]}" if name in said else ""), flush=True)
-    write_json(path, found)
-    return settings.model_copy(update=found)
-
-
-def _times(milliseconds: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'-' if ms is None else f'{ms:.0f} ms'}" for name, ms in milliseconds.items())
-
-
-def _free_memory() -> int | None:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-def _has_bfloat16() -> bool:
-    """Whether there is a chance that bfloat16 is faster: without its instructions it never is."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    if torch.backends.mps.is_available():
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _megabytes(number: int | None) -> str:
-    return "unknown" if number is None else f"{number / 1e6:,.0f} MB"
-
-
-def split_off(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of `count` samples to train on, and of those held out: the same for a seed, in their order."""
-    if count < 2:
-        raise ValueError(f"train must have at least two samples, of which one is held out; got {count}: or give eval")
-    held_out = min(count - 1, max(1, round(share * count)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[held_out:]), sorted(order[:held_out])

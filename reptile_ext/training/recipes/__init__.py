@@ -1,8 +1,22 @@
-"""Whole runs on real data that fit in minutes on two cores: what `reptile distill` and `cache-teacher` start."""
+"""Whole runs: what `reptile distill` and `cache-teacher` start. Two on data that need no file, which fit in minutes on
+two cores; those on texts of the user's own are in `reptile_ext.families.text`."""
 
-from . import code_lm, digits
+from importlib import import_module
+
 from .comparison import Recipe, Settings, Task, cache_teacher, check, evaluate, run
 
-RECIPES: dict[str, Recipe] = {"code-lm": code_lm.RECIPE, "digits": digits.RECIPE}
+_MODULES = {
+    "code-lm": "reptile_ext.training.recipes.code_lm",
+    "digits": "reptile_ext.training.recipes.digits",
+    "language-model": "reptile_ext.families.text.language_model",
+}
+NAMES = tuple(_MODULES)
 
-__all__ = ["RECIPES", "Recipe", "Settings", "Task", "cache_teacher", "check", "evaluate", "run"]
+
+def recipe(name: str) -> Recipe:
+    """One of `NAMES`. Those of texts need the extra `text`, and say so."""
+    found: Recipe = import_module(_MODULES[name]).RECIPE
+    return found
+
+
+__all__ = ["NAMES", "Recipe", "Settings", "Task", "cache_teacher", "check", "evaluate", "recipe", "run"]

@@ -158,7 +158,7 @@ class LSTM(nn.Module):
 
 def build(settings: CodeLM, folder: Path) -> Task:
     train_text, held_out_text = standard_library()
-    tokenizer = _tokenizer(settings.vocabulary, train_text, folder / "tokenizer.json")
+    tokenizer = trained_tokenizer(settings.vocabulary, train_text, folder / "tokenizer.json")
     train = _blocks(tokenizer, train_text, settings.length)
     held_out = _blocks(tokenizer, held_out_text, settings.length)
 
@@ -236,7 +236,7 @@ def standard_library() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def _tokenizer(size: int, texts: list[str], path: Path) -> Tokenizer:
+def trained_tokenizer(size: int, texts: list[str], path: Path) -> Tokenizer:
     """Train a byte-level byte-pair vocabulary and keep it in the run folder, or take the one that is there."""
     if not path.exists():
         trained = ByteLevelBPETokenizer()

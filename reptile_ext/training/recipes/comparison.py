@@ -12,6 +12,7 @@ import copy
 import gc
 import hashlib
 import json
+import math
 import shutil
 import time
 import zlib
@@ -160,7 +161,8 @@ class Task:
     settings: Settings | None = None  # those given, where the recipe has completed them
     keywords: Mapping[str, Any] = field(default_factory=dict)  # of every `Reptile`
     teacher_keywords: Mapping[str, Any] = field(default_factory=dict)  # of those with a teacher
-    baseline: bool = True  # train the student without a teacher, too
+    # Train the student without a teacher, too, if the distilled one took at most so many seconds.
+    baseline_within: float = math.inf
     compares_speed: bool = True  # time the loss and the step against eager PyTorch
     # Called with the distilled student's `Reptile`, the run folder and the report, which it may add to.
     finish: Callable[[Reptile, Path, dict[str, Any]], None] | None = None
@@ -262,7 +264,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     cache_folder: str | None = getattr(settings, "cache", None)
     task = recipe.build(settings, folder)
     settings = task.settings or settings
-    student_alone = copy.deepcopy(task.student) if task.baseline else None  # before the student is trained
+    student_alone = copy.deepcopy(task.student) if task.baseline_within > 0 else None  # before the student is trained
     stages = _Stages(settings, task, folder, progress_bar, measures_memory=cache_folder is not None)
     metrics, cacheable = task.metrics, task.cacheable
     from_cache: Reptile | None = None
@@ -286,7 +288,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     elif isinstance(task.teacher, nn.Module):
         stages.measure_teacher(distilled, task.held_out)
     stages.train("student", distilled, task.student_train, task.held_out, settings.steps)
-    if alone is not None:
+    if alone is not None and stages.table["student"]["seconds"] <= task.baseline_within:
         stages.train("student alone", alone, task.student_train, task.held_out, settings.steps)
 
     report: dict[str, Any] = {"models": stages.table, "notes": list(task.notes), "minutes": 0.0}
@@ -313,8 +315,9 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     report["minutes"] = (time.perf_counter() - started) / 60
     text = "".join(f"{line}\n" for line in map(json.dumps, stages.lines))
     write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-    weights = folder / "student" / "student.safetensors"
-    write_atomically(folder / "student.safetensors", lambda path: shutil.copyfile(weights, path))
+    if not (folder / "model.safetensors").exists():  # which a recipe writes that has a form of its own
+        weights = folder / "student" / "student.safetensors"
+        write_atomically(folder / "student.safetensors", lambda path: shutil.copyfile(weights, path))
     write_atomically(folder / "curves.png", lambda path: draw_curves(stages.lines, metrics, path))
     write_json(folder / "report.json", report)
     print(format_table(report, metrics), flush=True)
