@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reptile_ext import heads, linear
 from reptile_ext.heads import Head, made_up_logits
+from reptile_ext.report.tables import format_fused_linear
 from reptile_ext.training import Objective, Reptile, Until
 from reptile_ext.training.batches import logits_of
 from reptile_ext.training.data import random_state
-from reptile_ext.training.report import format_fused_linear
 
 CLASSES = 37
 

@@ -94,7 +94,7 @@ def assemble(
     metrics: Sequence[str],
     notes: Sequence[str],
     keywords: Mapping[str, Any],
-    finish: Callable[[TextSettings, Callable[..., Iterable[Any]]], Callable[[Reptile, Path, dict[str, Any]], None]],
+    finish: Callable[[TextSettings, Callable[..., Iterable[Any]]], Any],
 ) -> Task:
     """keywords: of every `Reptile`. finish: makes what is called at the end, from the completed settings and a function
     that makes a loader of samples."""

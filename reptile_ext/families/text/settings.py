@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliImplicitFlag
@@ -85,6 +85,23 @@ class TextSettings(Settings):
             raise ValueError(f"must be one of {', '.join(DTYPES)}")
         return name
 
+    @field_validator("train", "eval", "teacher_train")
+    @classmethod
+    def _files_from_anywhere(cls, names: list[str]) -> list[str]:
+        return [str(Path(name).absolute()) if Path(name).exists() else name for name in names]
+
+    @field_validator("teacher", "student", "tokenizer")
+    @classmethod
+    def _model_from_anywhere(cls, text: str | None) -> str | None:
+        """A run can go on from another folder."""
+        if text is None:
+            return None
+        if not text:
+            raise ValueError("wanted a folder, or a name")
+        prefix = "config:" if text.startswith("config:") else ""
+        path, comma, options = text.removeprefix(prefix).partition(",") if prefix else (text, "", "")
+        return f"{prefix}{Path(path).absolute()}{comma}{options}" if path and Path(path).exists() else text
+
     @field_validator("lora")
     @classmethod
     def _is_of_options(cls, options: str | None) -> str | None:
@@ -122,19 +139,3 @@ class TextSettings(Settings):
     @property
     def is_built_in(self) -> bool:
         return self.teacher is None
-
-
-def absolute(settings: TextSettings) -> TextSettings:
-    """With paths that hold from any folder, so that a run can go on from anywhere."""
-    found: dict[str, Any] = {}
-    for name in ("train", "eval", "teacher_train"):
-        found[name] = [str(Path(x).absolute()) if Path(x).exists() else x for x in getattr(settings, name)]
-    for name in ("teacher", "student", "tokenizer"):
-        text = getattr(settings, name)
-        if text is None:
-            continue
-        prefix, rest = ("config:", text[7:]) if text.startswith("config:") else ("", text)
-        path, comma, options = rest.partition(",") if prefix else (rest, "", "")
-        if Path(path).exists():
-            found[name] = f"{prefix}{Path(path).absolute()}{comma}{options}"
-    return settings.model_copy(update=found)

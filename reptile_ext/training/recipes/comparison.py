@@ -13,6 +13,7 @@ import gc
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import time
 import zlib
@@ -32,6 +33,9 @@ from ...cache.format import TEACHER
 from ...files import TEMPORARY, write_atomically, write_json
 from ...linear import release_scratch
 from ...modules import DistillationLoss
+from ...report.answers import collect
+from ...report.page import write_page
+from ...report.tables import TITLES, draw_curves, format_table
 from ...sparse import sampled_targets, top_k_targets
 from ...timing import highest_memory
 from .. import Reptile, Result, Until
@@ -40,7 +44,6 @@ from ..checkpoint import latest_checkpoint, read_log
 from ..costs import time_losses
 from ..metrics import METRICS
 from ..modes import frozen
-from ..report import TITLES, draw_curves, format_table
 from ..weights import load_weights
 
 
@@ -164,8 +167,9 @@ class Task:
     # Train the student without a teacher, too, if the distilled one took at most so many seconds.
     baseline_within: float = math.inf
     compares_speed: bool = True  # time the loss and the step against eager PyTorch
-    # Called with the distilled student's `Reptile`, the run folder and the report, which it may add to.
-    finish: Callable[[Reptile, Path, dict[str, Any]], None] | None = None
+    # Called with the distilled student's `Reptile`, the run folder and the report, which it may add to; it returns
+    # keywords of `write_page`.
+    finish: Callable[[Reptile, Path, dict[str, Any]], dict[str, Any]] = lambda reptile, folder, report: {}
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         stages.train("student alone", alone, task.student_train, task.held_out, settings.steps)
 
     report: dict[str, Any] = {"models": stages.table, "notes": list(task.notes), "minutes": 0.0}
+    page: dict[str, Any] = {"answers": collect(distilled, task.held_out), **task.finish(distilled, folder, report)}
     if task.compares_speed:
         assert isinstance(task.teacher, nn.Module)
         batch = next(iter(task.student_train))
@@ -299,17 +304,12 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         if task.fused_linear:
             report["fused_linear"] = distilled.measure_fused_linear(batch)
     if from_cache is not None and cacheable is not None:
-        finish = task.finish
-        del task, alone, student_alone, batch  # no teacher in memory
-        assert finish is None
-        del distilled
+        del task, alone, student_alone, batch, distilled  # no teacher in memory
         stages.train("student from cache", from_cache, cacheable.student_train, cacheable.held_out, settings.steps)
         order = ("teacher", "student", "student from cache", "student alone")
         report["models"] = {name: stages.table[name] for name in order}
         report["cache"] = from_cache.objective.cache.info()  # type: ignore[union-attr]
         report["notes"] += _notes_on_cache(report["cache"], from_cache.accelerator.device)
-    elif task.finish is not None:
-        task.finish(distilled, folder, report)
     if "student alone" in stages.table:
         report["notes"].append(_best_of(stages.lines, "student alone", metrics[0]))
     report["minutes"] = (time.perf_counter() - started) / 60
@@ -320,6 +320,16 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         write_atomically(folder / "student.safetensors", lambda path: shutil.copyfile(weights, path))
     write_atomically(folder / "curves.png", lambda path: draw_curves(stages.lines, metrics, path))
     write_json(folder / "report.json", report)
+    page.setdefault("title", f"reptile distill: {folder.name}")
+    page.setdefault("commands", f"reptile evaluate {shlex.quote(str(folder))}")
+    write_page(
+        folder / "report.html",
+        report=report,
+        lines=stages.lines,
+        metrics=metrics,
+        settings=settings.model_dump(exclude_none=True),
+        **page,
+    )
     print(format_table(report, metrics), flush=True)
     return report
 

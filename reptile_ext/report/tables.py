@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+LABELS = {"teacher": "teacher", "student": "student, distilled", "student alone": "student, no teacher"}
 TITLES = {"cross_entropy": "held-out loss", "accuracy": "accuracy", "f1": "macro F1", "perplexity": "perplexity"}
 
 
 def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
     """The report of a run as text."""
-    labels = {"teacher": "teacher", "student": "student, distilled", "student alone": "student, no teacher"}
+    labels = dict(LABELS)
     if "cache" in report:
         labels["student from cache"] = f"distilled from cache, K = {report['cache']['k']}"
     width = max(20, *(len(labels[name]) + 2 for name in report["models"]))
@@ -67,8 +68,13 @@ def _cells(first: float | None, second: float | None, compare: Callable[[float, 
 
 def draw_curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:
     """PNG of the held-out metrics over the steps, from the lines of `metrics.jsonl` with the model's name in each."""
-    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
+    figure = curves_figure(lines, metrics)
     FigureCanvasAgg(figure)  # no window, whatever the user's backend
+    figure.savefig(path, format="png", dpi=120)
+
+
+def curves_figure(lines: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Figure:
+    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for model in dict.fromkeys(line["model"] for line in lines):
             points = [(x["step"], x["eval"][metric]) for x in lines if x["model"] == model and "eval" in x]
@@ -76,4 +82,4 @@ def draw_curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str], path: P
         axes.set(xlabel="step", ylabel=f"held-out {metric.replace('_', ' ')}")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    return figure
