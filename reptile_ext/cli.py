@@ -45,7 +45,7 @@ _NO_MEMORY = ("not enough memory", "out of memory", "allocate memory")
 
 
 # The names of the recipes, known without the extra that they need.
-_RECIPES = ("code-lm", "digits", "language-model")
+_RECIPES = ("code-lm", "digits", "language-model", "text-classification")
 
 
 class CommandError(Exception):

@@ -66,8 +66,8 @@ def load_teacher(settings: TextSettings, models: Models, labels: list[str] | Non
 
 
 def parts_of(settings: TextSettings, samples: Mapping[str, Any]) -> dict[str, Any]:
-    """The samples of "train", "eval" and "teacher_train". Without data to evaluate, a share of the training data is
-    held out, of a new teacher's too; without data of its own, a new teacher is trained on the students'."""
+    """The samples of "train", "eval", "teacher_train" and others. Without data to evaluate, a share of the training
+    data is held out, of a new teacher's too; without data of its own, a new teacher is trained on the students'."""
     parts = dict(samples)
     if "eval" not in parts:
         numbers, held_out = _split_off(len(parts["train"]), settings.held_out, settings.seed)
@@ -118,6 +118,7 @@ def assemble(
         student=student,
         teacher_train=loader(parts["teacher_train"], settings.teacher_batch, True) if trains_teacher else None,
         student_train=loader(train, batch, True),
+        alone_train=loader(parts["alone"], batch, True) if "alone" in parts else None,
         held_out=loader(parts["eval"], batch, False),
         metrics=metrics,
         notes=notes,

@@ -387,26 +387,18 @@ def _prepare(
                 found[name].append(value)
         return found
 
-    rows = table.rows.map(samples_of, batched=True, with_indices=True, remove_columns=table.columns)
+    rows = _mapped(table, samples_of)
     if table.is_stream:
-        samples: Any = _Stream(rows, counts, max_length if packing else None)
-    else:
-        kinds, lost = (torch.tensor(rows.with_format("numpy")[name]) for name in ("kind", "lost"))
-        counts.empty, counts.unlearnable = int((kinds == 1).sum()), int((kinds == 2).sum())
-        cut = (lost > 0) & (kinds == 0)
-        counts.truncated, counts.lost = int(cut.sum()), int(lost[cut].sum())
-        if bool((kinds != 0).any()):
-            rows = rows.select(torch.nonzero(kinds == 0).flatten().tolist())
-        if not len(rows):
-            raise ValueError(f"{table.where} must hold at least one sample to learn from; got {counts.sentence()}")
-        rows = rows.remove_columns(["lost", "kind"])
-        if packing:
-            rows = rows.map(_Packer(max_length), batched=True, batch_size=None, remove_columns=rows.column_names)
-            if not len(rows):
-                raise ValueError(f"{table.where} must hold at least max_length={max_length} tokens to be packed")
-        counts.samples = len(rows)
-        counts.tokens = sum(map(len, rows.with_format("arrow")["input_ids"]))
-        samples = _Rows(rows)
+        return Prepared(_Stream(rows, counts, max_length if packing else None), collate, counts)
+    samples = _counted(table, rows, counts)
+    if packing:
+        with _silent():
+            names = samples.rows.column_names
+            packed = samples.rows.map(_Packer(max_length), batched=True, batch_size=None, remove_columns=names)
+        if not len(packed):
+            raise ValueError(f"{table.where} must hold at least max_length={max_length} tokens to be packed")
+        samples = _Rows(packed)
+        counts.samples, counts.tokens = len(packed), max_length * len(packed)
     return Prepared(samples, collate, counts)
 
 
@@ -429,13 +421,13 @@ class _Packer:
 
 class _Rows(Dataset[dict[str, Any]]):
     def __init__(self, rows: Any) -> None:
-        self._rows = rows
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return dict(self._rows[i])
+        return dict(self.rows[i])
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
@@ -474,6 +466,198 @@ class _Stream(IterableDataset[dict[str, Any]]):
             while len(ids) >= self._packed:
                 yield {"input_ids": ids[: self._packed], "labels": labels[: self._packed], "sample_id": number}
                 ids, labels, number = ids[self._packed :], labels[self._packed :], number + 1
+
+
+# ------------------------------------------------------------------------------------------------ classifiers
+
+
+def label_names(table: Table, column: str | None) -> list[str]:
+    """The labels of a table in order: as the data set names them, else sorted, numbers as numbers."""
+    column = table.column("label_column", column, _LABEL)
+    feature = (table.rows.features or {}).get(column)
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    if table.is_stream:
+        raise ValueError(
+            f"{table.flag}: the labels of a stream are not known before it ends: take a teacher that names them, or no "
+            "streaming"
+        )
+    names = {_label_name(table, value) for value in table.rows.unique(column) if value is not None and value != ""}
+    if len(names) < 2:
+        raise ValueError(
+            f"{table.where} must have at least two labels in {column!r}; got {', '.join(map(repr, names)) or 'none'}"
+        )
+    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return sorted(names, key=int) if are_numbers else sorted(names)
+
+
+def _label_name(table: Table, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value == int(value):
+        value = int(value)
+    if isinstance(value, (str, int)):
+        return str(value)
+    raise ValueError(
+        f"{table.where}: a label must be a word or a whole number; got {type(value).__name__} {value!r:.60}"
+    )
+
+
+def classification(
+    table: Table,
+    tokenizers: tuple[Any, Any],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    labels: Sequence[str],
+    max_length: int,
+    is_labelled: bool = True,
+) -> Prepared:
+    """Samples {"input_ids", "label", "sample_id", "text"} and, where the tokenizers (the student's, the teacher's) are
+    two, "teacher_ids". `labels` are the names of the classes; data that have numbers mean their place among them.
+    is_labelled=False: the label is 0, which is to have no weight."""
+    text_column = table.column("text_column", text_column, [name for name in _TEXT if name != label_column])
+    label_column = table.column("label_column", label_column, _LABEL) if is_labelled else text_column
+    place = {name: i for i, name in enumerate(labels)}
+    feature = (table.rows.features or {}).get(label_column)
+    names_of = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    counts = Counts(max_length=max_length, is_stream=table.is_stream)
+    student, teacher = tokenizers
+    two = {} if teacher is student else {"teacher_ids": teacher}
+
+    def class_of(value: Any, index: int) -> int:
+        if not is_labelled:
+            return 0
+        name = names_of[value] if names_of is not None and isinstance(value, int) else _label_name(table, value)
+        if name in place:
+            return place[name]
+        if name.isdigit() and int(name) < len(labels):
+            return int(name)
+        raise ValueError(
+            f"{table.where}, record {index + 1}: label {name!r} is none of the {len(labels)} known: "
+            f"{', '.join(labels[:20])}{did_you_mean(name, labels)}"
+        )
+
+    def samples_of(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {
+            name: [] for name in ("input_ids", *two, "label", "sample_id", "lost", "kind", "text")
+        }
+        for index, text, label in zip(indices, batch[text_column], batch[label_column], strict=True):
+            words = _text(table, {text_column: text}, text_column)
+            is_empty = not words.strip() or label is None or label == ""
+            ids = [] if is_empty else student(words, verbose=False)["input_ids"]
+            lost = max(0, len(ids) - max_length)
+            if lost:  # by the tokenizer, which keeps its special tokens
+                ids = student(words, truncation=True, max_length=max_length)["input_ids"]
+            values = [ids, *([] if is_empty else _cut(of, words, max_length) for of in two.values())]
+            values += [-1 if is_empty else class_of(label, index), index, lost, int(is_empty), words[:200]]
+            for name, value in zip(found, values, strict=True):
+                found[name].append(value)
+        return found
+
+    rows = _mapped(table, samples_of)
+    samples = _Stream(rows, counts, None) if table.is_stream else _counted(table, rows, counts)
+    pads = {"input_ids": padding_of(student), **{name: padding_of(of) for name, of in two.items()}}
+
+    def collate(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
+        inputs = {}
+        for name, pad in pads.items():
+            ids = [sample[name] for sample in batch]
+            inputs[name] = {"input_ids": padded(ids, pad), "attention_mask": mask_of(ids)}
+        classes = torch.tensor([sample["label"] for sample in batch])
+        if two:
+            return {"student_inputs": inputs["input_ids"], "teacher_inputs": inputs["teacher_ids"], "labels": classes}
+        return {**inputs["input_ids"], "labels": classes}
+
+    return Prepared(samples, collate, counts, list(labels))
+
+
+def _cut(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    found: list[int] = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ translation
+
+
+def translation(
+    table: Table,
+    tokenizer: Any,
+    *,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    max_length: int,
+) -> Prepared:
+    """Samples {"input_ids", "labels", "sample_id", "source", "target"}: a text and what it is in the other language,
+    each cut to max_length tokens. Of a column "translation" that holds both, the flags name the languages."""
+    source, target = _languages(table, source_column, target_column)
+    counts = Counts(max_length=max_length, is_stream=table.is_stream)
+
+    def text_of(batch: Mapping[str, list[Any]], i: int, column: str) -> str:
+        name, _, language = column.partition(".")
+        value = batch[column][i] if column in batch else (batch[name][i] or {}).get(language)
+        return _text(table, {column: value}, column)
+
+    def samples_of(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {
+            name: [] for name in ("input_ids", "labels", "sample_id", "lost", "kind", "source", "target")
+        }
+        for i, index in enumerate(indices):
+            one, other = text_of(batch, i, source), text_of(batch, i, target)
+            is_empty = not one.strip() or not other.strip()
+            ids: list[int] = [] if is_empty else tokenizer(one, verbose=False)["input_ids"]
+            labels: list[int] = [] if is_empty else tokenizer(text_target=other, verbose=False)["input_ids"]
+            lost = max(0, len(ids) - max_length) + max(0, len(labels) - max_length)
+            if lost:
+                ids = _cut(tokenizer, one, max_length)
+                labels = tokenizer(text_target=other, truncation=True, max_length=max_length)["input_ids"]
+            for name, value in zip(found, (ids, labels, index, lost, int(is_empty), one, other), strict=True):
+                found[name].append(value)
+        return found
+
+    rows = _mapped(table, samples_of)
+    samples = _Stream(rows, counts, None) if table.is_stream else _counted(table, rows, counts)
+    return Prepared(samples, _collate_tokens(tokenizer), counts)
+
+
+def _languages(table: Table, source: str | None, target: str | None) -> tuple[str, str]:
+    feature = (table.rows.features or {}).get("translation")
+    if "translation" in table.columns and isinstance(feature, Mapping) and source not in table.columns:
+        languages = list(feature)
+        for flag, name in (("source_column", source), ("target_column", target)):
+            if name not in languages:
+                raise ValueError(
+                    f"{flag} must be one of the languages of {table.where}: {', '.join(languages)}; got {name!r}"
+                )
+        return f"translation.{source}", f"translation.{target}"
+    found = table.pair(("source_column", "target_column"), (source, target), _SOURCE_TARGET)
+    if found is None:
+        raise ValueError(
+            f"source_column and target_column must say which columns of {table.where} are the two languages: "
+            f"{', '.join(table.columns)}"
+        )
+    return found
+
+
+def _mapped(table: Table, samples_of: Callable[..., dict[str, list[Any]]]) -> Any:
+    with _silent():
+        return table.rows.map(samples_of, batched=True, with_indices=True, remove_columns=table.columns)
+
+
+def _counted(table: Table, rows: Any, counts: Counts) -> _Rows:
+    """The rows that are samples; what became of the others is counted."""
+    kinds, lost = (torch.tensor(rows.with_format("numpy")[name]) for name in ("kind", "lost"))
+    counts.empty, counts.unlearnable = int((kinds == 1).sum()), int((kinds == 2).sum())
+    cut = (lost > 0) & (kinds == 0)
+    counts.truncated, counts.lost = int(cut.sum()), int(lost[cut].sum())
+    if bool((kinds != 0).any()):
+        rows = rows.select(torch.nonzero(kinds == 0).flatten().tolist())
+    if not len(rows):
+        raise ValueError(f"{table.where} must hold at least one sample to learn from; got {counts.sentence()}")
+    rows = rows.remove_columns(["lost", "kind"])
+    counts.samples = len(rows)
+    counts.tokens = sum(map(len, rows.with_format("arrow")["input_ids"]))
+    return _Rows(rows)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -23,6 +23,7 @@ from ...training.recipes.comparison import Count, Recipe, Task
 from .assemble import assemble, check_unchanged, classes_of, load_teacher, models_of, parts_of, tables_of, thinned
 from .data import IGNORED, Table, language_model, mask_of, padded, padding_of
 from .finish import finish_with
+from .models import wrapped
 from .settings import TextSettings
 
 TASK = "language-model"
@@ -91,7 +92,7 @@ def build(settings: LanguageModel, folder: Path) -> Task:
     parts = parts_of(settings, {name: of.samples for name, of in prepared.items()})
     if settings.samples is not None:
         parts["train"] = thinned(parts["train"], settings.samples, "samples")
-    if "teacher" not in settings.model_fields_set:
+    if settings.is_built_in:
         parts["eval"] = thinned(parts["eval"], min(_HELD_OUT_BLOCKS, len(parts["eval"])), "eval")
     torch.manual_seed(settings.seed)
     teacher = load_teacher(settings, models)
@@ -113,13 +114,6 @@ def build(settings: LanguageModel, folder: Path) -> Task:
 
 
 _COLUMNS = ("text_column", "prompt_column", "completion_column", "messages_column")
-
-
-def wrapped(tokenizer: Any) -> Any:
-    """A tokenizer of the library `tokenizers` as transformers has it, with an end-of-text token of its own."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 # ------------------------------------------------------------------------------------------------ from a cache

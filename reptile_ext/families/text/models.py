@@ -363,6 +363,15 @@ class Models:
             )
         self.max_length: int = max_length or min([_LONGEST, *contexts.values()])
 
+    def labels_of_teacher(self) -> list[str] | None:
+        """What a classifier that is trained already calls its classes."""
+        if self.teacher is None or self.teacher.kind != "folder":
+            return None
+        folder = self.teacher.folder(self._allow_pickle)
+        assert folder is not None
+        names = read_config(folder, "teacher").id2label
+        return [str(names[i]) for i in sorted(names)]
+
     def load_teacher(self, labels: list[str] | None = None, **more: Any) -> nn.Module:
         assert self.teacher is not None
         keywords = {"context": self.max_length, "allow_pickle": self._allow_pickle, **more}
@@ -381,6 +390,14 @@ class Models:
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
+
+
+def wrapped(tokenizer: Any) -> Any:
+    """A tokenizer of the library `tokenizers` as transformers has it, with an end-of-text token of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
 
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",

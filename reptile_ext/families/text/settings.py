@@ -112,7 +112,10 @@ class TextSettings(Settings):
     @model_validator(mode="after")
     def _goes_together(self) -> TextSettings:
         if self.teacher is not None and not self.train and not self.is_cache:
-            raise ValueError("train must name files of samples for this teacher; got none")
+            if not Named.parse("teacher", self.teacher).is_new:
+                raise ValueError("train must name files of samples for this teacher; got none")
+            if self.eval or self.teacher_train:
+                raise ValueError("eval and teacher_train go with train; without it, built-in data are used")
         if self.teacher is None and self.train:
             raise ValueError(
                 "teacher must be given with --train: a model's folder or name, a teacher cache, or a new one that is "
@@ -138,4 +141,5 @@ class TextSettings(Settings):
 
     @property
     def is_built_in(self) -> bool:
-        return self.teacher is None
+        """Whether the data need no file."""
+        return not self.train and not self.is_cache

@@ -9,6 +9,7 @@ _MODULES = {
     "code-lm": "reptile_ext.training.recipes.code_lm",
     "digits": "reptile_ext.training.recipes.digits",
     "language-model": "reptile_ext.families.text.language_model",
+    "text-classification": "reptile_ext.families.text.classification",
 }
 NAMES = tuple(_MODULES)
 

@@ -157,11 +157,12 @@ class Task:
     teacher_train: Iterable[Any] | None  # None: the teacher is trained already
     student_train: Iterable[Any]
     held_out: Iterable[Any]
-    metrics: Sequence[str]  # of METRICS, without "agreement"
+    metrics: Sequence[str]  # of METRICS, without "agreement"; the first is what the students are judged by
     notes: Sequence[str]  # what each of the three sees, said with the results
     fused_linear: bool = False  # for models that show their heads: train all three without logits in full
     cacheable: Cacheable | None = None
     settings: Settings | None = None  # those given, where the recipe has completed them
+    alone_train: Iterable[Any] | None = None  # of the student without a teacher; None: as `student_train`
     keywords: Mapping[str, Any] = field(default_factory=dict)  # of every `Reptile`
     teacher_keywords: Mapping[str, Any] = field(default_factory=dict)  # of those with a teacher
     # Train the student without a teacher, too, if the distilled one took at most so many seconds.
@@ -293,7 +294,8 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         stages.measure_teacher(distilled, task.held_out)
     stages.train("student", distilled, task.student_train, task.held_out, settings.steps)
     if alone is not None and stages.table["student"]["seconds"] <= task.baseline_within:
-        stages.train("student alone", alone, task.student_train, task.held_out, settings.steps)
+        alone_train = task.student_train if task.alone_train is None else task.alone_train
+        stages.train("student alone", alone, alone_train, task.held_out, settings.steps)
 
     report: dict[str, Any] = {"models": stages.table, "notes": list(task.notes), "minutes": 0.0}
     page: dict[str, Any] = {"answers": collect(distilled, task.held_out), **task.finish(distilled, folder, report)}
