@@ -79,9 +79,11 @@ class Encoder:
 
     def _going_on(self, text: str) -> list[int]:
         """Of a text that follows another: some tokenizers put a space before a text that begins."""
-        before = self._bare("\n")
-        both = self._bare("\n" + text)
-        return both[len(before) :] if both[: len(before)] == before else self._bare(text)
+        for other in ("\n", ".", "a"):
+            before, both = self._bare(other), self._bare(other + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._bare(text)
 
     def _begun(self, texts: list[str]) -> list[list[int]]:
         """With what the tokenizer puts before a text, and without what it puts after it."""

@@ -329,6 +329,7 @@ def padding_of(tokenizer: Any) -> int:
 
 
 def notes_on_padding(tokenizer: Any) -> list[str]:
+    padding_of(tokenizer)
     return [] if tokenizer.pad_token_id is not None else ["padded with the end-of-text token, and masked"]
 
 
