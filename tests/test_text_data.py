@@ -7,7 +7,6 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -492,8 +491,8 @@ def test_what_is_left_out_is_counted(plain: Any, chat: Any) -> None:
     assert (counts.samples, counts.tokens) == (2, 6 + 2)
     assert (counts.empty, counts.unlearnable, counts.truncated, counts.lost) == (2, 1, 1, whole[1] - 6)
     assert counts.sentence() == (
-        f"2 samples, 8 tokens; 1 cut at the end to 6 tokens, which lost {whole[1] - 6}; 1 left out, whose prompt alone "
-        "has 6 tokens or more; 2 empty ones left out; padded with the end-of-text token, and masked"
+        f"2 samples, 8 tokens; 1 cut at the end to 6 tokens, which lost {whole[1] - 6}; left out: 2 empty, 1 whose "
+        "prompt alone has 6 tokens or more; padded with the end-of-text token, and masked"
     )
     spoken = language_model(table({"messages": CONVERSATION}, {"messages": CONVERSATION[:2]}), chat, max_length=256)
     assert (spoken.counts.samples, spoken.counts.unanswered) == (1, 1)
@@ -502,9 +501,9 @@ def test_what_is_left_out_is_counted(plain: Any, chat: Any) -> None:
 def test_nothing_left_is_an_error(plain: Any, chat: Any) -> None:
     """And says why (hiyouga/LLaMA-Factory#9618: invalid roles, and a list that is empty)."""
     cases: list[tuple[dict[str, Any], Any, int, str]] = [
-        ({"text": " "}, plain, 8, "1 empty ones left out"),
-        ({"prompt": "a b c d", "completion": "e"}, plain, 3, "1 left out, whose prompt alone has 3 tokens or more"),
-        ({"messages": [{"role": "helper", "content": "x"}]}, chat, 64, "1 left out without a turn of the assistant"),
+        ({"text": " "}, plain, 8, "left out: 1 empty"),
+        ({"prompt": "a b c d", "completion": "e"}, plain, 3, "left out: 1 whose prompt alone has 3 tokens or more"),
+        ({"messages": [{"role": "helper", "content": "x"}]}, chat, 64, "left out: 1 without a turn of the assistant"),
     ]
     for row, tokenizer, max_length, why in cases:
         with pytest.raises(
@@ -628,7 +627,7 @@ def test_what_is_wrong_with_a_stream_is_said_with_its_name(tmp_path: Path, plain
     with pytest.raises(ValueError, match=r"\Atrain \(.*b.jsonl\) cannot be read: its files, .* have different columns"):
         list(language_model(stream, plain, max_length=8).samples)
     empty = Table.open("train", [jsonl(tmp_path / "d.jsonl", {"text": " "})], streaming=True)
-    with pytest.raises(ValueError, match="train .* must hold at least one sample to learn from"):
+    with pytest.raises(ValueError, match=r"train .* must hold at least one sample to learn from"):
         list(language_model(empty, plain, max_length=8).samples)
     labelled = Table.open("train", [jsonl(tmp_path / "e.jsonl", {"text": "a", "label": "x"})], streaming=True)
     with pytest.raises(ValueError, match="train: the labels of a stream are not known before it ends"):
@@ -849,13 +848,13 @@ def test_targets_are_tokenized_as_targets(bytes_bpe: str) -> None:
 
 
 @pytest.fixture
-def tiny() -> Iterator[Any]:
+def tiny() -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=700, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    yield transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def test_padding_changes_no_loss(plain: Any, tiny: Any) -> None:

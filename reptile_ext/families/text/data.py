@@ -89,10 +89,10 @@ def language_model(
 
     def made(parts: list[Any]) -> Iterator[dict[str, Any]]:
         for ids, labels in encode(parts):
+            kind = KEPT if len(ids) > (0 if packing else 1) else EMPTY
             lost = 0 if packing else max(0, len(ids) - max_length)
             if not packing:
                 ids, labels = ids[:max_length], labels[:max_length]
-            kind = KEPT if len(ids) > 1 else EMPTY
             if not packing and kind == KEPT and all(label == IGNORED for label in labels[1:]):
                 kind = UNLEARNABLE
             yield {"input_ids": ids, "labels": labels, "lost": lost, "kind": kind}

@@ -20,16 +20,11 @@ import huggingface_hub
 import pandas
 
 from ...cache import sources
+from ...cache.texts import COMPRESSED, KINDS, first_sentence, literal, without_its_log
 from ...files import add_file
 from ...words import did_you_mean
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_KINDS = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-    ".parquet": "parquet",
-    **dict.fromkeys((".txt", ".text", ".md", ".rst", ".py"), "text"),
-}
+_KINDS = KINDS | {".csv": "csv", ".tsv": "csv", ".py": "text"}
 
 
 class Table:
@@ -117,7 +112,7 @@ class Table:
         if sample_by is not None and kind != "text":
             raise ValueError(f"sample_by is for plain text; got it with {names[0]}")
         paths = [os.path.abspath(name) for name in names]
-        more: dict[str, Any] = {"data_files": [_literal(path) for path in paths], "split": "train"}
+        more: dict[str, Any] = {"data_files": [literal(path) for path in paths], "split": "train"}
         if kind != "parquet":
             more["encoding"] = "utf-8-sig" if kind != "json" else "utf-8"  # it drops a byte order mark itself
         if kind == "text":
@@ -205,21 +200,20 @@ class Table:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """`datasets` without its log and bars: it logs what it raises."""
-    verbosity, has_bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    """`datasets` without its log and bars."""
+    has_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with without_its_log(datasets):
+            yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
         if has_bars:
             datasets.enable_progress_bars()
 
 
 def _without_compression(name: str) -> str:
     name = name.lower()
-    for suffix in _COMPRESSED:
+    for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     return name
 
@@ -232,7 +226,7 @@ def _kind_of(flag: str, name: str, is_text: bool) -> str:
     kind = _KINDS.get(Path(_without_compression(name)).suffix, "text" if is_text else None)
     if kind is None:
         raise ValueError(
-            f"{flag} must name files that end in {', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}; got "
+            f"{flag} must name files that end in {', '.join(_KINDS)}, each also with {', '.join(COMPRESSED)}; got "
             f"{name} (as plain text: say sample_by)"
         )
     return kind
@@ -268,11 +262,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def _literal(path: str) -> str:
-    """`datasets` takes names for patterns."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
-
-
 def _is_array(path: str) -> bool:
     """Whether a .json file is one array and not an object a line."""
     if not path.endswith(".json"):
@@ -287,5 +276,4 @@ def said(error: BaseException) -> str:
         error = error.__cause__ or error
     if isinstance(error, datasets.table.CastError):
         return "its files, or parts of them, have different columns, or values of different types in one"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+    return first_sentence(error)

@@ -54,16 +54,16 @@ class Counts:
             found += (
                 f"; {self.truncated:,} cut at the {self.side} to {self.max_length:,} tokens, which lost {self.lost:,}"
             )
-        if self.unlearnable and self.packed is not None:
-            found += f"; {self.unlearnable:,} blocks left out, in which nothing is to be learned"
-        elif self.unlearnable:
-            found += f"; {self.unlearnable:,} left out, whose prompt alone has {self.max_length:,} tokens or more"
         if self.remainder:
-            found += f"; {self.remainder:,} tokens at the end left out, too few for a block"
-        if self.empty:
-            found += f"; {self.empty:,} empty ones left out"
-        if self.unanswered:
-            found += f"; {self.unanswered:,} left out without a turn of the assistant"
+            found += f"; {self.remainder:,} tokens at the end, too few for a block"
+        prompts = f"whose prompt alone has {self.max_length:,} tokens or more"
+        reasons = {
+            "empty": self.empty,
+            prompts if self.packed is None else "blocks in which nothing is to be learned": self.unlearnable,
+            "without a turn of the assistant": self.unanswered,
+        }
+        if any(reasons.values()):
+            found += "; left out: " + ", ".join(f"{count:,} {why}" for why, count in reasons.items() if count)
         for note in self.notes:
             found += f"; {note}"
         return found + (f"; in {self.where}" if self.where else "")
