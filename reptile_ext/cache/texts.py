@@ -19,8 +19,8 @@ from .format import SampleId, checked_id
 
 SAMPLE_BY = ("line", "paragraph", "document")
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_KINDS = {
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
     ".parquet": "parquet",
     **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
@@ -138,10 +138,10 @@ class Texts:
     def _rows(self, path: str, kind: str) -> Iterator[dict[str, Any]]:
         more = {"sample_by": self._sample_by} if kind == "text" else {}
         begun = False
-        with _without_its_log(self._datasets):
+        with without_its_log(self._datasets):
             try:
                 rows = self._datasets.load_dataset(
-                    kind, data_files=[_literal(path)], split="train", streaming=True, **more
+                    kind, data_files=[literal(path)], split="train", streaming=True, **more
                 )
                 for row in rows:
                     begun = True
@@ -151,17 +151,17 @@ class Texts:
                     return
                 for _ in sources.records([path]) if path.endswith(sources.LINES) else ():
                     pass  # which says the line
-                raise ValueError(f"{path} cannot be read as {kind}: {_first_sentence(error)}") from error
+                raise ValueError(f"{path} cannot be read as {kind}: {first_sentence(error)}") from error
 
 
 def _kind_of(path: str, is_text: bool) -> str:
     name = path.lower()
-    for suffix in _COMPRESSED:
+    for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
-    kind = _KINDS.get(Path(name).suffix, "text" if is_text else None)
+    kind = KINDS.get(Path(name).suffix, "text" if is_text else None)
     if kind is None:
         raise ValueError(
-            f"files must end in {', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}; got {path} (as plain "
+            f"files must end in {', '.join(KINDS)}, each also with {', '.join(COMPRESSED)}; got {path} (as plain "
             "text: say sample_by)"
         )
     return kind
@@ -176,7 +176,7 @@ def _datasets() -> Any:
 
 
 @contextlib.contextmanager
-def _without_its_log(datasets: Any) -> Iterator[None]:
+def without_its_log(datasets: Any) -> Iterator[None]:
     """It logs what it raises."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -186,12 +186,12 @@ def _without_its_log(datasets: Any) -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def _literal(path: str) -> str:
+def literal(path: str) -> str:
     """`datasets` takes names for patterns."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

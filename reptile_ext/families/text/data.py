@@ -1,220 +1,60 @@
-"""Files of texts, and samples made of them: of tokens for a language model, with a label, in pairs of languages.
-
-Everything is read through Hugging Face's `datasets`: what is not streamed lies as Arrow files in its cache on disk, of
-which only the pages that are used are in memory.
-"""
+"""Samples made of records: of tokens for a language model, with a label, in pairs of languages."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 
-from ...cache import sources
-from ...files import add_file
 from ...words import did_you_mean
+from .encoding import Encoder, Made, check_template, turns_of
+from .files import Table
+from .samples import (
+    EMPTY,
+    IGNORED,
+    KEPT,
+    UNLEARNABLE,
+    Counts,
+    Left,
+    Prepared,
+    collate_tokens,
+    fingerprint_of,
+    inputs_of,
+    mask_of,
+    notes_on_padding,
+    padded,
+    padding_of,
+    prepare,
+)
 
-IGNORED = -100  # the label of positions that are not trained on
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_KINDS = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-    ".parquet": "parquet",
-    **dict.fromkeys((".txt", ".text", ".md", ".rst", ".py"), "text"),
-}
-_BUFFER = 10_000  # samples of a stream that are shuffled with each other
+__all__ = [
+    "IGNORED",
+    "Counts",
+    "Prepared",
+    "Table",
+    "classification",
+    "label_names",
+    "language_model",
+    "mask_of",
+    "padded",
+    "padding_of",
+    "translation",
+]
 
-# What columns are called in public data, the first that is there.
+# What columns are called in public data. The first is taken if it is there, the others only if it is one alone.
 _TEXT = ("text", "content", "document", "sentence", "review", "body", "code")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
-_MESSAGES = ("messages", "conversations")
+_MESSAGES = ("messages", "conversations", "conversation")
 _LABEL = ("label", "labels", "category", "class", "intent", "sentiment", "target")
 _SOURCE_TARGET = (("source", "target"), ("src", "tgt"), ("source_text", "target_text"))
+# Pairs whose names say that they are two utterances: a line break, which is learned, begins the second.
+_UTTERANCES = (("instruction", "output"), ("question", "answer"))
 
-
-class Table:
-    """Records in order, of files, of a folder that `datasets` saved, or of a data set on the hub.
-
-    Attributes:
-        flag: what the user calls it, such as "train". rows: a `datasets.Dataset`, or an IterableDataset of a stream.
-        columns: their names. digest: of the content.
-    """
-
-    def __init__(self, flag: str, rows: Any, digest: str, names: Sequence[str] = ()) -> None:
-        self.flag, self.rows, self.digest, self.names = flag, rows, digest, list(names)
-        self.is_stream = isinstance(rows, datasets.IterableDataset)
-        columns = rows.column_names
-        self.columns: list[str] = list(next(iter(rows), {}) if columns is None else columns)
-        if not self.is_stream and not len(rows):
-            raise ValueError(f"{flag} must hold at least one record; got none in {', '.join(names) or 'it'}")
-
-    @classmethod
-    def of_rows(cls, flag: str, rows: list[dict[str, Any]]) -> Table:
-        content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-        return cls(flag, datasets.Dataset.from_list(rows), content)
-
-    @classmethod
-    def open(
-        cls,
-        flag: str,
-        names: Sequence[str],
-        *,
-        split: str = "train",
-        sample_by: str | None = None,
-        streaming: bool = False,
-    ) -> Table:
-        """Raises ValueError that names the flag and the file, or what `datasets` says of it."""
-        if len(set(names)) < len(names):
-            raise ValueError(f"{flag} must name different files; got {', '.join(names)}")
-        with _silent():
-            if len(names) == 1 and Path(names[0]).is_dir():
-                return cls._saved(flag, Path(names[0]), split, streaming)
-            if len(names) == 1 and not Path(names[0]).exists() and re.fullmatch(r"[\w-]+(/[\w.-]+)?", names[0]):
-                return cls._of_hub(flag, names[0], split, streaming)
-            return cls._of_files(flag, names, sample_by, streaming)
-
-    @classmethod
-    def _saved(cls, flag: str, folder: Path, split: str, streaming: bool) -> Table:
-        if not ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
-            inside = sorted(path.name for path in folder.iterdir())[:5]
-            raise ValueError(
-                f"{flag} must name files, or a folder as datasets' save_to_disk writes it; {folder} holds "
-                f"{', '.join(inside) or 'nothing'}"
-            )
-        try:
-            found = datasets.load_from_disk(str(folder))
-        except Exception as error:
-            raise ValueError(f"{flag}: datasets cannot read {folder}: {_first(error)}") from error
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                near = did_you_mean(split, found)
-                raise ValueError(f"{flag}_split: {folder} has the splits {', '.join(found)}; got {split!r}{near}")
-            found = found[split]
-        digest = f"{found._fingerprint} {len(found)}"
-        return cls(flag, found.to_iterable_dataset() if streaming else found, digest, [str(folder)])
-
-    @classmethod
-    def _of_hub(cls, flag: str, name: str, split: str, streaming: bool) -> Table:
-        try:
-            found = datasets.load_dataset(name, split=split, streaming=streaming)
-        except Exception as error:
-            raise ValueError(
-                f"{flag}: there is no file {name}, and the hub gives no data set of this name: {_first(error)}"
-            ) from error
-        return cls(flag, found, f"{name} {split} {getattr(found, '_fingerprint', '')}", [name])
-
-    @classmethod
-    def _of_files(cls, flag: str, names: Sequence[str], sample_by: str | None, streaming: bool) -> Table:
-        kinds = {name: _kind_of(flag, name, sample_by is not None) for name in names}
-        if len(set(kinds.values())) > 1:
-            raise ValueError(f"{flag} must name files of one kind; got {', '.join(names)}")
-        kind = kinds[names[0]]
-        if sample_by is not None and kind != "text":
-            raise ValueError(f"sample_by is for plain text; got it with {names[0]}")
-        more: dict[str, Any] = {}
-        if kind == "text":
-            more = {"sample_by": sample_by or "line"}
-        elif kind == "csv":
-            # A cell is what stands there: "NA" or "null" is a word. A byte order mark is no part of a name.
-            is_tabs = Path(_without_compression(names[0])).suffix == ".tsv"
-            more = {"keep_default_na": False, "encoding": "utf-8-sig", "sep": "\t" if is_tabs else ","}
-        paths = [os.path.abspath(name) for name in names]
-        try:
-            rows = datasets.load_dataset(
-                kind, data_files=[_literal(path) for path in paths], split="train", streaming=streaming, **more
-            )
-            digest = hashlib.sha256(repr((kind, sorted(more.items()))).encode())
-            for path in paths:
-                add_file(digest, path)
-            return cls(flag, rows, digest.hexdigest(), names)
-        except Exception as error:
-            if isinstance(error, ValueError) and str(error).startswith(flag):
-                raise
-            for path in paths:
-                if path.endswith(sources.LINES):
-                    for _ in sources.records([path]):  # which says the line
-                        pass
-            said = error.__cause__ or error
-            raise ValueError(f"{flag}: {', '.join(names)} cannot be read as {kind}: {_first(said)}") from error
-
-    def column(self, flag: str, given: str | None, guesses: Sequence[str]) -> str:
-        """The column that the user named, or the first of the guesses that is there."""
-        if given is not None:
-            self._check(flag, given)
-            return given
-        for name in guesses:
-            if name in self.columns:
-                return name
-        raise ValueError(f"{flag} must say which column of {self.where} it is: {', '.join(self.columns)}")
-
-    def pair(
-        self, flags: tuple[str, str], given: tuple[str | None, str | None], guesses: Any
-    ) -> tuple[str, str] | None:
-        """Two columns that belong together: as the user named them, or the first guess of which both are there."""
-        if given != (None, None):
-            for flag, name in zip(flags, given, strict=True):
-                if name is None:
-                    raise ValueError(f"{flags[0]} and {flags[1]} go together; got no {flag}")
-                self._check(flag, name)
-            return given  # type: ignore[return-value]
-        return next((pair for pair in guesses if pair[0] in self.columns and pair[1] in self.columns), None)
-
-    def _check(self, flag: str, name: str) -> None:
-        if name not in self.columns:
-            raise ValueError(
-                f"{flag}: {self.where} has no column {name!r}, but {', '.join(self.columns)}"
-                f"{did_you_mean(name, self.columns)}"
-            )
-
-    @property
-    def where(self) -> str:
-        return f"{self.flag} ({', '.join(self.names)})" if self.names else self.flag
-
-
-@dataclass
-class Counts:
-    """What came of the records."""
-
-    samples: int = 0
-    tokens: int = 0
-    empty: int = 0  # records without a text
-    truncated: int = 0  # samples that lost tokens
-    lost: int = 0  # tokens
-    unlearnable: int = 0  # samples left out, whose prompt alone fills the context
-    max_length: int = 0
-    is_stream: bool = False
-
-    def sentence(self) -> str:
-        found = f"{self.samples:,} samples, {self.tokens:,} tokens"
-        if self.is_stream:
-            found = f"a stream, of which were read: {found}"
-        if self.truncated:
-            found += f"; {self.truncated:,} cut to {self.max_length:,} tokens, which lost {self.lost:,}"
-        if self.unlearnable:
-            found += f"; {self.unlearnable:,} left out, whose prompt alone has {self.max_length:,} tokens or more"
-        if self.empty:
-            found += f"; {self.empty:,} empty ones left out"
-        return found
-
-
-@dataclass
-class Prepared:
-    """Samples to train on or to evaluate. collate makes batches for `Reptile` of a list of them."""
-
-    samples: Any
-    collate: Callable[[list[Mapping[str, Any]]], dict[str, Any]]
-    counts: Counts
-    labels: list[str] = field(default_factory=list)
+_TOKENS = {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")}
+_Form = tuple[list[str], Callable[[Mapping[str, Any]], Any], Callable[[list[Any]], Sequence[Made]]]
 
 
 # ------------------------------------------------------------------------------------------------ language models
@@ -232,24 +72,50 @@ def language_model(
     packing: bool = False,
 ) -> Prepared:
     """Samples {"input_ids", "labels", "sample_id"}: labels are the ids themselves at the same positions, −100 where
-    nothing is to be learnt (prompts). Texts and completions end in the tokenizer's end-of-text token, if it has one,
-    unless they are cut. `packing`: blocks of max_length tokens across the texts."""
-    make = _maker(table, tokenizer, text_column, (prompt_column, completion_column), messages_column)
-    return _prepare(table, make, max_length, _collate_tokens(tokenizer), packing)
+    nothing is to be learned (prompts, what others say in a conversation). Texts and completions end in the tokenizer's
+    end-of-text token, if it has one, unless they are cut. sample_id is the number of the record, from 0.
+
+    A completion is what follows the prompt as it stands, without anything between; of columns that hold two utterances
+    by their names (instruction and output, question and answer), it begins with a line break. The prompt's tokens are
+    those it has alone, as when the student is asked.
+
+    packing: blocks of max_length tokens across the texts, in their order; sample_id is the pieces of a block,
+    [[record, begin, end], …].
+
+    Raises ValueError for columns that are not there or ambiguous, and records that are no texts; if nothing is left to
+    learn from."""
+    columns, read, encode = _form(table, tokenizer, text_column, (prompt_column, completion_column), messages_column)
+    what = ["language-model", columns, max_length, packing]
+
+    def made(parts: list[Any]) -> Iterator[dict[str, Any]]:
+        for ids, labels in encode(parts):
+            kind = KEPT if len(ids) > (0 if packing else 1) else EMPTY
+            lost = 0 if packing else max(0, len(ids) - max_length)
+            if not packing:
+                ids, labels = ids[:max_length], labels[:max_length]
+            if not packing and kind == KEPT and all(label == IGNORED for label in labels[1:]):
+                kind = UNLEARNABLE
+            yield {"input_ids": ids, "labels": labels, "lost": lost, "kind": kind}
+
+    notes = [] if packing else notes_on_padding(tokenizer)
+    counts = Counts(max_length=max_length, packed=0 if packing else None, notes=notes)
+    samples = prepare(table, counts, columns, read, made, fingerprint_of(table, what, [tokenizer]), _TOKENS)
+    return Prepared(samples, collate_tokens(tokenizer, packing), counts)
 
 
-_Made = tuple[list[int], list[int]]  # ids and labels of one record, not cut yet; no ids: an empty one
-
-
-def _maker(
+def _form(
     table: Table, tokenizer: Any, text: str | None, pair: tuple[str | None, str | None], messages: str | None
-) -> Callable[[dict[str, Any]], _Made]:
+) -> _Form:
+    """The columns of a sample, what takes its parts out of a record, and what makes tokens of many samples' parts."""
     forms = {"text_column": text, "prompt_column": pair[0] or pair[1], "messages_column": messages}
     given = [flag for flag, name in forms.items() if name is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are different forms of a sample: give one")
+    encoder = Encoder(tokenizer)
     is_text = any(name in table.columns for name in _TEXT)
-    found_pair = table.pair(("prompt_column", "completion_column"), pair, _PAIRS)
+    found_pair = None
+    if not given or given == ["prompt_column"]:
+        found_pair = table.pair(("prompt_column", "completion_column"), pair, _PAIRS)
     is_messages = any(name in table.columns for name in _MESSAGES)
     if not given and is_text + (found_pair is not None) + is_messages > 1:
         raise ValueError(
@@ -258,323 +124,211 @@ def _maker(
         )
     if messages is not None or (not given and is_messages):
         column = table.column("messages_column", messages, _MESSAGES)
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "messages_column: the tokenizer has no chat template: write the conversations out as text, or take "
-                "the tokenizer of a chat model"
-            )
-        return lambda row: _of_messages(tokenizer, row[column], table)
-    if found_pair is not None and text is None:
-        prompt, completion = found_pair
-        more = "input" if found_pair == ("instruction", "output") and "input" in table.columns else None
-        return lambda row: _of_pair(tokenizer, _joined(table, row, prompt, more), _text(table, row, completion))
+        check_template(tokenizer, "messages_column")
+        return [column], lambda row: encoder.conversation(turns_of(row[column], column)), list
+    if found_pair is not None:
+        return _form_of_pair(table, encoder, *found_pair)
     column = table.column("text_column", text, _TEXT)
-    return lambda row: _of_text(tokenizer, _text(table, row, column))
+    return [column], lambda row: _text(row, column) or Left(EMPTY), encoder.texts
 
 
-def _text(table: Table, row: Mapping[str, Any], column: str) -> str:
+def _form_of_pair(table: Table, encoder: Encoder, prompt: str, completion: str) -> _Form:
+    if isinstance(table.first()[completion], list):  # conversations in two parts, as TRL has them
+        check_template(encoder.tokenizer, "prompt_column")
+
+        def conversation(row: Mapping[str, Any]) -> Any:
+            before = turns_of(row[prompt], prompt)
+            return encoder.conversation(before + turns_of(row[completion], completion), len(before))
+
+        return [prompt, completion], conversation, list
+    more = "input" if (prompt, completion) == ("instruction", "output") and "input" in table.columns else None
+    between = "\n" if (prompt, completion) in _UTTERANCES else ""
+
+    def read(row: Mapping[str, Any]) -> Any:
+        asked, answer = _text(row, prompt), _text(row, completion)
+        if more is not None and (second := _text(row, more)):
+            asked += f"\n\n{second}"
+        return (asked, between + answer) if answer else Left(EMPTY)
+
+    return [prompt, completion, *([more] if more else [])], read, encoder.pairs
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    """Of a cell; nothing of one that holds white space alone."""
     value = row[column]
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{table.where}: wanted text in {column!r}; got {type(value).__name__} {value!r:.60}")
-    return value
-
-
-def _joined(table: Table, row: Mapping[str, Any], column: str, more: str | None) -> str:
-    """An instruction and its input, of data in Alpaca's form."""
-    first = _text(table, row, column)
-    second = "" if more is None else _text(table, row, more)
-    return f"{first}\n\n{second}\n\n" if second else (f"{first}\n\n" if more is not None else first)
-
-
-def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Without an end-of-text token, which is added where it belongs, and with one beginning, not two."""
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if ids and special and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    if special and len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
-        ids = ids[1:]
-    return ids
-
-
-def _of_text(tokenizer: Any, text: str) -> _Made:
-    if not text.strip():
-        return [], []
-    ids = _encode(tokenizer, text)
-    eos = tokenizer.eos_token_id
-    if eos is not None and (not ids or ids[-1] != eos):
-        ids = [*ids, eos]
-    return ids, list(ids)
-
-
-def _of_pair(tokenizer: Any, prompt: str, completion: str) -> _Made:
-    if not completion.strip():
-        return [], []
-    start = _encode(tokenizer, prompt)
-    whole = _encode(tokenizer, prompt + completion)
-    # When the student is used, the prompt is tokenized alone: a token across the boundary would never be seen.
-    ids = whole if whole[: len(start)] == start else start + _encode(tokenizer, completion, special=False)
-    eos = tokenizer.eos_token_id
-    if eos is not None and ids[-1] != eos:
-        ids = [*ids, eos]
-    return ids, [IGNORED] * len(start) + ids[len(start) :]
-
-
-_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def _of_messages(tokenizer: Any, messages: Any, table: Table) -> _Made:
-    """The assistant's turns are learnt, each from all that stands before it."""
-    if not messages:
-        return [], []
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"{table.where}: wanted a list of messages with role and content; got {messages!r:.80}")
-    turns = [_turn(message, table) for message in messages]
-    ids: list[int] = []
-    labels: list[int] = []
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = _templated(tokenizer, turns[:i], True)
-        after = _templated(tokenizer, turns[: i + 1], False)
-        if before[: len(ids)] != ids or after[: len(before)] != before:
-            raise ValueError(
-                f"{table.where}: the chat template writes earlier turns otherwise once later ones follow, so that the "
-                "assistant's part cannot be told; give prompt_column and completion_column"
-            )
-        labels += [IGNORED] * (len(before) - len(ids)) + after[len(before) :]
-        ids = after
-    return ids, labels
-
-
-def _turn(message: Mapping[str, Any], table: Table) -> dict[str, str]:
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{table.where}: wanted messages with role and content; got {dict(message)!r:.80}")
-    return {"role": _ROLES.get(role, role), "content": content}
-
-
-def _templated(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
-
-
-def _prepare(
-    table: Table,
-    make: Callable[[dict[str, Any]], _Made],
-    max_length: int,
-    collate: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
-    packing: bool,
-) -> Prepared:
-    counts = Counts(max_length=max_length, is_stream=table.is_stream)
-
-    def samples_of(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "sample_id", "lost", "kind")}
-        names = list(batch)
-        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-            ids, labels = make(dict(zip(names, values, strict=True)))
-            lost = 0 if packing else max(0, len(ids) - max_length)
-            kind = 0 if ids else 1
-            if not packing:
-                ids, labels = ids[:max_length], labels[:max_length]
-                if ids and all(label == IGNORED for label in labels[1:]):
-                    kind = 2
-            for name, value in zip(found, (ids, labels, index, lost, kind), strict=True):
-                found[name].append(value)
-        return found
-
-    rows = _mapped(table, samples_of)
-    if table.is_stream:
-        return Prepared(_Stream(rows, counts, max_length if packing else None), collate, counts)
-    samples = _counted(table, rows, counts)
-    if packing:
-        with _silent():
-            names = samples.rows.column_names
-            packed = samples.rows.map(_Packer(max_length), batched=True, batch_size=None, remove_columns=names)
-        if not len(packed):
-            raise ValueError(f"{table.where} must hold at least max_length={max_length} tokens to be packed")
-        samples = _Rows(packed)
-        counts.samples, counts.tokens = len(packed), max_length * len(packed)
-    return Prepared(samples, collate, counts)
-
-
-class _Packer:
-    """All texts, one after the other, cut into blocks."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        ids = [token for one in batch["input_ids"] for token in one]
-        labels = [label for one in batch["labels"] for label in one]
-        starts = range(0, len(ids) - self._length + 1, self._length)
-        return {
-            "input_ids": [ids[i : i + self._length] for i in starts],
-            "labels": [labels[i : i + self._length] for i in starts],
-            "sample_id": [i // self._length for i in starts],
-        }
-
-
-class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return dict(self.rows[i])
-
-
-class _Stream(IterableDataset[dict[str, Any]]):
-    """Samples as they are read, shuffled with those near them, another way in every pass."""
-
-    def __init__(self, rows: Any, counts: Counts, packed: int | None) -> None:
-        self._rows = rows.shuffle(seed=0, buffer_size=_BUFFER)
-        self._counts, self._packed = counts, packed
-
-    def set_epoch(self, epoch: int) -> None:
-        self._rows.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._in_blocks() if self._packed is not None else self._kept()
-
-    def _kept(self) -> Iterator[dict[str, Any]]:
-        counts = self._counts
-        for row in self._rows:
-            counts.empty += row["kind"] == 1
-            counts.unlearnable += row["kind"] == 2
-            if row["kind"] == 0:
-                counts.samples += 1
-                counts.tokens += len(row["input_ids"])
-                counts.truncated += row["lost"] > 0
-                counts.lost += row["lost"]
-                yield row
-
-    def _in_blocks(self) -> Iterator[dict[str, Any]]:
-        assert self._packed is not None
-        ids: list[int] = []
-        labels: list[int] = []
-        number = 0
-        for row in self._kept():
-            ids += row["input_ids"]
-            labels += row["labels"]
-            while len(ids) >= self._packed:
-                yield {"input_ids": ids[: self._packed], "labels": labels[: self._packed], "sample_id": number}
-                ids, labels, number = ids[self._packed :], labels[self._packed :], number + 1
+        raise ValueError(f"wanted text in {column!r}; got {type(value).__name__} {value!r:.60}")
+    return value if value.strip() else ""
 
 
 # ------------------------------------------------------------------------------------------------ classifiers
 
 
-def label_names(table: Table, column: str | None) -> list[str]:
-    """The labels of a table in order: as the data set names them, else sorted, numbers as numbers."""
-    column = table.column("label_column", column, _LABEL)
-    feature = (table.rows.features or {}).get(column)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    if table.is_stream:
-        raise ValueError(
-            f"{table.flag}: the labels of a stream are not known before it ends: take a teacher that names them, or no "
-            "streaming"
-        )
-    names = {_label_name(table, value) for value in table.rows.unique(column) if value is not None and value != ""}
-    if len(names) < 2:
-        raise ValueError(
-            f"{table.where} must have at least two labels in {column!r}; got {', '.join(map(repr, names)) or 'none'}"
-        )
-    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
-    return sorted(names, key=int) if are_numbers else sorted(names)
-
-
-def _label_name(table: Table, value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value == int(value):
-        value = int(value)
-    if isinstance(value, (str, int)):
-        return str(value)
-    raise ValueError(
-        f"{table.where}: a label must be a word or a whole number; got {type(value).__name__} {value!r:.60}"
-    )
-
-
 def classification(
     table: Table,
-    tokenizers: tuple[Any, Any],
+    tokenizers: Sequence[Any],
     *,
     text_column: str | None = None,
     label_column: str | None = None,
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     max_length: int,
     is_labelled: bool = True,
 ) -> Prepared:
-    """Samples {"input_ids", "label", "sample_id", "text"} and, where the tokenizers (the student's, the teacher's) are
-    two, "teacher_ids". `labels` are the names of the classes; data that have numbers mean their place among them.
-    is_labelled=False: the label is 0, which is to have no weight."""
-    text_column = table.column("text_column", text_column, [name for name in _TEXT if name != label_column])
-    label_column = table.column("label_column", label_column, _LABEL) if is_labelled else text_column
-    place = {name: i for i, name in enumerate(labels)}
-    feature = (table.rows.features or {}).get(label_column)
-    names_of = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    counts = Counts(max_length=max_length, is_stream=table.is_stream)
-    student, teacher = tokenizers
-    two = {} if teacher is student else {"teacher_ids": teacher}
+    """Samples {"input_ids", "label", "sample_id", "text"}, and "teacher_ids" where the tokenizers are two; "text" is
+    the beginning of the text, to show it. Batches have "labels" [B] int64 and, of two tokenizers, "student_inputs" and
+    "teacher_inputs".
 
-    def class_of(value: Any, index: int) -> int:
-        if not is_labelled:
-            return 0
-        name = names_of[value] if names_of is not None and isinstance(value, int) else _label_name(table, value)
-        if name in place:
-            return place[name]
-        if name.isdigit() and int(name) < len(labels):
-            return int(name)
-        raise ValueError(
-            f"{table.where}, record {index + 1}: label {name!r} is none of the {len(labels)} known: "
-            f"{', '.join(labels[:20])}{did_you_mean(name, labels)}"
-        )
+    tokenizers   the student's and the teacher's, which may be the same.
+    labels       names of the classes in the models' order. A record has one of the names or, unless the names are whole
+                 numbers themselves, the number of one, from 0. None: `label_names`.
+    is_labelled  False: the label is 0, which is to have no weight.
 
-    def samples_of(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {
-            name: [] for name in ("input_ids", *two, "label", "sample_id", "lost", "kind", "text")
-        }
-        for index, text, label in zip(indices, batch[text_column], batch[label_column], strict=True):
-            words = _text(table, {text_column: text}, text_column)
-            is_empty = not words.strip() or label is None or label == ""
-            ids = [] if is_empty else student(words, verbose=False)["input_ids"]
-            lost = max(0, len(ids) - max_length)
-            if lost:  # by the tokenizer, which keeps its special tokens
-                ids = student(words, truncation=True, max_length=max_length)["input_ids"]
-            values = [ids, *([] if is_empty else _cut(of, words, max_length) for of in two.values())]
-            values += [-1 if is_empty else class_of(label, index), index, lost, int(is_empty), words[:200]]
-            for name, value in zip(found, values, strict=True):
-                found[name].append(value)
-        return found
+    Raises ValueError that names the record for a label that is none of these, missing, not whole or a list; for data of
+    fewer than two classes, but to evaluate; if nothing is left to learn from."""
+    guesses = [name for name in _TEXT if name != label_column]
+    text = table.column("text_column", text_column, guesses)
+    label = _label_column(table, label_column, text) if is_labelled else None
+    cells = None if label is None else _Labels(table, label)
+    classes = list(labels) if labels is not None else label_names(table, label)
+    class_of = None if cells is None else cells.classes(classes)
+    student, teacher = (*tokenizers, *tokenizers)[:2]
+    of = {"input_ids": student} | ({} if teacher is student else {"teacher_ids": teacher})
 
-    rows = _mapped(table, samples_of)
-    samples = _Stream(rows, counts, None) if table.is_stream else _counted(table, rows, counts)
-    pads = {"input_ids": padding_of(student), **{name: padding_of(of) for name, of in two.items()}}
+    def read(row: Mapping[str, Any]) -> Any:
+        number = 0 if class_of is None or label is None else class_of(row[label])
+        return (words, number) if (words := _text(row, text)) else Left(EMPTY)
+
+    def made(parts: list[Any]) -> Iterator[dict[str, Any]]:
+        texts = [words for words, _ in parts]
+        tokens = {name: _cut(tokenizer, texts, max_length) for name, tokenizer in of.items()}
+        for i, (words, number) in enumerate(parts):
+            ids = {name: found[i][0] for name, found in tokens.items()}
+            lost = max(found[i][1] for found in tokens.values())
+            kind = KEPT if all(ids.values()) else EMPTY
+            yield {**ids, "label": number, "text": words[:_SHOWN], "lost": lost, "kind": kind}
+
+    counts = Counts(max_length=max_length, side=_side(student), notes=notes_on_padding(student))
+    features = {
+        **{name: datasets.List(datasets.Value("int32")) for name in of},
+        "label": datasets.Value("int64"),
+        "text": datasets.Value("string"),
+    }
+    what = ["classification", text, label, classes, max_length]
+    columns = [text, *([label] if label is not None else [])]
+    samples = prepare(table, counts, columns, read, made, fingerprint_of(table, what, list(of.values())), features)
+    if label is not None and not table.is_stream:
+        _check_classes(table, classes, samples.numbers("label"), counts)
 
     def collate(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
-        inputs = {}
-        for name, pad in pads.items():
-            ids = [sample[name] for sample in batch]
-            inputs[name] = {"input_ids": padded(ids, pad), "attention_mask": mask_of(ids)}
-        classes = torch.tensor([sample["label"] for sample in batch])
-        if two:
-            return {"student_inputs": inputs["input_ids"], "teacher_inputs": inputs["teacher_ids"], "labels": classes}
-        return {**inputs["input_ids"], "labels": classes}
+        inputs = [inputs_of([sample[name] for sample in batch], tokenizer) for name, tokenizer in of.items()]
+        named = inputs[0] if len(of) == 1 else {"student_inputs": inputs[0], "teacher_inputs": inputs[1]}
+        return {**named, "labels": torch.tensor([sample["label"] for sample in batch])}
 
-    return Prepared(samples, collate, counts, list(labels))
+    return Prepared(samples, collate, counts, classes)
 
 
-def _cut(tokenizer: Any, text: str, max_length: int) -> list[int]:
-    found: list[int] = tokenizer(text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+_SHOWN = 200  # characters of a text
+
+
+def label_names(table: Table, column: str | None) -> list[str]:
+    """The classes of a table in order: as the data set names them; else what its records say, whole numbers by size,
+    words by the alphabet. Raises ValueError for fewer than two, records without a label, and streams."""
+    column = _label_column(table, column)
+    names = _Labels(table, column).names()
+    if len(names) < 2:
+        raise ValueError(f"{table.where} must have at least two classes in {column!r}; got only {names[0]!r}")
+    return names
+
+
+def _label_column(table: Table, given: str | None, text: str | None = None) -> str:
+    found = table.column("label_column", given, [name for name in _LABEL if name != text])
+    if found == text:
+        raise ValueError(f"text_column and label_column must be different columns; got {text!r} for both")
     return found
+
+
+class _Labels:
+    """What the cells of a column say."""
+
+    def __init__(self, table: Table, column: str) -> None:
+        self._table, self._column = table, column
+        feature = (table.rows.features or {}).get(column)
+        self._names: list[str] | None = feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+    def names(self) -> list[str]:
+        if self._names is not None:
+            return self._names
+        if self._table.is_stream:
+            raise ValueError(
+                f"{self._table.flag}: the labels of a stream are not known before it ends: take a teacher that names "
+                "them, or no streaming"
+            )
+        found: set[str] = set()
+        for start, batch in enumerate(self._table.rows.select_columns([self._column]).iter(1000)):
+            for i, value in enumerate(batch[self._column]):
+                try:
+                    found.add(self._name(value))
+                except ValueError as error:
+                    raise ValueError(f"{self._table.record(1000 * start + i)}: {error}") from error
+        return sorted(found, key=int if all(map(_is_whole, found)) else None)
+
+    def classes(self, labels: Sequence[str]) -> Callable[[Any], int]:
+        """What makes a class of a cell."""
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"labels must differ; got {', '.join(labels)}")
+        places = {name: i for i, name in enumerate(labels)}
+        has_no_names = all(re.fullmatch(r"LABEL_\d+", name) for name in labels)  # which transformers makes up
+        if has_no_names and self._names is not None:
+            places |= {name: i for i, name in enumerate(self._names[: len(labels)])}
+        if not all(map(_is_whole, labels)):  # else a number is a name
+            places = {**{str(i): i for i in range(len(labels))}, **places}
+            if len(labels) == 2:
+                places = {"false": 0, "true": 1, **places}
+
+        def class_of(value: Any) -> int:
+            name = self._name(value)
+            if name not in places:
+                known = ", ".join(labels[:20]) + (", …" if len(labels) > 20 else "")
+                near = did_you_mean(name, labels)
+                raise ValueError(f"label {name!r} in {self._column!r} is none of {known}{near}")
+            return places[name]
+
+        return class_of
+
+    def _name(self, value: Any) -> str:
+        """Of a cell; a whole number is the same, whatever its type."""
+        if isinstance(value, (list, tuple, Mapping)):
+            raise ValueError(f"wanted one label in {self._column!r}; got {value!r:.60}: several are not supported")
+        if value is None or value == "" or value != value:
+            raise ValueError(f"there is no label in {self._column!r}; got {value!r}")
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, int):
+            if self._names is None:
+                return str(value)
+            if 0 <= value < len(self._names):
+                return self._names[value]
+            raise ValueError(f"there is no label in {self._column!r}; got {value!r}")
+        if isinstance(value, str):
+            return re.sub(r"\A(-?\d+)\.0+\Z", r"\1", value)
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        raise ValueError(f"a label in {self._column!r} must be a word or a whole number; got {value!r:.60}")
+
+
+def _is_whole(name: str) -> bool:
+    return re.fullmatch(r"-?\d+", name) is not None
+
+
+def _check_classes(table: Table, names: Sequence[str], numbers: Any, counts: Counts) -> None:
+    there = set(numbers.tolist())
+    missing = [name for i, name in enumerate(names) if i not in there]
+    if len(there) < 2 and table.flag != "eval":
+        raise ValueError(f"{table.where} must have samples of at least two classes; got only {names[there.pop()]!r}")
+    if missing:
+        counts.notes.append(f"none of class {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}")
 
 
 # ------------------------------------------------------------------------------------------------ translation
@@ -587,156 +341,97 @@ def translation(
     source_column: str | None = None,
     target_column: str | None = None,
     max_length: int,
+    decoder_start_token_id: int | None = None,
 ) -> Prepared:
-    """Samples {"input_ids", "labels", "sample_id", "source", "target"}: a text and what it is in the other language,
-    each cut to max_length tokens. Of a column "translation" that holds both, the flags name the languages."""
-    source, target = _languages(table, source_column, target_column)
-    counts = Counts(max_length=max_length, is_stream=table.is_stream)
+    """Samples {"input_ids", "labels", "sample_id", "source", "target"}; labels are −100 at padding. Targets end in the
+    end-of-text token, if the tokenizer has one, unless they are cut. The columns may be languages of a column
+    "translation" that holds mappings, as WMT's data have it.
 
-    def text_of(batch: Mapping[str, list[Any]], i: int, column: str) -> str:
-        name, _, language = column.partition(".")
-        value = batch[column][i] if column in batch else (batch[name][i] or {}).get(language)
-        return _text(table, {column: value}, column)
+    decoder_start_token_id: of the models' configuration. With it, batches have "decoder_input_ids": the labels, one
+    position later, as models make them of labels.
 
-    def samples_of(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {
-            name: [] for name in ("input_ids", "labels", "sample_id", "lost", "kind", "source", "target")
-        }
-        for i, index in enumerate(indices):
-            one, other = text_of(batch, i, source), text_of(batch, i, target)
-            is_empty = not one.strip() or not other.strip()
-            ids: list[int] = [] if is_empty else tokenizer(one, verbose=False)["input_ids"]
-            labels: list[int] = [] if is_empty else tokenizer(text_target=other, verbose=False)["input_ids"]
-            lost = max(0, len(ids) - max_length) + max(0, len(labels) - max_length)
-            if lost:
-                ids = _cut(tokenizer, one, max_length)
-                labels = tokenizer(text_target=other, truncation=True, max_length=max_length)["input_ids"]
-            for name, value in zip(found, (ids, labels, index, lost, int(is_empty), one, other), strict=True):
-                found[name].append(value)
+    Raises ValueError for columns that are not there or ambiguous; if nothing is left to learn from."""
+    columns, both = _languages(table, source_column, target_column)
+    eos = tokenizer.eos_token_id
+
+    def read(row: Mapping[str, Any]) -> Any:
+        source, target = both(row)
+        return (source, target) if source and target else Left(EMPTY)
+
+    def made(parts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+        sources = _cut(tokenizer, [source for source, _ in parts], max_length)
+        targets = tokenizer(text_target=[target for _, target in parts], verbose=False)["input_ids"] if parts else []
+        for (source, target), (ids, lost), labels in zip(parts, sources, targets, strict=True):
+            if eos is not None and eos not in labels[1:]:
+                labels = [*labels, eos]
+            lost += max(0, len(labels) - max_length)
+            tokens = {"input_ids": ids, "labels": labels[:max_length]}
+            kind = KEPT if ids and labels else EMPTY
+            yield {**tokens, "source": source, "target": target, "lost": lost, "kind": kind}
+
+    counts = Counts(max_length=max_length, side=_side(tokenizer), notes=notes_on_padding(tokenizer))
+    features = _TOKENS | {name: datasets.Value("string") for name in ("source", "target")}
+    what = ["translation", columns, source_column, target_column, max_length]
+    samples = prepare(table, counts, columns, read, made, fingerprint_of(table, what, [tokenizer]), features)
+    of_tokens = collate_tokens(tokenizer)
+
+    def collate(batch: list[Mapping[str, Any]]) -> dict[str, Any]:
+        found = of_tokens(batch)
+        if decoder_start_token_id is not None:
+            shifted = found["labels"].roll(1, 1)
+            shifted[:, 0] = decoder_start_token_id
+            found["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding_of(tokenizer))
         return found
 
-    rows = _mapped(table, samples_of)
-    samples = _Stream(rows, counts, None) if table.is_stream else _counted(table, rows, counts)
-    return Prepared(samples, _collate_tokens(tokenizer), counts)
+    return Prepared(samples, collate, counts)
 
 
-def _languages(table: Table, source: str | None, target: str | None) -> tuple[str, str]:
-    feature = (table.rows.features or {}).get("translation")
-    if "translation" in table.columns and isinstance(feature, Mapping) and source not in table.columns:
-        languages = list(feature)
-        for flag, name in (("source_column", source), ("target_column", target)):
-            if name not in languages:
-                raise ValueError(
-                    f"{flag} must be one of the languages of {table.where}: {', '.join(languages)}; got {name!r}"
-                )
-        return f"translation.{source}", f"translation.{target}"
-    found = table.pair(("source_column", "target_column"), (source, target), _SOURCE_TARGET)
-    if found is None:
+def _languages(
+    table: Table, source: str | None, target: str | None
+) -> tuple[list[str], Callable[[Mapping[str, Any]], tuple[str, str]]]:
+    """The columns that are needed, and what takes a pair of texts out of a record."""
+    flags = ("source_column", "target_column")
+    nested = table.first().get("translation")
+    if not isinstance(nested, Mapping) or (source in table.columns and target in table.columns):
+        pair = table.pair(flags, (source, target), _SOURCE_TARGET)
+        if pair is None:
+            raise ValueError(
+                f"source_column and target_column must say which columns of {table.where} they are: "
+                f"{', '.join(table.columns)}"
+            )
+        a, b = pair
+        return [a, b], lambda row: (_text(row, a), _text(row, b))
+    if source is None or target is None or source == target:
         raise ValueError(
-            f"source_column and target_column must say which columns of {table.where} are the two languages: "
-            f"{', '.join(table.columns)}"
+            f"source_column and target_column must say which languages of {table.where} they are: {', '.join(nested)}"
         )
-    return found
+    for flag, name in zip(flags, (source, target), strict=True):
+        if name not in nested:
+            raise ValueError(
+                f"{flag}: translation of {table.where} has no {name!r}, but {', '.join(nested)}"
+                f"{did_you_mean(name, nested)}"
+            )
+
+    def both(row: Mapping[str, Any]) -> tuple[str, str]:
+        languages = row["translation"] or {source: None, target: None}
+        return _text(languages, source), _text(languages, target)
+
+    return ["translation"], both
 
 
-def _mapped(table: Table, samples_of: Callable[..., dict[str, list[Any]]]) -> Any:
-    with _silent():
-        return table.rows.map(samples_of, batched=True, with_indices=True, remove_columns=table.columns)
+def _cut(tokenizer: Any, texts: list[str], max_length: int) -> list[tuple[list[int], int]]:
+    """Ids with the tokenizer's special tokens, cut by the tokenizer, which keeps these, and how many were lost."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    lost = [max(0, len(ids) - max_length) for ids in found]
+    long = [i for i, count in enumerate(lost) if count]
+    if long:
+        cut = tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
+        for i, ids in zip(long, cut, strict=True):
+            found[i] = ids
+    return list(zip(found, lost, strict=True))
 
 
-def _counted(table: Table, rows: Any, counts: Counts) -> _Rows:
-    """The rows that are samples; what became of the others is counted."""
-    kinds, lost = (torch.tensor(rows.with_format("numpy")[name]) for name in ("kind", "lost"))
-    counts.empty, counts.unlearnable = int((kinds == 1).sum()), int((kinds == 2).sum())
-    cut = (lost > 0) & (kinds == 0)
-    counts.truncated, counts.lost = int(cut.sum()), int(lost[cut].sum())
-    if bool((kinds != 0).any()):
-        rows = rows.select(torch.nonzero(kinds == 0).flatten().tolist())
-    if not len(rows):
-        raise ValueError(f"{table.where} must hold at least one sample to learn from; got {counts.sentence()}")
-    rows = rows.remove_columns(["lost", "kind"])
-    counts.samples = len(rows)
-    counts.tokens = sum(map(len, rows.with_format("arrow")["input_ids"]))
-    return _Rows(rows)
-
-
-# ------------------------------------------------------------------------------------------------ batches
-
-
-def padded(lists: Sequence[Sequence[int]], value: int) -> Tensor:
-    longest = max(map(len, lists))
-    return torch.tensor([[*one, *([value] * (longest - len(one)))] for one in lists])
-
-
-def mask_of(lists: Sequence[Sequence[int]]) -> Tensor:
-    """By length, not by id: the padding's id may be that of the end-of-text token, which is learnt."""
-    return padded([[1] * len(one) for one in lists], 0)
-
-
-def padding_of(tokenizer: Any) -> int:
-    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return int(getattr(tokenizer, name))
-    return 0  # whatever stands there is masked
-
-
-def _collate_tokens(tokenizer: Any) -> Callable[[list[Mapping[str, Any]]], dict[str, Any]]:
-    pad = padding_of(tokenizer)
-
-    def collate(samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-        ids = [sample["input_ids"] for sample in samples]
-        return {
-            "input_ids": padded(ids, pad),
-            "attention_mask": mask_of(ids),
-            "labels": padded([sample["labels"] for sample in samples], IGNORED),
-        }
-
-    return collate
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-class _silent:  # noqa: N801 (used as a function)
-    """`datasets` without its log and bars."""
-
-    def __enter__(self) -> None:
-        self._before = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        datasets.logging.set_verbosity(self._before[0])
-        if self._before[1]:
-            datasets.enable_progress_bars()
-
-
-def _without_compression(name: str) -> str:
-    name = name.lower()
-    for suffix in _COMPRESSED:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def _kind_of(flag: str, name: str, is_text: bool) -> str:
-    if not Path(name).is_file():
-        raise ValueError(f"{flag} must name files; there is no file {name}")
-    if not Path(name).stat().st_size:
-        raise ValueError(f"{flag}: {name} is empty")
-    kind = _KINDS.get(Path(_without_compression(name)).suffix, "text" if is_text else None)
-    if kind is None:
-        raise ValueError(
-            f"{flag} must name files that end in {', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}; got "
-            f"{name} (as plain text: say sample_by)"
-        )
-    return kind
-
-
-def _literal(path: str) -> str:
-    """`datasets` takes names for patterns."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+def _side(tokenizer: Any) -> str:
+    return "beginning" if tokenizer.truncation_side == "left" else "end"
