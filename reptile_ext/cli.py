@@ -47,7 +47,7 @@ _NO_MEMORY = ("not enough memory", "out of memory", "allocate memory")
 
 
 # The names of the recipes, known without the extra that they need.
-_RECIPES = ("code-lm", "digits", "language-model", "text-classification")
+_RECIPES = ("code-lm", "digits", "language-model", "text-classification", "translation")
 
 
 class CommandError(Exception):

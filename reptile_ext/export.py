@@ -39,8 +39,8 @@ def export_model(model: nn.Module, inputs: Mapping[str, Tensor], path: Path, to:
              least 2. to: "onnx" or "torch-export".
 
     The file is loaded again and compared with the model on the example and on another batch and length, before it is
-    put in its place. Returns {"path", "to", "bytes", "inputs", "largest_difference"}. Raises ValueError for a model that
-    cannot be exported, or whose file says something else."""
+    put in its place. Returns {"path", "to", "bytes", "inputs", "largest_difference"}. Raises ValueError for a model
+    that cannot be exported, or whose file says something else."""
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}; got {to!r}")
     if to == "onnx":
