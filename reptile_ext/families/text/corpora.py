@@ -83,9 +83,10 @@ def phrases(source: str = "en", target: str = "de") -> tuple[list[dict[str, str]
             pairs[both[0][code]] = both[1][code]
     for year in range(*_YEARS):
         for month in range(1, 13):
-            day = datetime.date(year, month, 1 + (5 * year + 7 * month) % 28)
-            for form in ("full", "long"):
-                add(lambda locale, day=day, form=form: format_date(day, form, locale=locale))
+            for third in (1, 11, 20):
+                day = datetime.date(year, month, third + (5 * year + 7 * month) % 9)
+                for form in ("full", "long"):
+                    add(lambda locale, day=day, form=form: format_date(day, form, locale=locale))
     units = ("length-kilometer", "mass-kilogram", "duration-hour", "volume-liter", "temperature-celsius", "area-acre")
     for amount in _AMOUNTS:
         for unit in units:

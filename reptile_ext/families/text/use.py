@@ -13,8 +13,10 @@ from ...pretrained import load_model, read_config, read_tokenizer
 from ...training.weights import load_weights
 from . import lstm  # noqa: F401 (so that its models can be loaded)
 from .data import padding_of
+from .models import context_of
 from .saving import WEIGHTS
 
+_LONG = 1 << 20  # tokens, of a student whose configuration names no context
 _TOP = 3  # labels that are shown
 
 
@@ -35,14 +37,24 @@ def saved_student(folder: Path, task: str, made: nn.Module | None = None) -> nn.
 
 
 def answers(folder: Path, task: str, texts: Sequence[str], **options: Any) -> Iterator[str]:
-    """What the student makes of each text: its continuation, its label with probabilities, its translation. options: of
-    transformers' generate."""
+    """What the student makes of each text: its continuation, its label with probabilities, its translation. A text that
+    is longer than the student's context is cut, of a language model's in front. options: of transformers' generate."""
     model = saved_student(folder, task)
     tokenizer = read_tokenizer(folder)
+    context = context_of(getattr(model, "config", None)) or _LONG
+    if task == "language-model":
+        tokenizer.truncation_side = "left"  # what is to be written follows the end
+        context -= options.get("max_new_tokens", 0)
+        if context < 1:
+            raise ValueError(
+                f"max_new_tokens must be below the student's context, {context + options['max_new_tokens']}; got "
+                f"{options['max_new_tokens']}"
+            )
     if torch.cuda.is_available():
         model = model.cuda()
     for text in texts:
-        inputs = tokenizer(text, return_tensors="pt").to(next(model.parameters()).device)
+        cut = {"truncation": True, "max_length": context, "verbose": False}
+        inputs = tokenizer(text, return_tensors="pt", **cut).to(next(model.parameters()).device)
         inputs.pop("token_type_ids", None)
         with torch.no_grad():
             if task == "text-classification":
@@ -64,7 +76,8 @@ def _labels(model: Any, logits: torch.Tensor) -> str:
 def example_inputs(folder: Path, task: str) -> dict[str, torch.Tensor]:
     """Two texts of different lengths, as the student takes them: to export it with."""
     tokenizer = read_tokenizer(folder)
-    ids = [tokenizer(text)["input_ids"] for text in ("One text.", "Another text, which is longer.")]
+    texts = ("One text.", "Another text, which is longer.")
+    ids = [tokenizer(text, truncation=True, max_length=16)["input_ids"] for text in texts]
     longest = max(map(len, ids))
     pad = padding_of(tokenizer)
     found = {
