@@ -218,6 +218,7 @@ def test_bad_files(tmp_path: Path) -> None:
     write(tmp_path / "b.csv", "text,lable\na,x\n")
     write(tmp_path / "long.csv", "text,label\na,x\na,b,c\n")
     write(tmp_path / "header.csv", "text,label\n")
+    write(tmp_path / "semicolons.csv", "text;label\na;x\n")
     write(tmp_path / "latin.csv", "text,label\nÄpfel,x\n", "latin-1")
     write(tmp_path / "a.tsv", "text\tlabel\na\tx\n")
     write(tmp_path / "a.parquet", "no")
@@ -242,6 +243,9 @@ def test_bad_files(tmp_path: Path) -> None:
         "train must name files of the same columns; b.csv has text, lable, and a.csv text, label"
     ).replace("a.csv text", "a.csv has text")
     assert "Expected 2 fields in line 3, saw 3" in message("long.csv")
+    assert message("semicolons.csv") == (
+        "train: semicolons.csv must have commas (of a .tsv, tabs) between its cells; its first line is 'text;label'"
+    )
     assert "latin.csv cannot be read as csv: UnicodeDecodeError" in message("latin.csv")
     assert "a.parquet cannot be read as parquet" in message("a.parquet")
     assert message("folder").endswith("folder holds nothing")
@@ -258,12 +262,18 @@ def test_columns_that_are_guessed(plain: Any) -> None:
         ({"prompt": "a", "completion": " b"}, " b<eos>"),
         ({"instruction": "a", "input": "", "output": "b"}, "\nb<eos>"),
         ({"question": "a", "answer": "b"}, "\nb<eos>"),
+        ({"input": "a", "output": "b"}, "\nb<eos>"),
+        ({"source": "a", "target": "b", "n": 1}, "\nb<eos>"),
+        ({"prompt": "a", "completion": " b", "response": "no"}, " b<eos>"),
         ({"text": "a b", "content": "no"}, "a b<eos>"),
     ):
         prepared = language_model(table(row), plain, **keywords)
         assert learned(plain, prepared.samples[0]) == wanted, row
     with_input = language_model(table({"instruction": "Add.", "input": "1 2", "output": "3"}), plain, **keywords)
     assert masked(plain, with_input.samples[0]) == "Add.\n\n1 2"
+    with_context = language_model(table({"instruction": "Say.", "context": "x", "response": "y"}), plain, **keywords)
+    assert masked(plain, with_context.samples[0]) == "Say.\n\nx"
+    assert learned(plain, with_context.samples[0]) == "\ny<eos>"
 
 
 def test_columns_that_cannot_be_guessed(plain: Any) -> None:
@@ -708,7 +718,7 @@ def test_named_classes_of_a_data_set(plain: Any) -> None:
         ),
         ([0, 2], ["ham", "spam"], "train, record 2: label '2' in 'label' is none of ham, spam"),
         ([0, -1], ["ham", "spam"], "train, record 2: label '-1' in 'label' is none of ham, spam"),
-        (["a", None], None, "train, record 2: there is no label in 'label'; got None"),
+        (["a", "b", None], None, "train, record 3: there is no label in 'label'; got None"),
         (["a", ""], ["a", "b"], "train, record 2: there is no label in 'label'; got ''"),
         ([0.5, 1.0], None, "train, record 1: a label in 'label' must be a word or a whole number; got 0.5"),
         ([["a", "b"], ["a"]], None, "train, record 1: wanted one label in 'label'; got ['a', 'b']: several are not "),
@@ -741,6 +751,9 @@ def test_a_classifiers_columns(plain: Any) -> None:
 def test_classes_that_are_missing_are_said(plain: Any) -> None:
     prepared = classification(table(*rows_of("a", "b")), (plain, plain), labels=["a", "b", "c"], max_length=8)
     assert "none of class c" in prepared.counts.sentence()
+    alike = classification(table(*rows_of("Spam", "spam", "ham")), (plain, plain), max_length=8)
+    assert alike.labels == ["Spam", "ham", "spam"]
+    assert "some classes differ by case or white space alone" in alike.counts.sentence()
     alone = table(*rows_of("a"), flag="eval")
     assert "none of class b" in classification(alone, (plain, plain), labels=["a", "b"], max_length=8).counts.sentence()
 
@@ -762,6 +775,13 @@ def test_two_tokenizers(plain: Any, surrounding: Any) -> None:
     assert counts.lost == len(surrounding(rows[2]["text"])["input_ids"]) - 6
     same = classification(table(*rows), (plain, plain), max_length=6)
     assert sorted(same.collate(list(same.samples))) == ["attention_mask", "input_ids", "labels"]
+
+
+def test_rows_without_anything_are_left_out(tmp_path: Path, plain: Any) -> None:
+    """As spreadsheets write them at the end."""
+    found = Table.open("train", [write(tmp_path / "a.csv", "text,label\na,x\nb,y\n,\n,\n")])
+    prepared = classification(found, (plain, plain), max_length=8)
+    assert (prepared.labels, prepared.counts.samples, prepared.counts.empty) == (["x", "y"], 2, 2)
 
 
 def test_csv_and_json_say_the_same(tmp_path: Path, plain: Any) -> None:

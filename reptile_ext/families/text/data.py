@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,12 +47,17 @@ __all__ = [
 
 # What columns are called in public data. The first is taken if it is there, the others only if it is one alone.
 _TEXT = ("text", "content", "document", "sentence", "review", "body", "code")
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+_PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response")),
+    *(("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("question", "response")),
+    *(("query", "response"), ("problem", "solution"), ("input", "output"), ("source", "target")),
+)
 _MESSAGES = ("messages", "conversations", "conversation")
 _LABEL = ("label", "labels", "category", "class", "intent", "sentiment", "target")
 _SOURCE_TARGET = (("source", "target"), ("src", "tgt"), ("source_text", "target_text"))
 # Pairs whose names say that they are two utterances: a line break, which is learned, begins the second.
-_UTTERANCES = (("instruction", "output"), ("question", "answer"))
+_UTTERANCES = _PAIRS[2:]
+_OF_INSTRUCTION = ("input", "context")  # what an instruction is about, in a column of its own
 
 _TOKENS = {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")}
 _Form = tuple[list[str], Callable[[Mapping[str, Any]], Any], Callable[[list[Any]], Sequence[Made]]]
@@ -115,7 +121,8 @@ def _form(
     is_text = any(name in table.columns for name in _TEXT)
     found_pair = None
     if not given or given == ["prompt_column"]:
-        found_pair = table.pair(("prompt_column", "completion_column"), pair, _PAIRS)
+        guesses = [one for one in _PAIRS if one[0] != "input" or "instruction" not in table.columns]
+        found_pair = table.pair(("prompt_column", "completion_column"), pair, guesses)
     is_messages = any(name in table.columns for name in _MESSAGES)
     if not given and is_text + (found_pair is not None) + is_messages > 1:
         raise ValueError(
@@ -141,16 +148,16 @@ def _form_of_pair(table: Table, encoder: Encoder, prompt: str, completion: str) 
             return encoder.conversation(before + turns_of(row[completion], completion), len(before))
 
         return [prompt, completion], conversation, list
-    more = "input" if (prompt, completion) == ("instruction", "output") and "input" in table.columns else None
+    abouts = [name for name in _OF_INSTRUCTION if name in table.columns and prompt == "instruction"]
     between = "\n" if (prompt, completion) in _UTTERANCES else ""
 
     def read(row: Mapping[str, Any]) -> Any:
         asked, answer = _text(row, prompt), _text(row, completion)
-        if more is not None and (second := _text(row, more)):
-            asked += f"\n\n{second}"
+        for about in abouts:
+            asked += f"\n\n{_text(row, about)}" if _text(row, about) else ""
         return (asked, between + answer) if answer else Left(EMPTY)
 
-    return [prompt, completion, *([more] if more else [])], read, encoder.pairs
+    return [prompt, completion, *abouts], read, encoder.pairs
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -197,8 +204,10 @@ def classification(
     of = {"input_ids": student} | ({} if teacher is student else {"teacher_ids": teacher})
 
     def read(row: Mapping[str, Any]) -> Any:
-        number = 0 if class_of is None or label is None else class_of(row[label])
-        return (words, number) if (words := _text(row, text)) else Left(EMPTY)
+        words = _text(row, text)
+        if not words:
+            return Left(EMPTY)
+        return words, 0 if class_of is None or label is None else class_of(row[label])
 
     def made(parts: list[Any]) -> Iterator[dict[str, Any]]:
         texts = [words for words, _ in parts]
@@ -238,7 +247,8 @@ def label_names(table: Table, column: str | None) -> list[str]:
     column = _label_column(table, column)
     names = _Labels(table, column).names()
     if len(names) < 2:
-        raise ValueError(f"{table.where} must have at least two classes in {column!r}; got only {names[0]!r}")
+        got = f"only {names[0]!r}" if names else "no label"
+        raise ValueError(f"{table.where} must have at least two classes in {column!r}; got {got}")
     return names
 
 
@@ -268,6 +278,8 @@ class _Labels:
         found: set[str] = set()
         for start, batch in enumerate(self._table.rows.select_columns([self._column]).iter(1000)):
             for i, value in enumerate(batch[self._column]):
+                if value is None or value == "":  # an error where there is a text
+                    continue
                 try:
                     found.add(self._name(value))
                 except ValueError as error:
@@ -327,6 +339,9 @@ def _check_classes(table: Table, names: Sequence[str], numbers: Any, counts: Cou
     missing = [name for i, name in enumerate(names) if i not in there]
     if len(there) < 2 and table.flag != "eval":
         raise ValueError(f"{table.where} must have samples of at least two classes; got only {names[there.pop()]!r}")
+    alike = {unicodedata.normalize("NFKC", name).strip().casefold() for name in names}
+    if len(alike) < len(names):
+        counts.notes.append("some classes differ by case or white space alone")
     if missing:
         counts.notes.append(f"none of class {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}")
 

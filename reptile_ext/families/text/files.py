@@ -249,6 +249,11 @@ def _files_in(flag: str, folder: Path) -> list[str]:
 def _header(flag: str, paths: Sequence[str], sep: str, encoding: str) -> list[str]:
     """The columns of .csv files, which `datasets` would take to be those of the first, whatever the others are."""
     headers = [list(pandas.read_csv(path, sep=sep, encoding=encoding, nrows=0)) for path in paths]
+    if len(headers[0]) == 1 and (";" in headers[0][0] or "\t" in headers[0][0]):
+        wanted = "commas (of a .tsv, tabs)"
+        raise ValueError(
+            f"{flag}: {paths[0]} must have {wanted} between its cells; its first line is {headers[0][0]!r}"
+        )
     for path, header in zip(paths, headers, strict=True):
         if sorted(header) != sorted(headers[0]):
             raise ValueError(
