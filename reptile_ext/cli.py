@@ -520,6 +520,8 @@ def doctor(argv: list[str]) -> int:
 
 # Distributions whose absence means that the extra is not installed.
 _EXTRAS = {
+    "text": ("babel", "peft", "sacrebleu", "transformers", "datasets"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "cache": ("datasets", "pyarrow", "safetensors", "tokenizers", "tqdm", "transformers"),
     "train": (
         "accelerate",

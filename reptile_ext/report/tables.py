@@ -82,5 +82,6 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
             axes.plot(*zip(*points, strict=True), marker=".", label=model)
         axes.set(xlabel="step", ylabel=f"held-out {metric.replace('_', ' ')}")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     return figure
