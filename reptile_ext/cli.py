@@ -151,6 +151,9 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("folder", type=_path, help="run folder of `reptile distill`")
     parser.add_argument("--data", nargs="+", metavar="FILE", default=(), help="of the kind of those it was trained on")
     o = parser.read(argv)
+    for name in o.data:
+        if not Path(name).exists() or not name:
+            raise CommandError(f"--data must name files, or a folder that datasets saved; there is no {name!r}")
     recipe, settings = _finished_run(o.folder)
     print(json.dumps(_recipes().evaluate(recipe, settings, o.folder, o.data)))
     return 0

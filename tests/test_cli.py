@@ -136,8 +136,14 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ),
         ("steps = true\n", f"{file}: steps: wanted a number; got True"),
         ("steps = = 3\n", f"{file} is no TOML file: "),
-        ('recipe = "digit"\n', "recipe must be one of code-lm, digits; got 'digit'; did you mean digits?"),
-        ("recipe = [1]\n", "recipe must be one of code-lm, digits; got [1]"),
+        (
+            'recipe = "digit"\n',
+            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got 'digit'; did you mean digits?",
+        ),
+        (
+            "recipe = [1]\n",
+            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got [1]",
+        ),
     ):
         file.write_text(text)
         assert words in refused(capsys, "distill", *(() if "recipe" in text else ("digits",)), "--config", str(file))
@@ -166,7 +172,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ("distill --teacher-heads 3", "teacher_width must be a multiple of teacher_heads; got 128 and 3"),
         ("distill --transfer-tokens 9", "transfer_tokens must be at least length, 64; got 9"),
         ("distill digits --fused-linear", "unrecognized arguments: --fused-linear"),
-        ("distill digit", "recipe must be one of code-lm, digits; got 'digit'; did you mean digits?"),
+        (
+            "distill digit",
+            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got 'digit'; did you mean digits?",
+        ),
         (f"distill digits --out {tmp_path}", "is not empty: choose another --out"),
         (f"distill digits --out {file}", f"--out must be a folder; got {file}, which is a file"),
         (f"distill digits --out {file}/run", f"--out must be a folder that can be made; got {file}/run: "),
@@ -180,7 +189,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ("evaluate", "the following arguments are required: folder"),
         (
             "distil",
-            "unknown command 'distil'; known: distill, evaluate, benchmark, cache-teacher, cache-import, cache-info, "
+            "unknown command 'distil'; known: distill, evaluate, generate, export, benchmark, cache-teacher, cache-import, cache-info, "
             "doctor; did you mean distill?",
         ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
@@ -221,7 +230,7 @@ COMMANDS = {
     "distill code-lm": SMALL.split(),
     "distill digits": ["--teacher-channels", "8"],
     "cache-teacher code-lm": SMALL.split(),
-    "evaluate": [],
+    "evaluate": ["no-run"],
     "benchmark": [],
     "doctor": [],
 }
@@ -392,7 +401,10 @@ def test_a_run_folder_that_is_broken(tmp_path: Path, capsys: pytest.CaptureFixtu
     folder.mkdir()
     config = folder / "config.toml"
     for text, words in (
-        ("steps = 3\n", "recipe must be one of code-lm, digits; got None"),
+        (
+            "steps = 3\n",
+            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got None",
+        ),
         ('recipe = "digitz"\n', "got 'digitz'; did you mean digits?"),
         (
             'recipe = "digits"\nsteps = 0\nmomentum = 1\n',

@@ -134,7 +134,9 @@ def assemble(
 
     train = parts["train"]
     samples = len(train) if hasattr(train, "__len__") else None
-    completed = complete(settings, folder, samples, lambda batch: loader(train, batch, False), make)
+    # A part that the teacher has yet to answer is not measured: it may be untrained.
+    measured = parts.get("alone", train)
+    completed = complete(settings, folder, samples, lambda batch: loader(measured, batch, False), make)
     batch = completed.batch or 1
     return Task(
         teacher=teacher,

@@ -6,12 +6,16 @@ thousands first; the students see some hundred.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
+from torch.utils.data import ConcatDataset, Dataset
 
+from ...files import write_json
 from ...training import Reptile
 from ...training.recipes.code_lm import trained_tokenizer
 from ...training.recipes.comparison import Count, Recipe, Task
@@ -47,24 +51,27 @@ class Translation(TextSettings):
     """Of what they are in the other language (default: target), likewise."""
     samples: Count | None = None
     """Of the training samples the students get only so many, evenly spaced."""
+    transfer: list[str] = Field(default_factory=list)
+    """Files of texts without translations: the distilled student learns the teacher's translations of them, too
+    (sequence-level distillation, Kim & Rush 2016); the student without a teacher has the pairs alone."""
     student: str = "builtin:transformer"
 
 
 # The built-in case, where nothing else is given.
 _BUILT_IN: dict[str, Any] = {
     "teacher": "builtin:transformer,width=128,layers=2,heads=4",
-    "student": "builtin:transformer,width=48,layers=1,heads=2",
+    "student": "builtin:transformer,width=64,layers=1,heads=4",
     "max_length": 32,
     "samples": 300,
     "batch": 32,
     "accumulate": 1,
-    "steps": 400,
+    "steps": 1500,
     "teacher_batch": 32,
-    "teacher_steps": 500,
+    "teacher_steps": 1500,
     "teacher_learning_rate": 1e-3,
-    "learning_rate": 4e-3,
-    "eval_every": 50,
-    "checkpoint_every": 200,
+    "learning_rate": 2e-3,
+    "eval_every": 150,
+    "checkpoint_every": 750,
     "precision": "float32",
     "fused_linear": "no",
     "baseline": "yes",
@@ -81,9 +88,14 @@ def build(settings: Translation, folder: Path) -> Task:
         texts = [text for row in train for text in row.values()]
         tokenizer = wrapped(trained_tokenizer(_VOCABULARY, texts, folder / "vocabulary.json"))
         tables = {"train": Table.of_rows("train", train), "eval": Table.of_rows("eval", held_out)}
+        tables["transfer"] = _without_targets(row["source"] for row in train)
     else:
         tables = tables_of(settings)
         tokenizer = tokenizer_for(settings, folder, tables["train"])
+        if settings.transfer:
+            found = Table.open("transfer", settings.transfer, sample_by=settings.sample_by)
+            column = found.column("source_column", settings.source_column, ("source", "text", "src"))
+            tables["transfer"] = _without_targets(row[column] for row in found.rows)
     check_unchanged(folder, tables)
     models = models_of(TASK, settings, tokenizer)
     decode: Callable[[Any], str] = models.tokenizer.decode  # type: ignore[union-attr]
@@ -93,11 +105,12 @@ def build(settings: Translation, folder: Path) -> Task:
     start = _same_start(teacher, student)
 
     def prepare(table: Table) -> Prepared:
+        has_columns = table.flag != "transfer"
         return translation(
             table,
             models.tokenizer,
-            source_column=settings.source_column,
-            target_column=settings.target_column,
+            source_column=settings.source_column if has_columns else "source",
+            target_column=settings.target_column if has_columns else "target",
             max_length=models.max_length,
             decoder_start_token_id=start,
         )
@@ -106,6 +119,15 @@ def build(settings: Translation, folder: Path) -> Task:
     parts = parts_of(settings, {name: of.samples for name, of in prepared.items()})
     if settings.samples is not None:
         parts["train"] = thinned(parts["train"], settings.samples, "samples")
+    seen = f"The students see {len(parts['train']):,} pairs, the same in both."
+    if "transfer" in parts:
+        parts["alone"] = parts["train"]
+        translated = Translated(parts["transfer"], teacher, models.tokenizer, models.max_length, folder)
+        parts["train"] = ConcatDataset([parts["alone"], translated])
+        seen = (
+            f"The student without a teacher sees {len(parts['alone']):,} pairs; the distilled one these and the "
+            f"teacher's translations of {len(translated):,} texts."
+        )
 
     def sample_text(sample: int, position: int) -> str:
         row = parts["eval"][sample]
@@ -137,7 +159,7 @@ def build(settings: Translation, folder: Path) -> Task:
         metrics=("cross_entropy", "perplexity", "accuracy"),
         notes=[
             *(f"{name}: {of.counts.sentence()}" for name, of in prepared.items()),
-            f"The students see {len(parts['train']):,} pairs, the same in both.",
+            seen,
         ],
         keywords={"shift_labels": False},
         finish=with_scores(
@@ -150,6 +172,47 @@ def build(settings: Translation, folder: Path) -> Task:
             )
         ),
     )
+
+
+class Translated(Dataset[dict[str, Any]]):
+    """Texts with the teacher's greedy translations, which are made when the first is asked for, once the teacher is
+    trained, and kept in the run folder."""
+
+    def __init__(self, samples: Any, teacher: Any, tokenizer: Any, max_length: int, folder: Path) -> None:
+        self._samples, self._teacher, self._tokenizer = samples, teacher, tokenizer
+        self._max_length, self._path = max_length, folder / "translated.json"
+        self._labels: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if self._labels is None:
+            self._labels = self._read() if self._path.exists() else self._translate()
+        return {**self._samples[i], "labels": self._labels[i]}
+
+    def _read(self) -> list[list[int]]:
+        found: list[list[int]] = json.loads(self._path.read_text(encoding="utf-8"))
+        return found
+
+    def _translate(self) -> list[list[int]]:
+        print(f"the teacher translates {len(self):,} texts", flush=True)
+        prompts = [self._samples[i]["input_ids"] for i in range(len(self))]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+        ids = generated(
+            self._teacher, self._tokenizer, [prompts[i] for i in order], max_new_tokens=self._max_length - 1
+        )
+        eos = self._tokenizer.eos_token_id
+        found: list[list[int]] = [[]] * len(prompts)
+        for i, one in zip(order, ids, strict=True):
+            body = one[1:]  # behind the token that begins
+            found[i] = [*body[: body.index(eos)], eos] if eos in body else body
+        write_json(self._path, found)
+        return found
+
+
+def _without_targets(texts: Iterable[str]) -> Table:
+    return Table.of_rows("transfer", [{"source": text, "target": text} for text in texts])  # which are replaced
 
 
 def _same_start(teacher: Any, student: Any) -> int:
