@@ -159,7 +159,7 @@ def _on_disk(table: Table, rows: Any, function: Any, fingerprint: str, **keyword
         path = Path(datasets.config.HF_DATASETS_CACHE) / "reptile_ext" / f"{fingerprint}.arrow"
         path.parent.mkdir(parents=True, exist_ok=True)
         keywords["cache_file_name"] = str(path)
-    return rows.map(function, new_fingerprint=fingerprint[:32], **keywords)
+    return rows.map(function, new_fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest()[:32], **keywords)
 
 
 def fingerprint_of(table: Table, what: Sequence[Any], tokenizers: Sequence[Any]) -> str:
