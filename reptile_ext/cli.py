@@ -25,7 +25,9 @@ from .words import did_you_mean
 USAGE = """usage: reptile <command> [options]
 
   distill [recipe]   train a teacher, distil it into a student, compare with the student alone (default: code-lm)
-  evaluate <folder>  held-out metrics of the distilled student of a run folder
+  evaluate <folder>  metrics of the distilled student of a run folder, on what was held out or on --data
+  generate <folder> <text>  what the student of a run on texts writes, or says of a text
+  export <folder>    that student as an ONNX file or a program of torch.export
   benchmark          time the fused loss against eager PyTorch and torch.compile on this machine
   cache-teacher <model> <file>  keep on disk what a Hugging Face model says of the texts in files, to distil from
   cache-teacher [recipe]  the same of a recipe's teacher, which is trained first, for distill --cache
@@ -45,7 +47,7 @@ _NO_MEMORY = ("not enough memory", "out of memory", "allocate memory")
 
 
 # The names of the recipes, known without the extra that they need.
-_RECIPES = ("code-lm", "digits", "language-model", "text-classification")
+_RECIPES = ("code-lm", "digits", "language-model", "text-classification", "translation")
 
 
 class CommandError(Exception):
@@ -79,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "distill": distill,
         "evaluate": evaluate,
+        "generate": generate,
+        "export": export,
         "benchmark": benchmark,
         "cache-teacher": cache_teacher,
         "cache-import": cache_import,
@@ -142,18 +146,76 @@ def distill(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Print the metrics of a run folder's distilled student on the held-out data, as JSON."""
+    """Print the metrics of a run folder's distilled student, as JSON: on the data held out, or on other files."""
     parser = _Parser(prog="reptile evaluate", description=evaluate.__doc__)
     parser.add_argument("folder", type=_path, help="run folder of `reptile distill`")
-    folder = parser.read(argv).folder
-    recipes = _recipes()
+    parser.add_argument("--data", nargs="+", metavar="FILE", default=(), help="of the kind of those it was trained on")
+    o = parser.read(argv)
+    recipe, settings = _finished_run(o.folder)
+    print(json.dumps(_recipes().evaluate(recipe, settings, o.folder, o.data)))
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """Print what the student of a run on texts makes of a text: a language model its continuation, a classifier its
+    labels with their probabilities, a translator its translation."""
+    parser = _Parser(prog="reptile generate", description=generate.__doc__)
+    parser.add_argument("folder", type=_path, help="run folder of `reptile distill`")
+    parser.add_argument("texts", nargs="*", metavar="text", help="default: the lines of standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
+    parser.add_argument("--temperature", type=float, help="sample at this temperature (default: the likeliest tokens)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    o = parser.read(argv)
+    recipe, _ = _finished_run(o.folder)
+    if recipe.task is None:
+        raise CommandError(f"generate is for runs on texts; {o.folder} is another one")
+    if o.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1; got {o.max_new_tokens}")
+    if o.temperature is not None and not 0 < o.temperature < float("inf"):
+        parser.error(f"--temperature must be a positive number; got {o.temperature}")
+    options: dict[str, Any] = {"max_new_tokens": o.max_new_tokens, "do_sample": o.temperature is not None}
+    if o.temperature is not None:
+        options["temperature"] = o.temperature
+    import torch
+
+    from .families.text import use
+
+    torch.manual_seed(o.seed)
+    texts = o.texts or [line.rstrip("\n") for line in sys.stdin]
+    if not any(text.strip() for text in texts):
+        raise CommandError("text must not be empty; got nothing to go on from")
+    for answer in use.answers(o.folder, recipe.task, texts, **options):
+        print(answer, flush=True)
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """Write the student of a run on texts for other programs, and compare what is written with the student."""
+    parser = _Parser(prog="reptile export", description=export.__doc__)
+    parser.add_argument("folder", type=_path, help="run folder of `reptile distill`")
+    parser.add_argument("--to", default="onnx", help="onnx or torch-export (default: onnx)")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="default: student.onnx or student.pt2 in the folder")
+    o = parser.read(argv)
+    recipe, _ = _finished_run(o.folder)
+    if recipe.task is None:
+        raise CommandError(f"export is for runs on texts; {o.folder} is another one")
+    from .export import export_model
+    from .families.text import use
+
+    student = use.saved_student(o.folder, recipe.task)
+    path = o.out or o.folder / ("student.onnx" if o.to == "onnx" else "student.pt2")
+    print(json.dumps(export_model(student, use.example_inputs(o.folder, recipe.task), path, o.to)))
+    return 0
+
+
+def _finished_run(folder: Path) -> tuple[Any, Any]:
+    """Recipe and settings of a run folder that has a student."""
     values = _read_run(folder, "folder")
     recipe = _recipe(values.pop("recipe", None))
     settings = _checked(recipe.settings, values, folder / "config.toml")
-    if not (folder / "student.safetensors").exists():
+    if not any((folder / name).exists() for name in ("student.safetensors", "model.safetensors")):
         raise CommandError(f"{folder} has no student yet: finish the run with `reptile distill --resume {folder}`")
-    print(json.dumps(recipes.evaluate(recipe, settings, folder)))
-    return 0
+    return recipe, settings
 
 
 def benchmark(argv: list[str]) -> int:
@@ -458,6 +520,8 @@ def doctor(argv: list[str]) -> int:
 
 # Distributions whose absence means that the extra is not installed.
 _EXTRAS = {
+    "text": ("babel", "peft", "sacrebleu", "transformers", "datasets"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "cache": ("datasets", "pyarrow", "safetensors", "tokenizers", "tqdm", "transformers"),
     "train": (
         "accelerate",

@@ -21,7 +21,7 @@ from .._version import __version__
 from ..files import write_atomically
 from ..training.metrics import METRICS
 from .answers import Answers, Calibration
-from .tables import LABELS, TITLES, curves_figure
+from .tables import LABELS, MORE, TITLES, curves_figure
 
 _MOST_IN_A_MATRIX = 20  # classes whose numbers can be read
 
@@ -46,7 +46,7 @@ def write_page(
     {"prompt", "text"} each. Everything is escaped."""
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = env.from_string((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
-    columns = [name for name in (*metrics, "agreement") if any(name in of for of in report["models"].values())]
+    columns = [name for name in (*metrics, *MORE) if any(name in of for of in report["models"].values())]
     known = answers or Answers()
     text = template.render(
         title=title,

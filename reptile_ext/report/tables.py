@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 LABELS = {"teacher": "teacher", "student": "student, distilled", "student alone": "student, no teacher"}
+MORE = ("agreement", "chrF", "BLEU", "parses")  # that some runs have, in this order
 TITLES = {"cross_entropy": "held-out loss", "accuracy": "accuracy", "f1": "macro F1", "perplexity": "perplexity"}
 
 
@@ -20,7 +21,7 @@ def format_table(report: dict[str, Any], metrics: Sequence[str]) -> str:
         labels["student from cache"] = f"distilled from cache, K = {report['cache']['k']}"
     width = max(20, *(len(labels[name]) + 2 for name in report["models"]))
     has_peaks = any("peak_bytes" in values for values in report["models"].values())
-    columns = [name for name in (*metrics, "agreement") if name in report["models"]["student"]]
+    columns = [name for name in (*metrics, *MORE) if name in report["models"]["student"]]
     lines = [
         "",
         f"{'':<{width}}{'parameters':>12}"
@@ -81,5 +82,6 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
             axes.plot(*zip(*points, strict=True), marker=".", label=model)
         axes.set(xlabel="step", ylabel=f"held-out {metric.replace('_', ' ')}")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     return figure

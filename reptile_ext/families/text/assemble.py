@@ -19,9 +19,10 @@ from ...pretrained import read_tokenizer
 from ...training import Reptile
 from ...training.costs import measure_ways
 from ...training.recipes.comparison import Task
-from .data import Table
+from .data import Prepared, Table
 from .models import Models
 from .settings import TextSettings
+from .use import saved_student
 
 _CHOSEN = "chosen.json"  # in the run folder: what was found out, so that a run that goes on does not find out otherwise
 _DATA = "data.json"  # likewise, what the data were
@@ -91,17 +92,22 @@ def assemble(
     trains_teacher: bool,
     parts: Mapping[str, Any],
     collate: Callable[[list[Any]], Any],
+    prepare: Callable[[Table], Prepared],
+    task: str,
     metrics: Sequence[str],
     notes: Sequence[str],
     keywords: Mapping[str, Any],
     finish: Callable[[TextSettings, Callable[..., Iterable[Any]]], Any],
 ) -> Task:
-    """keywords: of every `Reptile`. finish: makes what is called at the end, from the completed settings and a function
-    that makes a loader of samples."""
+    """prepare: makes samples of a table. keywords: of every `Reptile`. finish: makes what is called at the end, from
+    the completed settings and a function that makes a loader of samples."""
 
     def loader(samples: Any, batch: int, shuffle: bool) -> Iterable[Any]:
         shuffle = shuffle and hasattr(samples, "__len__")  # a stream shuffles itself
         return DataLoader(samples, batch, shuffle=shuffle, collate_fn=collate)
+
+    def open_data(names: Sequence[str]) -> Iterable[Any]:
+        return loader(prepare(Table.open("data", names, split=settings.eval_split)).samples, batch, False)
 
     of_teacher = {"vocab": _vocab(settings, teacher, student)}
 
@@ -129,6 +135,8 @@ def assemble(
         baseline_within={"yes": math.inf, "no": 0.0, "auto": _AUTO_BASELINE}[settings.baseline],
         compares_speed=False,
         finish=finish(completed, loader),
+        saved_student=lambda path, made: saved_student(path, task, made),
+        open_data=open_data,
     )
 
 

@@ -18,7 +18,7 @@ from ...training.recipes.code_lm import trained_tokenizer
 from ...training.recipes.comparison import Count, Recipe, Task
 from .assemble import assemble, check_unchanged, load_teacher, models_of, parts_of, tables_of
 from .corpora import docstrings
-from .data import Table, classification, label_names
+from .data import Prepared, Table, classification, label_names
 from .finish import finish_with
 from .models import wrapped
 from .settings import TextSettings
@@ -92,17 +92,12 @@ def build(settings: TextClassification, folder: Path) -> Task:
     labels = models.labels_of_teacher() or label_names(tables["train"], settings.label_column)
     tokenizers = (models.tokenizer, models.teacher_tokenizer)
     columns = {"text_column": settings.text_column, "label_column": settings.label_column}
-    prepared = {
-        name: classification(
-            table,
-            tokenizers,
-            **columns,
-            labels=labels,
-            max_length=models.max_length,
-            is_labelled=name != "transfer",
-        )
-        for name, table in tables.items()
-    }
+
+    def prepare(table: Table) -> Prepared:
+        length, is_labelled = models.max_length, table.flag != "transfer"
+        return classification(table, tokenizers, **columns, labels=labels, max_length=length, is_labelled=is_labelled)
+
+    prepared = {name: prepare(table) for name, table in tables.items()}
     parts = parts_of(settings, {name: of.samples for name, of in prepared.items()})
     if settings.per_label is not None:
         parts["train"] = few(parts["train"], settings.per_label, settings.seed)
@@ -129,6 +124,8 @@ def build(settings: TextClassification, folder: Path) -> Task:
         trains_teacher=models.teacher is not None and models.teacher.is_new,
         parts=parts,
         collate=prepared["train"].collate,
+        prepare=prepare,
+        task=TASK,
         metrics=("accuracy", "f1", "cross_entropy"),
         notes=[
             *(f"{name}: {of.counts.sentence()}" for name, of in prepared.items()),
@@ -149,4 +146,4 @@ def few(samples: Any, per_label: int, seed: int) -> Subset[Any]:
     return Subset(samples, sorted(i for numbers in of_label.values() for i in numbers[:per_label]))
 
 
-RECIPE = Recipe(settings=TextClassification, build=build)
+RECIPE = Recipe(settings=TextClassification, build=build, task=TASK)

@@ -1,8 +1,10 @@
-"""Texts that need no file: what the Python that runs this has in its standard library (PSF licence)."""
+"""Texts that need no file: what the Python that runs this has in its standard library (PSF licence), and phrases in two
+languages from the Unicode locale data that the package Babel carries (Unicode licence)."""
 
 from __future__ import annotations
 
 import ast
+import datetime
 import hashlib
 import re
 import sysconfig
@@ -51,3 +53,57 @@ def _docstring(node: Any) -> str:
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return ast.get_docstring(node) or ""
     return ""
+
+
+_YEARS = (1990, 2035)
+_AMOUNTS = range(2, 60)
+
+
+def phrases(source: str = "en", target: str = "de") -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Phrases in two languages, {"source", "target"}: (to train on, held out).
+
+    What the languages call countries, languages and currencies, and how they write dates, amounts of money, quantities
+    and times from now. A phrase's hash decides on which side it is; one that the two write alike is left out."""
+    try:
+        from babel import Locale
+        from babel.dates import format_date, format_timedelta
+        from babel.numbers import format_currency
+        from babel.units import format_unit
+    except ImportError:
+        raise ImportError("phrases of locales need the extra 'text': pip install 'reptile_ext[text]'") from None
+    one, other = (Locale(name) for name in (source, target))
+    pairs: dict[str, str] = {}
+
+    def add(make: Any) -> None:
+        pairs[str(make(one))] = str(make(other))
+
+    for name in ("territories", "languages", "currencies"):
+        both = getattr(one, name), getattr(other, name)
+        for code in sorted(both[0].keys() & both[1].keys()):
+            pairs[both[0][code]] = both[1][code]
+    for year in range(*_YEARS):
+        for month in range(1, 13):
+            for third in (1, 11, 20):
+                day = datetime.date(year, month, third + (5 * year + 7 * month) % 9)
+                for form in ("full", "long"):
+                    add(lambda locale, day=day, form=form: format_date(day, form, locale=locale))
+    units = ("length-kilometer", "mass-kilogram", "duration-hour", "volume-liter", "temperature-celsius", "area-acre")
+    for amount in _AMOUNTS:
+        for unit in units:
+            add(lambda locale, amount=amount, unit=unit: format_unit(amount, unit, "long", locale=locale))
+        for currency in ("EUR", "USD", "JPY", "GBP", "CHF"):
+            add(
+                lambda locale, amount=amount, currency=currency: format_currency(
+                    amount, currency, format="0 ¤¤¤", format_type="name", locale=locale, currency_digits=False
+                )
+            )
+        for sign in (1, -1):
+            for unit_of_time in ("hours", "days", "weeks"):
+                delta = sign * datetime.timedelta(**{unit_of_time: amount})
+                add(lambda locale, delta=delta: format_timedelta(delta, add_direction=True, locale=locale))
+    parts: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
+    for text, translated in sorted(pairs.items()):
+        if text != translated:
+            is_held_out = hashlib.sha256(text.encode()).digest()[0] % _OF == 0
+            parts[is_held_out].append({"source": text, "target": translated})
+    return parts

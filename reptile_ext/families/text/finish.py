@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 
 from ...pretrained import quiet
 from ...training import Reptile
-from ...training.metrics import METRICS
 from .card import model_card
+from .generation import generated
+from .models import context_of
 from .saving import save_student
 from .settings import TextSettings
 
@@ -62,27 +63,12 @@ def continuations(student: Any, tokenizer: Any, held_out: Any, seed: int) -> lis
     """What the student writes after the first tokens of held-out samples, sampled; none of a model that cannot."""
     if not callable(getattr(student, "generate", None)) or not hasattr(held_out, "__len__"):
         return []
-    found = []
-    was_training = student.training
-    student.eval()
-    device = next(student.parameters()).device
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        for i in torch.linspace(0, len(held_out) - 1, min(_PROMPTS, len(held_out))).long().tolist():
-            prompt = torch.tensor([held_out[i]["input_ids"][:_PROMPT_TOKENS]], device=device)
-            out = student.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                max_new_tokens=_NEW_TOKENS,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )[0]
-            new = tokenizer.decode(out[prompt.shape[1] :], skip_special_tokens=True)
-            found.append({"prompt": tokenizer.decode(prompt[0], skip_special_tokens=True), "text": new})
-    student.train(was_training)
-    return found
-
-
-def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """Of the distilled student."""
-    return {name: value for name, value in report["models"]["student"].items() if name in METRICS}
+    context = context_of(getattr(student, "config", None)) or _PROMPT_TOKENS + _NEW_TOKENS
+    length = min(_PROMPT_TOKENS, context // 2)
+    numbers = torch.linspace(0, len(held_out) - 1, min(_PROMPTS, len(held_out))).long().tolist()
+    prompts = [held_out[i]["input_ids"][:length] for i in numbers]
+    found = generated(student, tokenizer, prompts, seed, max_new_tokens=min(_NEW_TOKENS, context - length))
+    return [
+        {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(ids, skip_special_tokens=True)}
+        for prompt, ids in zip(prompts, found, strict=True)
+    ]

@@ -21,7 +21,7 @@ from ...cache.vocabulary import Vocabulary
 from ...training.recipes.code_lm import standard_library, trained_tokenizer
 from ...training.recipes.comparison import Count, Recipe, Task
 from .assemble import assemble, check_unchanged, classes_of, load_teacher, models_of, parts_of, tables_of, thinned
-from .data import IGNORED, Table, language_model, mask_of, padded, padding_of
+from .data import IGNORED, Prepared, Table, language_model, mask_of, padded, padding_of
 from .finish import finish_with
 from .models import wrapped
 from .settings import TextSettings
@@ -85,10 +85,12 @@ def build(settings: LanguageModel, folder: Path) -> Task:
     check_unchanged(folder, tables)
     models = models_of(TASK, settings, tokenizer)
     columns = {name: getattr(settings, name) for name in _COLUMNS}
-    prepared = {
-        name: language_model(table, models.tokenizer, **columns, max_length=models.max_length, packing=settings.packing)
-        for name, table in tables.items()
-    }
+
+    def prepare(table: Table) -> Prepared:
+        length = models.max_length
+        return language_model(table, models.tokenizer, **columns, max_length=length, packing=settings.packing)
+
+    prepared = {name: prepare(table) for name, table in tables.items()}
     parts = parts_of(settings, {name: of.samples for name, of in prepared.items()})
     if settings.samples is not None:
         parts["train"] = thinned(parts["train"], settings.samples, "samples")
@@ -106,6 +108,8 @@ def build(settings: LanguageModel, folder: Path) -> Task:
         trains_teacher=models.teacher is not None and models.teacher.is_new,
         parts=parts,
         collate=prepared["train"].collate,
+        prepare=prepare,
+        task=TASK,
         metrics=_METRICS,
         notes=[f"{name}: {of.counts.sentence()}" for name, of in prepared.items()],
         keywords={"shift_labels": True},
@@ -177,6 +181,11 @@ def _from_cache(settings: LanguageModel, folder: Path) -> Task:
             f"tokenizer: {settings.tokenizer} is another one ({found[:19]}…) than the cache in {cache.folder} was "
             f"written with ({str(wanted)[:19]}…)"
         )
+    columns = {name: getattr(settings, name) for name in _COLUMNS}
+
+    def prepare(table: Table) -> Prepared:
+        return language_model(table, models.tokenizer, **columns, max_length=models.max_length)
+
     samples = CachedTokens(cache, models.max_length)
     parts = parts_of(settings, {"train": samples})
     if settings.samples is not None:
@@ -192,6 +201,8 @@ def _from_cache(settings: LanguageModel, folder: Path) -> Task:
         trains_teacher=False,
         parts=parts,
         collate=_collated(padding_of(models.tokenizer)),
+        prepare=prepare,
+        task=TASK,
         metrics=_METRICS,
         notes=[f"train: {len(samples):,} samples of the cache in {cache.folder}{cut}"],
         keywords={"shift_labels": True},
@@ -215,4 +226,4 @@ def _tokenizer_of(cache: TeacherCache) -> str:
     return str(folder)
 
 
-RECIPE = Recipe(settings=LanguageModel, build=build)
+RECIPE = Recipe(settings=LanguageModel, build=build, task=TASK)

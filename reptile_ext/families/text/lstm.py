@@ -74,10 +74,14 @@ class _Lstm(PreTrainedModel):
             states: Tensor = self.dropout(self.lstm(embedded)[0])
             return states
         # The LSTM reads the tokens one after the other: padding goes behind all of them, and its states back.
-        order = (attention_mask == 0).long().argsort(dim=-1, stable=True)
-        states = self.lstm(embedded.gather(1, order[..., None].expand_as(embedded)))[0]
-        back = order.argsort(-1)[..., None].expand_as(states)
-        found: Tensor = self.dropout(states.gather(1, back))
+        is_token = (attention_mask != 0).long()
+        place = torch.where(
+            is_token == 1,
+            is_token.cumsum(-1) - 1,
+            is_token.sum(-1, keepdim=True) + (1 - is_token).cumsum(-1) - 1,
+        )[..., None]
+        states = self.lstm(torch.zeros_like(embedded).scatter(1, place.expand_as(embedded), embedded))[0]
+        found: Tensor = self.dropout(states.gather(1, place.expand_as(states)))
         return found
 
 

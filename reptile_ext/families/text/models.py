@@ -340,6 +340,10 @@ class Models:
         self.task, self._allow_pickle = task, allow_pickle
         self.teacher = None if teacher is None else Named.parse("teacher", teacher)
         self.student = Named.parse("student", student)
+        for one in (self.teacher, self.student):
+            if one is not None and one.kind == "folder":
+                folder = folder_of(one.name, allow_pickle, one.argument)
+                check_kind(read_config(folder, one.argument), task, folder, one.argument)
         of_teacher = None if self.teacher is None else self.teacher.tokenizer(allow_pickle)
         of_student = self.student.tokenizer(allow_pickle) if self.student.kind == "folder" else None
         self.teacher_tokenizer = of_teacher or tokenizer or of_student
@@ -472,7 +476,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 def context_of(config: Any) -> int | None:
     """Positions that a configuration gives a model; None if it names none."""
-    config = config.get_text_config()
+    config = None if config is None else config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

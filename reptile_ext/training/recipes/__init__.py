@@ -10,6 +10,7 @@ _MODULES = {
     "digits": "reptile_ext.training.recipes.digits",
     "language-model": "reptile_ext.families.text.language_model",
     "text-classification": "reptile_ext.families.text.classification",
+    "translation": "reptile_ext.families.text.translation",
 }
 NAMES = tuple(_MODULES)
 

@@ -171,12 +171,17 @@ class Task:
     # Called with the distilled student's `Reptile`, the run folder and the report, which it may add to; it returns
     # keywords of `write_page`.
     finish: Callable[[Reptile, Path, dict[str, Any]], dict[str, Any]] = lambda reptile, folder, report: {}
+    # Of recipes whose student is a folder for other programs: loads it, given one that is like it. None: the weights
+    # are in student.safetensors.
+    saved_student: Callable[[Path, nn.Module], nn.Module] | None = None
+    open_data: Callable[[Sequence[str]], Iterable[Any]] | None = None  # held-out batches of other files
 
 
 @dataclass(frozen=True)
 class Recipe:
     settings: type[Settings]
     build: Callable[[Any, Path], Task]  # (settings, run folder); may leave a file such as the vocabulary there
+    task: str | None = None  # of models of transformers: what their students are for, see `reptile_ext.pretrained`
 
 
 class _Stages:
@@ -436,8 +441,22 @@ def _notes_on_cache(info: Mapping[str, Any], device: torch.device) -> list[str]:
     ]
 
 
-def evaluate(recipe: Recipe, settings: Settings, folder: Path) -> dict[str, float]:
-    """Metrics of a run folder's distilled student on the held-out data."""
+def evaluate(recipe: Recipe, settings: Settings, folder: Path, data: Sequence[str] = ()) -> dict[str, float]:
+    """Metrics of a run folder's distilled student on the held-out data, or on other files."""
     task = recipe.build(settings, folder)
-    load_weights(folder / "student.safetensors", task.student)
-    return Reptile(task.student, None, metrics=task.metrics, precision=settings.precision).evaluate(task.held_out)
+    settings = task.settings or settings
+    if data and task.open_data is None:
+        raise ValueError("data: the recipe of this run has its own data alone")
+    held_out = task.open_data(data) if data and task.open_data is not None else task.held_out
+    if task.saved_student is None:
+        load_weights(folder / "student.safetensors", task.student)
+        reptile = Reptile(task.student, None, metrics=task.metrics, precision=settings.precision, **task.keywords)
+        return reptile.evaluate(held_out)
+    if task.teacher_train is not None and isinstance(task.teacher, nn.Module):
+        load_weights(folder / "teacher" / "student.safetensors", task.teacher)
+    has_answers = not (data and isinstance(task.teacher, TeacherCache))  # a cache knows its own samples alone
+    metrics = (*task.metrics, "agreement") if has_answers else task.metrics
+    teacher = {**settings.loss(), **task.teacher_keywords} if has_answers else {}
+    student = task.saved_student(folder, task.student)
+    common = {"metrics": metrics, "precision": settings.precision, "fused_linear": task.fused_linear, **task.keywords}
+    return Reptile(student, task.teacher if has_answers else None, **common, **teacher).evaluate(held_out)
