@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import json
 import lzma
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,15 @@ def test_lines_of_plain_text(tmp_path: Path) -> None:
     assert lines == ["one\u2028more\u0085", "two", "", "three"]
     assert Table.open("train", [path], sample_by="paragraph").rows["text"][:] == ["one\u2028more\u0085\ntwo", "three"]
     assert Table.open("train", [path], sample_by="document").rows["text"][:] == ["one\u2028more\u0085\ntwo\n\nthree"]
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "reptile_ext.families.text"
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need the extra 'text': pip install 'reptile_ext\[text\]' \(no "):
+        importlib.import_module(f"{name}.data")
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -444,17 +455,19 @@ def test_conversations_of_other_shapes(chat: Any) -> None:
     row = {"prompt": CONVERSATION[:4], "completion": CONVERSATION[4:]}
     sample = language_model(table(row), chat, max_length=256).samples[0]
     assert learned(chat, sample) == "So.<|im_end|>\n"
-    chat_of_names = transformers.PreTrainedTokenizerFast(
+    calling = transformers.PreTrainedTokenizerFast(
         tokenizer_object=chat.backend_tokenizer,
         eos_token="<|im_end|>",
-        chat_template=CHATML.replace("{{ message['role'] }}", "{{ message.get('name', message['role']) }}"),
+        chat_template=CHATML.replace("{{ message['content'] }}", "{{ message.get('call', message['content']) }}"),
     )
-    message = {name: datasets.Value("string") for name in ("role", "content", "name")}
-    rows = {"messages": [[{"role": "user", "content": "x", "name": "Eva"}, {"role": "assistant", "content": "y"}]]}
-    stored = datasets.Dataset.from_dict(rows, features=datasets.Features({"messages": [message]}))
-    assert stored[0]["messages"][1]["name"] is None
-    sample = language_model(Table("train", stored, "digest"), chat_of_names, max_length=64).samples[0]
-    assert chat.decode(sample["input_ids"]).startswith("<|im_start|>Eva\nx<|im_end|>\n<|im_start|>assistant\ny")
+    call = {"name": datasets.Value("string"), "city": datasets.Value("string")}
+    message = {"role": datasets.Value("string"), "content": datasets.Value("string"), "call": call}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "call": {"name": "now"}}]
+    stored = datasets.Dataset.from_dict({"messages": [turns]}, features=datasets.Features({"messages": [message]}))
+    assert stored[0]["messages"][1]["call"] == {"name": "now", "city": None}
+    sample = language_model(Table("train", stored, "digest"), calling, max_length=64).samples[0]
+    assert learned(calling, sample) == "{'name': 'now'}<|im_end|>\n"
+    assert masked(calling, sample).startswith("<|im_start|>user\nx<|im_end|>")
 
 
 def test_what_ends_a_turn_is_learned(bytes_bpe: str) -> None:
@@ -810,6 +823,14 @@ def test_rows_without_anything_are_left_out(tmp_path: Path, plain: Any) -> None:
     found = Table.open("train", [write(tmp_path / "a.csv", "text,label\na,x\nb,y\n,\n,\n")])
     prepared = classification(found, (plain, plain), max_length=8)
     assert (prepared.labels, prepared.counts.samples, prepared.counts.empty) == (["x", "y"], 2, 2)
+
+
+def test_no_room_beside_the_special_tokens(surrounding: Any) -> None:
+    rows = rows_of("a", "b")
+    with pytest.raises(ValueError, match="max_length must be more than the tokenizer's 2 special tokens; got 2"):
+        classification(table(*rows), (surrounding, surrounding), max_length=2)
+    samples = classification(table(*rows), (surrounding, surrounding), max_length=3).samples
+    assert [sample["input_ids"][::2] for sample in samples] == [[BOS, EOS]] * 2
 
 
 def test_csv_and_json_say_the_same(tmp_path: Path, plain: Any) -> None:

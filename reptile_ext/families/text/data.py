@@ -441,6 +441,9 @@ def _cut(tokenizer: Any, texts: list[str], max_length: int) -> list[tuple[list[i
     """Ids with the tokenizer's special tokens, cut by the tokenizer, which keeps these, and how many were lost."""
     if not texts:
         return []
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise ValueError(f"max_length must be more than the tokenizer's {special} special tokens; got {max_length}")
     found: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
     lost = [max(0, len(ids) - max_length) for ids in found]
     long = [i for i, count in enumerate(lost) if count]

@@ -7,6 +7,7 @@ files, as the records are, and made once for the same data, tokenizer and settin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -282,19 +283,7 @@ class _Stream(IterableDataset[dict[str, Any]]):
 
     def _kept(self) -> Iterator[dict[str, Any]]:
         counts = self._counts
-        rows = iter(self._rows)
-        while True:
-            try:
-                with silent():
-                    row = next(rows, None)
-            except (OSError, MemoryError):
-                raise
-            except Exception as error:
-                if isinstance(error, ValueError) and str(error).startswith(self._table.flag):
-                    raise
-                raise ValueError(f"{self._table.where} cannot be read: {said(error)}") from error
-            if row is None:
-                return
+        for row in self._read():
             lost, kind = row.pop("lost"), row.pop("kind")
             counts.empty += kind == EMPTY
             counts.unlearnable += kind == UNLEARNABLE
@@ -303,6 +292,22 @@ class _Stream(IterableDataset[dict[str, Any]]):
                 counts.truncated += lost > 0
                 counts.lost += lost
                 yield row
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self._rows)
+        while True:
+            try:
+                with silent():
+                    some = list(itertools.islice(rows, 100))
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:
+                if isinstance(error, ValueError) and str(error).startswith(self._table.flag):
+                    raise
+                raise ValueError(f"{self._table.where} cannot be read: {said(error)}") from error
+            if not some:
+                return
+            yield from some
 
 
 # ------------------------------------------------------------------------------------------------ batches
