@@ -68,7 +68,7 @@ class Answers:
         return found
 
 
-def collect(reptile: Reptile, data: Iterable[Any], examples: int = 20) -> Answers:
+def collect(reptile: Reptile, data: Iterable[Any], examples: int = 12) -> Answers:
     """One pass over held-out batches; at most `examples` disagreements, of a sample the largest alone. There are never
     more probabilities in memory than those of 512 rows. A cache knows a few classes a row: it has no calibration."""
     objective = reptile.objective

@@ -18,14 +18,16 @@ from ...linear import release_scratch
 from ...pretrained import read_tokenizer
 from ...training import Reptile
 from ...training.costs import measure_ways
+from ...training.recipes.code_lm import trained_tokenizer
 from ...training.recipes.comparison import Task
 from .data import Prepared, Table
-from .models import Models
+from .models import Models, Named, wrapped
 from .settings import TextSettings
 from .use import saved_student
 
 _CHOSEN = "chosen.json"  # in the run folder: what was found out, so that a run that goes on does not find out otherwise
 _DATA = "data.json"  # likewise, what the data were
+_VOCABULARY, _TOKENIZED_ROWS = 8192, 100_000  # of a tokenizer that is trained here
 _AUTO_BASELINE = 600.0  # seconds of the distilled student's training
 
 
@@ -36,6 +38,21 @@ def tables_of(settings: TextSettings) -> dict[str, Table]:
         if files := getattr(settings, name):
             streaming = settings.streaming and name != "eval"
             found[name] = Table.open(name, files, split=split, sample_by=settings.sample_by, streaming=streaming)
+    return found
+
+
+def tokenizer_for(settings: TextSettings, folder: Path, table: Table) -> Any:
+    """None where a model brings its own, or the settings name one; else one that is trained on the data's texts, and
+    kept in the run folder."""
+    named = [Named.parse(name, getattr(settings, name) or "") for name in ("teacher", "student")]
+    if settings.tokenizer is not None or not all(one.kind == "builtin" for one in named):
+        return None
+    if table.is_stream:
+        raise ValueError("tokenizer must name a folder with one: none is trained on a stream, and no model has one")
+    rows = table.rows.select(range(min(len(table.rows), _TOKENIZED_ROWS)))
+    texts = [text for row in rows for text in row.values() if isinstance(text, str)]
+    found = wrapped(trained_tokenizer(_VOCABULARY, texts, folder / "vocabulary.json"))
+    print(f"  tokenizer: {len(found):,} tokens, trained on the training data", flush=True)
     return found
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ...training.recipes.code_lm import trained_tokenizer
 from ...training.recipes.comparison import Count, Recipe, Task
-from .assemble import assemble, check_unchanged, load_teacher, models_of, parts_of, tables_of
+from .assemble import assemble, check_unchanged, load_teacher, models_of, parts_of, tables_of, tokenizer_for
 from .corpora import docstrings
 from .data import Prepared, Table, classification, label_names
 from .finish import finish_with
@@ -85,6 +85,7 @@ def build(settings: TextClassification, folder: Path) -> Task:
             tables["transfer"] = Table.of_rows("transfer", [{"text": row["text"]} for row in train])
     else:
         tables = tables_of(settings)
+        tokenizer = tokenizer_for(settings, folder, tables["train"])
         if settings.transfer:
             tables["transfer"] = Table.open("transfer", settings.transfer, sample_by=settings.sample_by)
     check_unchanged(folder, tables)

@@ -20,7 +20,17 @@ from ...cache.tokens import TOKENS
 from ...cache.vocabulary import Vocabulary
 from ...training.recipes.code_lm import standard_library, trained_tokenizer
 from ...training.recipes.comparison import Count, Recipe, Task
-from .assemble import assemble, check_unchanged, classes_of, load_teacher, models_of, parts_of, tables_of, thinned
+from .assemble import (
+    assemble,
+    check_unchanged,
+    classes_of,
+    load_teacher,
+    models_of,
+    parts_of,
+    tables_of,
+    thinned,
+    tokenizer_for,
+)
 from .data import IGNORED, Prepared, Table, language_model, mask_of, padded, padding_of
 from .finish import finish_with
 from .models import wrapped
@@ -82,6 +92,7 @@ def build(settings: LanguageModel, folder: Path) -> Task:
         tables = {name: Table.of_rows(name, [{"text": text} for text in of]) for name, of in texts.items()}
     else:
         tables = tables_of(settings)
+        tokenizer = tokenizer_for(settings, folder, tables["train"])
     check_unchanged(folder, tables)
     models = models_of(TASK, settings, tokenizer)
     columns = {name: getattr(settings, name) for name in _COLUMNS}

@@ -15,7 +15,17 @@ import torch
 from ...training import Reptile
 from ...training.recipes.code_lm import trained_tokenizer
 from ...training.recipes.comparison import Count, Recipe, Task
-from .assemble import assemble, check_unchanged, classes_of, load_teacher, models_of, parts_of, tables_of, thinned
+from .assemble import (
+    assemble,
+    check_unchanged,
+    classes_of,
+    load_teacher,
+    models_of,
+    parts_of,
+    tables_of,
+    thinned,
+    tokenizer_for,
+)
 from .corpora import phrases
 from .data import Prepared, Table, translation
 from .finish import finish_with
@@ -73,6 +83,7 @@ def build(settings: Translation, folder: Path) -> Task:
         tables = {"train": Table.of_rows("train", train), "eval": Table.of_rows("eval", held_out)}
     else:
         tables = tables_of(settings)
+        tokenizer = tokenizer_for(settings, folder, tables["train"])
     check_unchanged(folder, tables)
     models = models_of(TASK, settings, tokenizer)
     decode: Callable[[Any], str] = models.tokenizer.decode  # type: ignore[union-attr]
