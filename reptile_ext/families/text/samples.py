@@ -138,7 +138,9 @@ def prepare(
             int((kinds == kind).sum()) for kind in (EMPTY, UNLEARNABLE, UNANSWERED)
         )
         counts.truncated, counts.lost = int((lost[kept] > 0).sum()), int(lost[kept].sum())
-        rows = rows.remove_columns(["lost", "kind"]) if kept.all() else _chosen(rows, kept)
+        rows = rows.remove_columns(["lost", "kind"])
+        if not kept.all():
+            rows = rows.select(np.flatnonzero(kept))
         if counts.packed is not None and len(rows):
             rows = _packed(table, rows, fingerprint, counts)
     if not len(rows):
@@ -148,10 +150,6 @@ def prepare(
     if rows.cache_files:
         counts.where = str(Path(rows.cache_files[0]["filename"]).parent)
     return samples
-
-
-def _chosen(rows: Any, kept: Any) -> Any:
-    return rows.remove_columns(["lost", "kind"]).select(np.flatnonzero(kept))
 
 
 def _on_disk(table: Table, rows: Any, function: Any, fingerprint: str, **keywords: Any) -> Any:
