@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import json
 import lzma
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +189,12 @@ def test_digests_are_of_content(tmp_path: Path) -> None:
 def test_cells_of_csv_are_what_stands_there(tmp_path: Path) -> None:
     """Of a spreadsheet: a byte order mark, carriage returns, quoted line breaks, numbers, words that mean "nothing" to
     pandas (huggingface/datasets#4467)."""
-    content = '"text",label\r\nnull,007\r\nNA,1.50\r\n"two\nlines",\r\n12,True\r\n,nan\r\n'
+    content = '"text",label,n\r\nnull,x,007\r\nNA,1.50,8\r\n"two\nlines",,9\r\n12,True,1\r\n,nan,2\r\n'
     found = Table.open("train", [write(tmp_path / "a.csv", content, "utf-8-sig")])
-    assert found.columns == ["text", "label"]
+    assert found.columns == ["text", "label", "n"]
+    assert found.rows["n"][:] == ["007", "8", "9", "1", "2"]
     assert found.rows["text"][:] == ["null", "NA", "two\nlines", "12", ""]
-    assert found.rows["label"][:] == ["007", "1.50", "", "True", "nan"]
+    assert found.rows["label"][:] == ["x", "1.50", "", "True", "nan"]
 
 
 def test_lines_of_plain_text(tmp_path: Path) -> None:
@@ -202,6 +206,15 @@ def test_lines_of_plain_text(tmp_path: Path) -> None:
     assert lines == ["one\u2028more\u0085", "two", "", "three"]
     assert Table.open("train", [path], sample_by="paragraph").rows["text"][:] == ["one\u2028more\u0085\ntwo", "three"]
     assert Table.open("train", [path], sample_by="document").rows["text"][:] == ["one\u2028more\u0085\ntwo\n\nthree"]
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "reptile_ext.families.text"
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need the extra 'text': pip install 'reptile_ext\[text\]' \(no "):
+        importlib.import_module(f"{name}.data")
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -388,6 +401,27 @@ def test_the_prompt_has_the_tokens_it_has_alone(
             assert tokenizer.decode(sample["input_ids"], skip_special_tokens=True) == prompt + completion
 
 
+@pytest.mark.parametrize("kind", ["bytes_bpe", "sentence_pieces"])
+def test_prompts_that_end_anywhere(request: pytest.FixtureRequest, kind: str) -> None:
+    """Within words, white space and lines: the prompt's tokens are its own, and nothing is lost or put between."""
+    tokenizer = wrap(request.getfixturevalue(kind), "<bos> $A", pad_token="<pad>")
+    numbers = random.Random(0)
+    rows = []
+    for _ in range(300):
+        middle = numbers.randrange(len(SOURCE) - 30)
+        begin, end = max(0, middle - numbers.randrange(30)), middle + numbers.randrange(1, 30)
+        rows.append({"prompt": SOURCE[begin:middle], "completion": SOURCE[middle:end]})
+    prepared = language_model(table(*rows), tokenizer, max_length=1000)
+    assert prepared.counts.samples > 250
+    for sample in prepared.samples:
+        prompt, completion = (rows[sample["sample_id"]][name] for name in ("prompt", "completion"))
+        alone = tokenizer(prompt)["input_ids"]
+        assert sample["labels"][: len(alone) + 1] == [IGNORED] * len(alone) + [sample["input_ids"][len(alone)]]
+        assert sample["input_ids"][: len(alone)] == alone
+        whole = tokenizer(prompt + completion)["input_ids"]
+        assert tokenizer.decode(sample["input_ids"][:-1]) == tokenizer.decode(whole)
+
+
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hello"},
@@ -421,14 +455,19 @@ def test_conversations_of_other_shapes(chat: Any) -> None:
     row = {"prompt": CONVERSATION[:4], "completion": CONVERSATION[4:]}
     sample = language_model(table(row), chat, max_length=256).samples[0]
     assert learned(chat, sample) == "So.<|im_end|>\n"
-    chat_of_names = transformers.PreTrainedTokenizerFast(
+    calling = transformers.PreTrainedTokenizerFast(
         tokenizer_object=chat.backend_tokenizer,
         eos_token="<|im_end|>",
-        chat_template=CHATML.replace("{{ message['role'] }}", "{{ message.get('name', message['role']) }}"),
+        chat_template=CHATML.replace("{{ message['content'] }}", "{{ message.get('call', message['content']) }}"),
     )
-    rows = [{"messages": [{"role": "user", "content": "x", "name": "Eva"}, {"role": "assistant", "content": "y"}]}]
-    sample = language_model(table(*rows), chat_of_names, max_length=64).samples[0]
-    assert chat.decode(sample["input_ids"]).startswith("<|im_start|>Eva\nx<|im_end|>\n<|im_start|>assistant\ny")
+    call = {"name": datasets.Value("string"), "city": datasets.Value("string")}
+    message = {"role": datasets.Value("string"), "content": datasets.Value("string"), "call": call}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "call": {"name": "now"}}]
+    stored = datasets.Dataset.from_dict({"messages": [turns]}, features=datasets.Features({"messages": [message]}))
+    assert stored[0]["messages"][1]["call"] == {"name": "now", "city": None}
+    sample = language_model(Table("train", stored, "digest"), calling, max_length=64).samples[0]
+    assert learned(calling, sample) == "{'name': 'now'}<|im_end|>\n"
+    assert masked(calling, sample).startswith("<|im_start|>user\nx<|im_end|>")
 
 
 def test_what_ends_a_turn_is_learned(bytes_bpe: str) -> None:
@@ -564,9 +603,9 @@ def test_blocks_in_which_nothing_is_learned(plain: Any) -> None:
     assert all(any(label != IGNORED for label in sample["labels"][1:]) for sample in prepared.samples)
 
 
-def test_samples_are_made_once(tmp_path: Path, plain: Any, bytes_bpe: str) -> None:
-    """For the same data, tokenizer and settings; a tokenizer that has been used is the same, and one whose template is
-    another is not."""
+def test_samples_are_made_once(tmp_path: Path, plain: Any, bytes_bpe: str, sentence_pieces: str) -> None:
+    """For the same data, tokenizer and settings; a tokenizer that has been used is the same, and one with another
+    vocabulary or template is not."""
     path = jsonl(tmp_path / "a.jsonl", *({"text": f"{i} a b c", "label": f"{i % 2}"} for i in range(50)))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "reptile_ext"
     found = Table.open("train", [path])
@@ -578,7 +617,8 @@ def test_samples_are_made_once(tmp_path: Path, plain: Any, bytes_bpe: str) -> No
     assert (list(again.samples), again.counts) == (list(first.samples), first.counts)
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     language_model(found, wrap(bytes_bpe, chat_template=CHATML), max_length=8)
-    assert len(list(folder.iterdir())) == len(before) + 1
+    language_model(found, wrap(sentence_pieces), max_length=8)
+    assert len(list(folder.iterdir())) == len(before) + 2
     datasets.load_dataset("json", data_files=path, split="train").save_to_disk(tmp_path / "saved")
     kept = sorted((tmp_path / "saved").iterdir())
     language_model(Table.open("train", [str(tmp_path / "saved")]), plain, max_length=8)
@@ -717,6 +757,7 @@ def test_named_classes_of_a_data_set(plain: Any) -> None:
             "train, record 2: label 'hma' in 'label' is none of ham, spam; did you mean ham?",
         ),
         ([0, 2], ["ham", "spam"], "train, record 2: label '2' in 'label' is none of ham, spam"),
+        ([0, 1], ["1", "2"], "train, record 1: label '0' in 'label' is none of 1, 2"),
         ([0, -1], ["ham", "spam"], "train, record 2: label '-1' in 'label' is none of ham, spam"),
         (["a", "b", None], None, "train, record 3: there is no label in 'label'; got None"),
         (["a", ""], ["a", "b"], "train, record 2: there is no label in 'label'; got ''"),
@@ -782,6 +823,14 @@ def test_rows_without_anything_are_left_out(tmp_path: Path, plain: Any) -> None:
     found = Table.open("train", [write(tmp_path / "a.csv", "text,label\na,x\nb,y\n,\n,\n")])
     prepared = classification(found, (plain, plain), max_length=8)
     assert (prepared.labels, prepared.counts.samples, prepared.counts.empty) == (["x", "y"], 2, 2)
+
+
+def test_no_room_beside_the_special_tokens(surrounding: Any) -> None:
+    rows = rows_of("a", "b")
+    with pytest.raises(ValueError, match="max_length must be more than the tokenizer's 2 special tokens; got 2"):
+        classification(table(*rows), (surrounding, surrounding), max_length=2)
+    samples = classification(table(*rows), (surrounding, surrounding), max_length=3).samples
+    assert [sample["input_ids"][::2] for sample in samples] == [[BOS, EOS]] * 2
 
 
 def test_csv_and_json_say_the_same(tmp_path: Path, plain: Any) -> None:

@@ -152,7 +152,7 @@ def _form_of_pair(table: Table, encoder: Encoder, prompt: str, completion: str) 
     between = "\n" if (prompt, completion) in _UTTERANCES else ""
 
     def read(row: Mapping[str, Any]) -> Any:
-        asked, answer = _text(row, prompt), _text(row, completion)
+        asked, answer = _cell(row, prompt), _text(row, completion)
         for about in abouts:
             asked += f"\n\n{_text(row, about)}" if _text(row, about) else ""
         return (asked, between + answer) if answer else Left(EMPTY)
@@ -160,13 +160,16 @@ def _form_of_pair(table: Table, encoder: Encoder, prompt: str, completion: str) 
     return [prompt, completion, *abouts], read, encoder.pairs
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
-    """Of a cell; nothing of one that holds white space alone."""
+def _cell(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise ValueError(f"wanted text in {column!r}; got {type(value).__name__} {value!r:.60}")
+    return value or ""
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    """Nothing of a cell that holds white space alone, of which nobody learns."""
+    value = _cell(row, column)
     return value if value.strip() else ""
 
 
@@ -438,6 +441,9 @@ def _cut(tokenizer: Any, texts: list[str], max_length: int) -> list[tuple[list[i
     """Ids with the tokenizer's special tokens, cut by the tokenizer, which keeps these, and how many were lost."""
     if not texts:
         return []
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise ValueError(f"max_length must be more than the tokenizer's {special} special tokens; got {max_length}")
     found: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
     lost = [max(0, len(ids) - max_length) for ids in found]
     long = [i for i, count in enumerate(lost) if count]

@@ -20,11 +20,11 @@ class Encoder:
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def texts(self, texts: list[str]) -> list[Made]:
-        return [(ids, list(ids)) for ids in map(self._ended, self._begun(texts))]
+        return [(ids, list(ids)) for ids in map(self._ended, self.begun(texts))]
 
     def pairs(self, pairs: list[tuple[str, str]]) -> list[Made]:
-        starts = self._begun([prompt for prompt, _ in pairs])
-        wholes = self._begun([prompt + completion for prompt, completion in pairs])
+        starts = self.begun([prompt for prompt, _ in pairs])
+        wholes = self.begun([prompt + completion for prompt, completion in pairs])
         found = []
         for (_, completion), start, whole in zip(pairs, starts, wholes, strict=True):
             ids = self._ended(whole if whole[: len(start)] == start else start + self._going_on(completion))
@@ -85,7 +85,7 @@ class Encoder:
                 return both[len(before) :]
         return self._bare(text)
 
-    def _begun(self, texts: list[str]) -> list[list[int]]:
+    def begun(self, texts: list[str]) -> list[list[int]]:
         """With what the tokenizer puts before a text, and without what it puts after it."""
         if not texts:
             return []

@@ -7,6 +7,7 @@ files, as the records are, and made once for the same data, tokenizer and settin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,9 @@ def prepare(
             int((kinds == kind).sum()) for kind in (EMPTY, UNLEARNABLE, UNANSWERED)
         )
         counts.truncated, counts.lost = int((lost[kept] > 0).sum()), int(lost[kept].sum())
-        rows = rows.remove_columns(["lost", "kind"]) if kept.all() else _chosen(rows, kept)
+        rows = rows.remove_columns(["lost", "kind"])
+        if not kept.all():
+            rows = rows.select(np.flatnonzero(kept))
         if counts.packed is not None and len(rows):
             rows = _packed(table, rows, fingerprint, counts)
     if not len(rows):
@@ -149,17 +152,13 @@ def prepare(
     return samples
 
 
-def _chosen(rows: Any, kept: Any) -> Any:
-    return rows.remove_columns(["lost", "kind"]).select(np.flatnonzero(kept))
-
-
 def _on_disk(table: Table, rows: Any, function: Any, fingerprint: str, **keywords: Any) -> Any:
     """Mapped, into a file in the cache of `datasets`, whose name says what is in it; in memory, of built-in data."""
     if table.names:
         path = Path(datasets.config.HF_DATASETS_CACHE) / "reptile_ext" / f"{fingerprint}.arrow"
         path.parent.mkdir(parents=True, exist_ok=True)
         keywords["cache_file_name"] = str(path)
-    return rows.map(function, new_fingerprint=fingerprint[:32], **keywords)
+    return rows.map(function, new_fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest()[:32], **keywords)
 
 
 def fingerprint_of(table: Table, what: Sequence[Any], tokenizers: Sequence[Any]) -> str:
@@ -282,19 +281,7 @@ class _Stream(IterableDataset[dict[str, Any]]):
 
     def _kept(self) -> Iterator[dict[str, Any]]:
         counts = self._counts
-        rows = iter(self._rows)
-        while True:
-            try:
-                with silent():
-                    row = next(rows, None)
-            except (OSError, MemoryError):
-                raise
-            except Exception as error:
-                if isinstance(error, ValueError) and str(error).startswith(self._table.flag):
-                    raise
-                raise ValueError(f"{self._table.where} cannot be read: {said(error)}") from error
-            if row is None:
-                return
+        for row in self._read():
             lost, kind = row.pop("lost"), row.pop("kind")
             counts.empty += kind == EMPTY
             counts.unlearnable += kind == UNLEARNABLE
@@ -303,6 +290,22 @@ class _Stream(IterableDataset[dict[str, Any]]):
                 counts.truncated += lost > 0
                 counts.lost += lost
                 yield row
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self._rows)
+        while True:
+            try:
+                with silent():
+                    some = list(itertools.islice(rows, 100))
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:
+                if isinstance(error, ValueError) and str(error).startswith(self._table.flag):
+                    raise
+                raise ValueError(f"{self._table.where} cannot be read: {said(error)}") from error
+            if not some:
+                return
+            yield from some
 
 
 # ------------------------------------------------------------------------------------------------ batches
