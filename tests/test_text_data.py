@@ -20,6 +20,7 @@ for needed in ("datasets", "tokenizers", "transformers"):
     pytest.importorskip(needed, reason="needs the extra `text`")
 
 import datasets  # noqa: E402
+import pandas  # noqa: E402
 import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
@@ -787,6 +788,19 @@ def test_a_classifiers_columns(plain: Any) -> None:
         table({"text": "a"}, {"text": "b"}), (plain, plain), labels=["x", "y"], max_length=8, is_labelled=False
     )
     assert [(sample["text"], sample["label"]) for sample in unlabelled.samples] == [("a", 0), ("b", 0)]
+
+
+def test_labels_as_other_programs_save_them(tmp_path: Path, plain: Any) -> None:
+    """A folder whose rows come as tensors, categories of pandas, numbers made floats by one that is missing."""
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
+    datasets.Dataset.from_dict(rows).with_format("torch").save_to_disk(tmp_path / "tensors")
+    pandas.DataFrame({**rows, "label": pandas.Categorical(["y", "x", "y"])}).to_parquet(tmp_path / "categories.parquet")
+    floats = {"text": [*rows["text"], None], "label": [1.0, 0.0, 1.0, None]}
+    pandas.DataFrame(floats).to_parquet(tmp_path / "floats.parquet")
+    for name, names in (("tensors", ["0", "1"]), ("categories.parquet", ["x", "y"]), ("floats.parquet", ["0", "1"])):
+        prepared = classification(Table.open("train", [str(tmp_path / name)]), (plain, plain), max_length=8)
+        assert prepared.labels == names
+        assert [sample["label"] for sample in prepared.samples] == [1, 0, 1]
 
 
 def test_classes_that_are_missing_are_said(plain: Any) -> None:

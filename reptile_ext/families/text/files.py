@@ -86,6 +86,7 @@ class Table:
                 near = did_you_mean(split, found)
                 raise ValueError(f"{flag}_split: {folder} has the splits {', '.join(found)}; got {split!r}{near}")
             found = found[split]
+        found = found.with_format(None)  # which is saved, too: cells are wanted, not tensors
         digest = hashlib.sha256()
         for file in found.cache_files:
             add_file(digest, file["filename"])
