@@ -138,11 +138,11 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ("steps = = 3\n", f"{file} is no TOML file: "),
         (
             'recipe = "digit"\n',
-            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got 'digit'; did you mean digits?",
+            "got 'digit'; did you mean digits?",
         ),
         (
             "recipe = [1]\n",
-            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got [1]",
+            "got [1]",
         ),
     ):
         file.write_text(text)
@@ -174,7 +174,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ("distill digits --fused-linear", "unrecognized arguments: --fused-linear"),
         (
             "distill digit",
-            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got 'digit'; did you mean digits?",
+            "got 'digit'; did you mean digits?",
         ),
         (f"distill digits --out {tmp_path}", "is not empty: choose another --out"),
         (f"distill digits --out {file}", f"--out must be a folder; got {file}, which is a file"),
@@ -189,8 +189,8 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         ("evaluate", "the following arguments are required: folder"),
         (
             "distil",
-            "unknown command 'distil'; known: distill, evaluate, generate, export, benchmark, cache-teacher, cache-import, cache-info, "
-            "doctor; did you mean distill?",
+            "unknown command 'distil'; known: distill, evaluate, generate, export, benchmark, cache-teacher, "
+            "cache-import, cache-info, doctor; did you mean distill?",
         ),
         ("benchmark --repeat 3", "unrecognized arguments: --repeat 3; did you mean --repeats?"),
         ("cache-teacher --k 0", "--k must be from 1 to 4096; got 0"),
@@ -230,7 +230,7 @@ COMMANDS = {
     "distill code-lm": SMALL.split(),
     "distill digits": ["--teacher-channels", "8"],
     "cache-teacher code-lm": SMALL.split(),
-    "evaluate": ["no-run"],
+    "evaluate": [],
     "benchmark": [],
     "doctor": [],
 }
@@ -285,7 +285,8 @@ def test_every_flag_takes_a_value_or_says_what_is_wrong(
         limits = [getattr(m, side, 4096) for m in (field.metadata if field else ()) for side in ("ge", "le")]
         for value in (*NUMBERS, "x", "", *(str(limit) for limit in limits if limit < 4096)):
             given = [f"{flag}={value}" for flag in action.option_strings[:1]] or [value]
-            found = answer(capsys, [*command.split(), *COMMANDS[command], *given], action.dest)
+            where = ["no-run"] if command == "evaluate" and action.option_strings else []
+            found = answer(capsys, [*command.split(), *where, *COMMANDS[command], *given], action.dest)
             tried += 1
             accepted += found is None
             wrong += [found] if found else []
@@ -403,7 +404,7 @@ def test_a_run_folder_that_is_broken(tmp_path: Path, capsys: pytest.CaptureFixtu
     for text, words in (
         (
             "steps = 3\n",
-            "recipe must be one of code-lm, digits, language-model, text-classification, translation; got None",
+            "got None",
         ),
         ('recipe = "digitz"\n', "got 'digitz'; did you mean digits?"),
         (
