@@ -13,6 +13,7 @@ from ...pretrained import load_model, read_config, read_tokenizer
 from ...training.weights import load_weights
 from . import lstm  # noqa: F401 (so that its models can be loaded)
 from .data import padding_of
+from .encoding import Encoder
 from .models import context_of
 from .saving import WEIGHTS
 
@@ -43,7 +44,6 @@ def answers(folder: Path, task: str, texts: Sequence[str], **options: Any) -> It
     tokenizer = read_tokenizer(folder)
     context = context_of(getattr(model, "config", None)) or _LONG
     if task == "language-model":
-        tokenizer.truncation_side = "left"  # what is to be written follows the end
         context -= options.get("max_new_tokens", 0)
         if context < 1:
             raise ValueError(
@@ -53,9 +53,14 @@ def answers(folder: Path, task: str, texts: Sequence[str], **options: Any) -> It
     if torch.cuda.is_available():
         model = model.cuda()
     for text in texts:
-        cut = {"truncation": True, "max_length": context, "verbose": False}
-        inputs = tokenizer(text, return_tensors="pt", **cut).to(next(model.parameters()).device)
-        inputs.pop("token_type_ids", None)
+        if task == "language-model":  # with what begins a text, and without what ends it
+            ids = Encoder(tokenizer).begun([text])[0][-context:]
+        else:
+            ids = tokenizer(text, truncation=True, max_length=context, verbose=False)["input_ids"]
+        if not ids:
+            raise ValueError("text must not be empty: there is nothing to go on from")
+        tokens = torch.tensor([ids], device=next(model.parameters()).device)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with torch.no_grad():
             if task == "text-classification":
                 yield _labels(model, model(**inputs).logits[0])
