@@ -298,6 +298,17 @@ class Objective:
         if self.student_head is not None:
             self._linear_keywords |= keywords
 
+    @contextlib.contextmanager
+    def without_labels(self) -> Iterator[None]:
+        """The teacher's divergence alone, meanwhile: of tokens that are no data, the labels have no weight."""
+        before = self.criterion, dict(self._linear_keywords)
+        if self.criterion.keywords["hard_weight"]:
+            self.set_keywords(hard_weight=0.0)
+        try:
+            yield
+        finally:
+            self.criterion, self._linear_keywords = before
+
     # ------------------------------------------------------------------------------------------- all of it in a call
 
     def __call__(self, model: nn.Module, batch: Any, num_items: Any = None) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -50,6 +51,7 @@ from .guards import (
 from .metrics import Evaluation, FirstClass, check_metrics
 from .modes import being_trained, frozen, in_mode
 from .objective import Objective, Teacher, check_keywords
+from .on_policy import OnPolicy
 from .schedules import SCHEDULES, as_function, share_of_rate
 from .until import Progress, Result, Until
 from .weights import copy_state, put_state, save_weights
@@ -96,6 +98,11 @@ class Reptile:
         binary: one logit a sample, [B] or [B, 1], or many labels, [B, L], each a distribution of its own: the loss is
             `reptile_ext.binary_distillation_loss`, whose keywords are `loss` then, and labels are numbers from 0 to 1.
             accuracy counts elements, f1 and average_precision are means over labels. See `Objective`.
+        on_policy: the probability that a micro-batch's completions are sampled from the student, and the teacher is
+            asked about those (GKD, arXiv 2306.13649; its λ); a number, or a schedule as those below. The divergence is
+            that of the sampled tokens' rows, labels have no weight there, and batches are mappings with input_ids and
+            labels that are ignored in the prompts. For causal language models of transformers; with no cache.
+        generate: of on_policy, keywords of transformers' `generate` (default: do_sample, max_new_tokens=64).
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
         teacher_head, teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
@@ -138,6 +145,8 @@ class Reptile:
         student_inputs: Callable[[Any], Any] | None = None,
         auxiliary: Mapping[str, float] | None = None,
         inplace: bool | None = None,
+        on_policy: float | str | Callable[[int], float] = 0.0,
+        generate: Mapping[str, Any] | None = None,
         **loss: Any,
     ) -> None:
         check_keywords(Reptile, loss)
@@ -168,6 +177,7 @@ class Reptile:
                 "cannot be had at another: it may be no schedule"
             )
         loss |= {name: as_function(name, of, 1)(0) for name, of in self._schedules.items()}
+        self._share_on_policy = on_policy
         self.objective = Objective(
             student,
             teacher,
@@ -184,6 +194,7 @@ class Reptile:
             inplace=inplace,
             **loss,
         )
+        self._on_policy = self._make_on_policy(student, on_policy, generate)
         check_trainable(student)
         check_precision(student, precision)
         for one in self.objective.teachers:
@@ -324,6 +335,7 @@ class Reptile:
             if until.patience is not None and (not best or state.get("metric", until.metric) != until.metric):
                 # So far nobody kept the best student, or another one was: patience begins here.
                 best, progress.best_metrics, progress.stale = {}, {}, 0
+        share_on_policy = as_function("on_policy", self._share_on_policy, total)
         if schedules:  # also for who evaluates after a run that was at its end already
             objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
         writes = folder is not None and accelerator.is_main_process
@@ -344,13 +356,22 @@ class Reptile:
                     objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
                 # 2. Sample the micro-batches of a step, and count the rows of all before the loss of any is divided.
                 window = [objective.split(batch) for batch in sampler.take(self.accumulate)]
+                is_sampled = [False] * len(window)
+                if self._on_policy is not None:
+                    is_sampled = [float(torch.rand(())) < share_on_policy(progress.step) for _ in window]
+                    window = [
+                        self._on_policy.sampled(self.on_device(batch)) if sampled else batch
+                        for batch, sampled in zip(window, is_sampled, strict=True)
+                    ]
                 reduce = self._sum_over_processes if accelerator.num_processes > 1 else None
                 num_items: Any = objective.count(window, reduce).tolist()  # on the host, where the batches are
                 stepped = (num_items[-1] if isinstance(num_items, list) else num_items) > 0
                 loss, rows = torch.zeros((), device=accelerator.device), cast("float | Tensor", 0.0)
                 if stepped:
                     if accelerator.num_processes == 1:  # several wait for each other at each micro-batch
-                        window = [batch for batch in window if not is_empty(batch.inputs)]
+                        kept = [not is_empty(batch.inputs) for batch in window]
+                        is_sampled = list(itertools.compress(is_sampled, kept))
+                        window = list(itertools.compress(window, kept))
                     guard = None if progress.step or idle else Unchanged(objective.teachers, self.student)
                     for taken, batch in enumerate(map(self.on_device, window), start=1):
                         # Gradients of several processes meet in the last backward.
@@ -362,7 +383,8 @@ class Reptile:
                             teacher_outputs = objective.teacher_outputs(batch)
                             # 4. Loss: what these rows add to the mean over all rows of the step.
                             rows = objective.num_rows(outputs, batch, num_items)
-                            share = objective.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
+                            with objective.without_labels() if is_sampled[taken - 1] else contextlib.nullcontext():
+                                share = objective.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
                             del outputs, teacher_outputs
                             # 5. Backward. DDP averages what is already divided by a count over all processes: undo it.
                             scaler.scale(share * accelerator.num_processes).backward()
@@ -542,6 +564,21 @@ class Reptile:
 
     def on_device(self, batch: Batch) -> Batch:
         return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
+
+    def _make_on_policy(self, student: nn.Module, share: Any, generate: Mapping[str, Any] | None) -> OnPolicy | None:
+        if isinstance(share, (int, float)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"on_policy must be from 0 to 1; got {share!r}")
+            if share == 0:
+                if generate is not None:
+                    raise ValueError("generate is for on_policy, which is 0")
+                return None
+        if self.objective.cache is not None or not self.objective.teachers:
+            what = "a cache knows its own samples alone" if self.objective.cache is not None else "there is none"
+            raise ValueError(f"on_policy needs a teacher that can be asked: {what}")
+        if not self.objective.shift_labels:
+            raise ValueError("on_policy needs labels that are shifted (shift_labels=True): input ids, as they stand")
+        return OnPolicy(student, self.objective.ignore_index, generate)
 
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(count, "sum")

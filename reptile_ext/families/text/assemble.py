@@ -114,9 +114,11 @@ def assemble(
     metrics: Sequence[str],
     notes: Sequence[str],
     keywords: Mapping[str, Any],
+    teacher_keywords: Mapping[str, Any] | None = None,
     finish: Callable[[TextSettings, Callable[..., Iterable[Any]]], Any],
 ) -> Task:
-    """prepare: makes samples of a table. keywords: of every `Reptile`. finish: makes what is called at the end, from
+    """prepare: makes samples of a table. keywords: of every `Reptile`; teacher_keywords: of
+    those with a teacher. finish: makes what is called at the end, from
     the completed settings and a function that makes a loader of samples."""
 
     def loader(samples: Any, batch: int, shuffle: bool) -> Iterable[Any]:
@@ -150,7 +152,7 @@ def assemble(
         fused_linear=completed.fused_linear == "yes",
         settings=completed,
         keywords=keywords,
-        teacher_keywords=of_teacher,
+        teacher_keywords={**of_teacher, **(teacher_keywords or {})},
         baseline_within={"yes": math.inf, "no": 0.0, "auto": _AUTO_BASELINE}[settings.baseline],
         compares_speed=False,
         finish=finish(completed, loader),

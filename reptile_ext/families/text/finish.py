@@ -12,7 +12,7 @@ import torch
 from ...pretrained import quiet
 from ...training import Reptile
 from .card import model_card
-from .generation import generated
+from .generation import written
 from .models import context_of
 from .saving import save_student
 from .settings import TextSettings
@@ -67,7 +67,7 @@ def continuations(student: Any, tokenizer: Any, held_out: Any, seed: int) -> lis
     length = min(_PROMPT_TOKENS, context // 2)
     numbers = torch.linspace(0, len(held_out) - 1, min(_PROMPTS, len(held_out))).long().tolist()
     prompts = [held_out[i]["input_ids"][:length] for i in numbers]
-    found = generated(student, tokenizer, prompts, seed, max_new_tokens=min(_NEW_TOKENS, context - length))
+    found = written(student, tokenizer, prompts, seed, max_new_tokens=min(_NEW_TOKENS, context - length))
     return [
         {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(ids, skip_special_tokens=True)}
         for prompt, ids in zip(prompts, found, strict=True)

@@ -13,45 +13,25 @@ import torch
 from torch import nn
 
 from ...training import Reptile
-from ...training.modes import in_mode
+from ...training.on_policy import generated
 from ...training.weights import load_weights
-from .data import mask_of, padded, padding_of
+from .data import padding_of
 
 _BATCH = 16
 
 
-def generated(
+def written(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int | None = None, **options: Any
 ) -> list[list[int]]:
-    """New tokens after each prompt (of an encoder-decoder: all it writes), by transformers' generate; prompts of
-    different lengths have their padding in front. seed: of a sampling, which leaves the random numbers as they were."""
-    generate: Any = model.generate
-    is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    pad, found = padding_of(tokenizer), []
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(), torch.no_grad(), in_mode(model, training=False):
+    """New tokens after each prompt (of an encoder-decoder: all it writes), some prompts at a time. seed: of a sampling,
+    which leaves the random numbers as they were; None: the likeliest tokens."""
+    found: list[list[int]] = []
+    with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
         for start in range(0, len(prompts), _BATCH):
-            some = [list(prompt) for prompt in prompts[start : start + _BATCH]]
-            ids, mask = padded(some, pad), mask_of(some)
-            if not is_encoder_decoder:
-                ids, mask = (
-                    torch.stack([_behind(x, len(p)) for x, p in zip(of, some, strict=True)]) for of in (ids, mask)
-                )
-            out = generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                pad_token_id=pad,
-                do_sample=seed is not None,
-                **options,
-            )
-            found += out[:, 0 if is_encoder_decoder else ids.shape[1] :].tolist()
+            some = prompts[start : start + _BATCH]
+            found += generated(model, some, pad=padding_of(tokenizer), do_sample=seed is not None, **options)
     return found
-
-
-def _behind(row: torch.Tensor, length: int) -> torch.Tensor:
-    """A row with its padding in front."""
-    return row.roll(len(row) - length)
 
 
 def models_of_run(reptile: Reptile, folder: Path, report: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from pydantic_settings import CliImplicitFlag
 from torch.utils.data import Dataset
 
@@ -19,7 +20,7 @@ from ...cache.format import TEACHER
 from ...cache.tokens import TOKENS
 from ...cache.vocabulary import Vocabulary
 from ...training.recipes.code_lm import standard_library, trained_tokenizer
-from ...training.recipes.comparison import Count, Recipe, Task
+from ...training.recipes.comparison import Count, Rate, Recipe, Task
 from .assemble import (
     assemble,
     check_unchanged,
@@ -55,6 +56,12 @@ class LanguageModel(TextSettings):
     """Cut texts, one after the other, into blocks of --max-length without padding."""
     samples: Count | None = None
     """Of the training samples the students get only so many, evenly spaced."""
+    on_policy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Share of the micro-batches whose completions the student writes itself, for the teacher to answer (GKD)."""
+    max_new_tokens: Count = 64
+    """Of these completions."""
+    sampling_temperature: Rate = 1.0
+    """At which they are sampled."""
 
 
 # The built-in case, where nothing else is given.
@@ -124,8 +131,16 @@ def build(settings: LanguageModel, folder: Path) -> Task:
         metrics=_METRICS,
         notes=[f"{name}: {of.counts.sentence()}" for name, of in prepared.items()],
         keywords={"shift_labels": True},
+        teacher_keywords=_on_policy(settings),
         finish=finish_with(TASK, models.tokenizer, parts["eval"]),
     )
+
+
+def _on_policy(settings: LanguageModel) -> dict[str, Any]:
+    if not settings.on_policy:
+        return {}
+    generate = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.sampling_temperature}
+    return {"on_policy": settings.on_policy, "generate": generate}
 
 
 _COLUMNS = ("text_column", "prompt_column", "completion_column", "messages_column")
@@ -176,6 +191,8 @@ def _collated(pad: int) -> Any:
 def _from_cache(settings: LanguageModel, folder: Path) -> Task:
     assert settings.teacher is not None
     cache = TeacherCache.open(settings.teacher)
+    if settings.on_policy:
+        raise ValueError("on_policy needs a teacher that can be asked: a cache knows its own samples alone")
     for name in ("train", "eval", "teacher_train"):
         if getattr(settings, name):
             raise ValueError(

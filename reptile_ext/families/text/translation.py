@@ -33,7 +33,7 @@ from .assemble import (
 from .corpora import phrases
 from .data import Prepared, Table, translation
 from .finish import finish_with
-from .generation import generated, models_of_run, translation_scores
+from .generation import models_of_run, translation_scores, written
 from .models import wrapped
 from .settings import TextSettings
 
@@ -199,9 +199,7 @@ class Translated(Dataset[dict[str, Any]]):
         print(f"the teacher translates {len(self):,} texts", flush=True)
         prompts = [self._samples[i]["input_ids"] for i in range(len(self))]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-        ids = generated(
-            self._teacher, self._tokenizer, [prompts[i] for i in order], max_new_tokens=self._max_length - 1
-        )
+        ids = written(self._teacher, self._tokenizer, [prompts[i] for i in order], max_new_tokens=self._max_length - 1)
         eos = self._tokenizer.eos_token_id
         found: list[list[int]] = [[]] * len(prompts)
         for i, one in zip(order, ids, strict=True):
@@ -234,7 +232,7 @@ def _translate(
     references = [row["target"] for row in rows]
     shown: list[dict[str, str]] = []
     for name, model in models_of_run(reptile, folder, report):
-        ids = generated(model, tokenizer, [row["input_ids"] for row in rows], max_new_tokens=max_length)
+        ids = written(model, tokenizer, [row["input_ids"] for row in rows], max_new_tokens=max_length)
         texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         report["models"][name] |= translation_scores(texts, references)
         if name == "student":
