@@ -124,15 +124,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distill(argv: list[str]) -> int:
     """Train a teacher, distil it into a student, and compare with the same student trained without a teacher."""
+
+    def add_flags(parser: _Parser) -> None:
+        parser.add_argument(
+            "--fractions",
+            type=float,
+            nargs="+",
+            metavar="SHARE",
+            help="few-data curves: run it with each of these shares of the students' training samples",
+        )
+        parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of these runs (default: 0 1 2)")
+
     recipes = _recipes()
-    name, recipe, settings, options, folder = _recipe_to_run("distill", argv, distill.__doc__, "runs/RECIPE-TIME")
+    name, recipe, settings, options, folder = _recipe_to_run(
+        "distill", argv, distill.__doc__, "runs/RECIPE-TIME", add_flags
+    )
     recipes.check(settings)  # before there is a folder
+    shares = _fractions(options, folder, recipes.RECORD)
     if options.resume is None:
         _make_empty(folder)
         _write_toml(folder / "config.toml", {"recipe": name, **settings.model_dump(exclude_none=True)})
     print(f"recipe {name}, run folder {folder}", flush=True)
     bars = not options.quiet and sys.stderr.isatty()
     try:
+        if shares is not None:
+            recipes.run_fractions(recipe, settings, folder, *shares, progress_bar=bars)
+            print(f"\nIn {folder}: {recipes.RECORD}, fractions.png, and a run folder for each share and seed")
+            return 0
         report = recipes.run(recipe, settings, folder, progress_bar=bars)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; go on with `reptile distill --resume {shlex.quote(str(folder))}`") from None
@@ -143,6 +161,30 @@ def distill(argv: list[str]) -> int:
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     print(f"\n{report['minutes']:.1f} minutes. In {folder}: {files}")
     return 0
+
+
+def _fractions(options: argparse.Namespace, folder: Path, record: str) -> tuple[list[float], list[int]] | None:
+    """The shares and seeds of few-data curves; None for one run."""
+    if options.resume is not None:
+        if not (folder / record).is_file():
+            return None
+        begun = json.loads((folder / record).read_text(encoding="utf-8"))
+        return begun["fractions"], begun["seeds"]
+    if options.fractions is None:
+        if options.seeds is not None:
+            raise CommandError("--seeds is for --fractions; --seed is that of one run")
+        return None
+    seeds = [0, 1, 2] if options.seeds is None else options.seeds
+    for share in options.fractions:
+        if not 0 < share <= 1:
+            raise CommandError(f"--fractions must be above 0 and at most 1; got {share:g}")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise CommandError(f"--seeds must be from 0 to {2**32 - 1}; got {seed}")
+    for flag, values in (("--fractions", options.fractions), ("--seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise CommandError(f"{flag} must differ; got {' '.join(map(str, values))}")
+    return options.fractions, seeds
 
 
 def evaluate(argv: list[str]) -> int:

@@ -85,3 +85,19 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
         if axes.lines:
             axes.legend()
     return figure
+
+
+def draw_fractions(points: Sequence[Mapping[str, Any]], metric: str, path: Path) -> None:
+    """PNG of a metric over the share of the data: of each model the mean of the seeds, and from lowest to highest."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for model in dict.fromkeys(point["model"] for point in points):
+        shares = sorted({point["fraction"] for point in points})
+        values = [[x[metric] for x in points if (x["fraction"], x["model"]) == (share, model)] for share in shares]
+        line = axes.plot(shares, [sum(of) / len(of) for of in values], marker="o", label=LABELS.get(model, model))
+        axes.fill_between(shares, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line[0].get_color())
+    axes.set(xscale="log", xlabel="share of the students' samples", ylabel=f"held-out {metric.replace('_', ' ')}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)

@@ -4,6 +4,7 @@ two cores; those on texts of the user's own are in `reptile_ext.families.text`."
 from importlib import import_module
 
 from .comparison import Recipe, Settings, Task, cache_teacher, check, evaluate, run
+from .fractions import RECORD, run_fractions
 
 _MODULES = {
     "code-lm": "reptile_ext.training.recipes.code_lm",
@@ -21,4 +22,16 @@ def recipe(name: str) -> Recipe:
     return found
 
 
-__all__ = ["NAMES", "Recipe", "Settings", "Task", "cache_teacher", "check", "evaluate", "recipe", "run"]
+__all__ = [
+    "NAMES",
+    "RECORD",
+    "Recipe",
+    "Settings",
+    "Task",
+    "cache_teacher",
+    "check",
+    "evaluate",
+    "recipe",
+    "run",
+    "run_fractions",
+]

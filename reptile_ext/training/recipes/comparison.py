@@ -26,6 +26,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, Subset
 from tqdm.auto import tqdm
 
 from ...cache import TeacherCache
@@ -98,6 +99,8 @@ class Settings(BaseSettings):
     """Steps that train each student."""
     learning_rate: Rate = 1e-3
     """Peak learning rate of the students."""
+    fraction: Annotated[_Number, Field(gt=0, le=1)] = 1.0
+    """Share of the students' training samples that they see, drawn by the seed."""
     weight_decay: Weight = 0.01
     """Weight decay of AdamW, for all three."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -274,6 +277,10 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     cache_folder: str | None = getattr(settings, "cache", None)
     task = recipe.build(settings, folder)
     settings = task.settings or settings
+    if settings.fraction < 1:
+        task.student_train = _share(task.student_train, settings)
+        task.alone_train = None if task.alone_train is None else _share(task.alone_train, settings)
+        task.notes = [*task.notes, f"Of the students' samples, they see {settings.fraction:.1%} alone."]
     student_alone = copy.deepcopy(task.student) if task.baseline_within > 0 else None  # before the student is trained
     stages = _Stages(settings, task, folder, progress_bar, measures_memory=cache_folder is not None)
     metrics, cacheable = task.metrics, task.cacheable
@@ -290,7 +297,7 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
         assert isinstance(task.teacher, nn.Module)
         teacher = stages.on_labels(task.teacher, settings.teacher_learning_rate)
         if cache_folder is not None:
-            _take_teacher(Path(cache_folder) / TEACHER / "teacher", folder / "teacher")
+            take_teacher(Path(cache_folder) / TEACHER / "teacher", folder / "teacher")
         stages.train("teacher", teacher, task.teacher_train, task.held_out, settings.teacher_steps)
         if cache_folder is not None:
             _open(cache_folder, **expected, teacher=_digest_of(task.teacher))
@@ -339,6 +346,19 @@ def run(recipe: Recipe, settings: Settings, folder: Path, progress_bar: bool = T
     )
     print(format_table(report, metrics), flush=True)
     return report
+
+
+def _share(loader: Iterable[Any], settings: Settings) -> Iterable[Any]:
+    """A loader of a part of the samples, at least one."""
+    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
+        raise ValueError(f"fraction must be 1 with samples that cannot be counted; got {settings.fraction:g}")
+    count = len(loader.dataset)
+    kept = max(1, round(settings.fraction * count))
+    numbers = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()[:kept]
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    return DataLoader(
+        Subset(loader.dataset, sorted(numbers)), loader.batch_size, shuffle=shuffled, collate_fn=loader.collate_fn
+    )
 
 
 def cache_teacher(
@@ -400,8 +420,8 @@ def _open(folder: str, **expected: Any) -> TeacherCache:
         raise ValueError(f"cache: {error}") from error
 
 
-def _take_teacher(found: Path, wanted: Path) -> None:
-    """The teacher that the cache is of, trained already; where it is gone, the run trains its own."""
+def take_teacher(found: Path, wanted: Path) -> None:
+    """A teacher that is trained already, of a cache or another run; where it is gone, the run trains its own."""
     if wanted.exists() or latest_checkpoint(found) is None:
         return
     temporary = wanted.with_name(f"{TEMPORARY}{wanted.name}")
