@@ -117,9 +117,9 @@ def assemble(
     teacher_keywords: Mapping[str, Any] | None = None,
     finish: Callable[[TextSettings, Callable[..., Iterable[Any]]], Any],
 ) -> Task:
-    """prepare: makes samples of a table. keywords: of every `Reptile`; teacher_keywords: of
-    those with a teacher. finish: makes what is called at the end, from
-    the completed settings and a function that makes a loader of samples."""
+    """prepare: makes samples of a table. keywords: of every `Reptile`; teacher_keywords: of those with a teacher.
+    finish: makes what is called at the end, from the completed settings and a function that makes a loader of samples.
+    """
 
     def loader(samples: Any, batch: int, shuffle: bool) -> Iterable[Any]:
         shuffle = shuffle and hasattr(samples, "__len__")  # a stream shuffles itself

@@ -23,21 +23,25 @@ _BEFORE, _AFTER = 12, 4  # tokens that are shown around a position
 
 
 def finish_with(
-    task: str, tokenizer: Any, held_out: Any, **of_task: Any
+    task: str, tokenizer: Any, held_out: Any, scores: Finish | None = None, **of_task: Any
 ) -> Callable[[TextSettings, Callable[..., Iterable[Any]]], Finish]:
-    """What `assemble` takes: a function that makes the one that is called at the end. `of_task`: keywords of
-    `write_page`."""
+    """What `assemble` takes: a function that makes the one that is called at the end. scores: adds to the report what
+    the task measures besides, and returns keywords of `write_page`; of_task: others of them."""
 
     def made(settings: TextSettings, loader: Callable[..., Iterable[Any]]) -> Finish:
         def finish(reptile: Reptile, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             page = {"title": f"reptile distill {task}: {folder.name}", **of_task}
-            quoted = shlex.quote(str(folder))
-            commands = [f"reptile evaluate {quoted} --data FILE", f"reptile export {quoted} --to onnx"]
             if task == "language-model":
                 page |= _of_tokens(tokenizer, held_out)
                 page["generations"] = continuations(reptile.student, tokenizer, held_out, settings.seed)
-            commands.insert(1, f"reptile generate {quoted} TEXT")
-            page["commands"] = "\n".join(commands)
+            if scores is not None:
+                page |= scores(reptile, folder, report)
+            quoted = shlex.quote(str(folder))
+            page["commands"] = (
+                f"reptile evaluate {quoted} --data FILE\n"
+                f"reptile generate {quoted} TEXT\n"
+                f"reptile export {quoted} --to onnx"
+            )
             with quiet():
                 save_student(folder, reptile.student, tokenizer, model_card(task, settings, folder, report))
             return page

@@ -17,7 +17,7 @@ from ...training.on_policy import generated
 from ...training.weights import load_weights
 from .data import padding_of
 
-_BATCH = 16
+_BATCH, _FUNCTIONS = 16, 100
 
 
 def written(
@@ -73,6 +73,30 @@ def heads_of_functions(text: str) -> list[tuple[str, str]]:
                 if body >= node.lineno and head.count("\n") == 1:
                     found.append((head, "".join(lines[body : node.end_lineno])))
     return found
+
+
+def shares_that_parse(
+    reptile: Reptile, folder: Path, report: dict[str, Any], tokenizer: Any, texts: Sequence[str], max_length: int
+) -> None:
+    """Add to the report's models which share of the functions they write is Python: each is given the line that begins
+    a function of a held-out file, and samples up to the end of its context; what is whole of it must parse."""
+    heads = [pair for text in texts for pair in heads_of_functions(text)]
+    encoded = [(head, body, tokenizer(head)["input_ids"], tokenizer(body)["input_ids"]) for head, body in heads]
+    encoded = [one for one in encoded if len(one[2]) <= max_length // 2]
+    encoded = [encoded[i] for i in torch.linspace(0, len(encoded) - 1, min(_FUNCTIONS, len(encoded))).long().tolist()]
+    if not encoded:
+        return
+    room = max_length - max(len(ids) for _, _, ids, _ in encoded)
+    for name, model in models_of_run(reptile, folder, report):
+        new = written(model, tokenizer, [ids for _, _, ids, _ in encoded], 0, max_new_tokens=room, min_new_tokens=room)
+        bodies = tokenizer.batch_decode(new, skip_special_tokens=True)
+        found = [parses(head, body) for (head, *_), body in zip(encoded, bodies, strict=True)]
+        report["models"][name]["parses"] = sum(found) / len(found)
+    real = [parses(head, tokenizer.decode(ids[:room])) for head, _, _, ids in encoded]
+    report["notes"].append(
+        f"Parses: the share of {len(encoded)} functions, of {room} tokens after the first line of one, that is Python; "
+        f"of the library's own, cut alike, {sum(real) / len(real):.4f}."
+    )
 
 
 def parses(head: str, body: str) -> bool:

@@ -19,6 +19,7 @@ from ...cache import TeacherCache
 from ...cache.format import TEACHER
 from ...cache.tokens import TOKENS
 from ...cache.vocabulary import Vocabulary
+from ...training import Reptile
 from ...training.recipes.code_lm import standard_library, trained_tokenizer
 from ...training.recipes.comparison import Count, Rate, Recipe, Task
 from .assemble import (
@@ -34,6 +35,7 @@ from .assemble import (
 )
 from .data import IGNORED, Prepared, Table, language_model, mask_of, padded, padding_of
 from .finish import finish_with
+from .generation import shares_that_parse
 from .models import wrapped
 from .settings import TextSettings
 
@@ -114,6 +116,11 @@ def build(settings: LanguageModel, folder: Path) -> Task:
         parts["train"] = thinned(parts["train"], settings.samples, "samples")
     if settings.is_built_in:
         parts["eval"] = thinned(parts["eval"], min(_HELD_OUT_BLOCKS, len(parts["eval"])), "eval")
+
+    def scores(reptile: Reptile, run: Path, report: dict[str, Any]) -> dict[str, Any]:
+        shares_that_parse(reptile, run, report, models.tokenizer, standard_library()[1], models.max_length)
+        return {}
+
     torch.manual_seed(settings.seed)
     teacher = load_teacher(settings, models)
     # A new student has the classes of the teacher's logits, padding of the vocabulary included.
@@ -132,7 +139,7 @@ def build(settings: LanguageModel, folder: Path) -> Task:
         notes=[f"{name}: {of.counts.sentence()}" for name, of in prepared.items()],
         keywords={"shift_labels": True},
         teacher_keywords=_on_policy(settings),
-        finish=finish_with(TASK, models.tokenizer, parts["eval"]),
+        finish=finish_with(TASK, models.tokenizer, parts["eval"], scores if settings.is_built_in else None),
     )
 
 

@@ -133,18 +133,9 @@ def build(settings: Translation, folder: Path) -> Task:
         row = parts["eval"][sample]
         return f"{row['source']} → {decode(row['labels'][:position])} …"
 
-    def with_scores(made: Callable[..., Any]) -> Callable[..., Any]:
-        def with_settings(completed: TextSettings, loader: Callable[..., Iterable[Any]]) -> Any:
-            finish = made(completed, loader)
-
-            def finish_with_scores(reptile: Reptile, run: Path, report: dict[str, Any]) -> dict[str, Any]:
-                shown = _translate(reptile, run, report, models.tokenizer, parts["eval"], models.max_length)
-                page: dict[str, Any] = finish(reptile, run, report)
-                return page | {"generations": shown, "generations_title": "What the student translates"}
-
-            return finish_with_scores
-
-        return with_settings
+    def scores(reptile: Reptile, run: Path, report: dict[str, Any]) -> dict[str, Any]:
+        shown = _translate(reptile, run, report, models.tokenizer, parts["eval"], models.max_length)
+        return {"generations": shown, "generations_title": "What the student translates"}
 
     return assemble(
         settings,
@@ -157,19 +148,15 @@ def build(settings: Translation, folder: Path) -> Task:
         prepare=prepare,
         task=TASK,
         metrics=("cross_entropy", "perplexity", "accuracy"),
-        notes=[
-            *(f"{name}: {of.counts.sentence()}" for name, of in prepared.items()),
-            seen,
-        ],
+        notes=[*(f"{name}: {of.counts.sentence()}" for name, of in prepared.items()), seen],
         keywords={"shift_labels": False},
-        finish=with_scores(
-            finish_with(
-                TASK,
-                models.tokenizer,
-                parts["eval"],
-                class_name=lambda token: repr(decode([token]))[1:-1],
-                sample_text=sample_text,
-            )
+        finish=finish_with(
+            TASK,
+            models.tokenizer,
+            parts["eval"],
+            scores,
+            class_name=lambda token: repr(decode([token]))[1:-1],
+            sample_text=sample_text,
         ),
     )
 
