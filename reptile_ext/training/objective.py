@@ -541,6 +541,8 @@ class Objective:
         overwrite: the caller has no use for the outputs any more, so that a gradient may be written over logits that
             nobody else holds.
         """
+        if batch.sampled and self.criterion.keywords["hard_weight"]:
+            return self._without_hard_labels().loss(outputs, teacher_outputs, batch, num_rows, overwrite=overwrite)
         head = self.student_head
         teacher_outputs = self._like(outputs, teacher_outputs)
         if head is None:
@@ -557,6 +559,12 @@ class Objective:
                     )
                 loss = loss + weight * share * self._auxiliary[name].to(loss.device)
         return loss
+
+    def _without_hard_labels(self) -> Objective:
+        other = copy.copy(self)
+        other._linear_keywords = dict(self._linear_keywords)
+        other.set_keywords(hard_weight=0.0, label_smoothing=0.0)
+        return other
 
     def _like(self, outputs: Tensor, teacher_outputs: Sequence[Tensor]) -> list[Tensor]:
         """What a cache says of a batch's positions as what it says of the rows of these outputs."""

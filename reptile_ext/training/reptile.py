@@ -50,6 +50,7 @@ from .guards import (
 from .metrics import Evaluation, FirstClass, check_metrics
 from .modes import being_trained, frozen, in_mode
 from .objective import Objective, Teacher, check_keywords
+from .on_policy import OnPolicy
 from .schedules import SCHEDULES, as_function, share_of_rate
 from .until import Progress, Result, Until
 from .weights import copy_state, put_state, save_weights
@@ -97,6 +98,10 @@ class Reptile:
             `reptile_ext.binary_distillation_loss`, whose keywords are `loss` then, and labels are numbers from 0 to 1.
             accuracy counts elements, f1 and average_precision are means over labels. See `Objective`.
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
+        on_policy: with this probability, from 0 to 1, or a schedule as temperature has it, such as "linear:0->1", a
+            micro-batch has its prompts alone and the student's own completions of them; the loss is then the
+            divergence over the sampled tokens, with no hard_weight. See docs/training.md, "On-policy distillation".
+        generate: keywords of transformers' `generate` for it, `max_new_tokens` among them.
         teacher_head, teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
             `fused_linear`, memory_budget too, and no inplace; with a cache of log-probabilities, those of
@@ -132,6 +137,8 @@ class Reptile:
         fused_linear: bool = False,
         binary: bool = False,
         find_unused_parameters: bool = False,
+        on_policy: float | str | Callable[[int], float] = 0.0,
+        generate: Mapping[str, Any] | None = None,
         teacher_head: Any = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
@@ -184,6 +191,14 @@ class Reptile:
             inplace=inplace,
             **loss,
         )
+        # A constant is a schedule too; what a function returns is checked at each step.
+        self._on_policy = on_policy if callable(on_policy) or isinstance(on_policy, str) else None
+        first = on_policy if self._on_policy is None else as_function("on_policy", on_policy, 1)(0)
+        self._share_on_policy = _check_share(first)
+        samples = self._on_policy is not None or self._share_on_policy > 0
+        if generate is not None and not samples:
+            raise ValueError("generate is for the completions of on_policy; got it with on_policy=0")
+        self._sampling = OnPolicy(self.objective, generate) if samples else None
         check_trainable(student)
         check_precision(student, precision)
         for one in self.objective.teachers:
@@ -311,6 +326,7 @@ class Reptile:
         scheduler = self._make_scheduler(optimizer, total)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.precision == "float16")
         schedules = {name: as_function(name, of, total) for name, of in self._schedules.items()}
+        on_policy = None if self._on_policy is None else as_function("on_policy", self._on_policy, total)
         best: dict[str, Any] = {}  # the best student so far, kept only where patience will ask for it back
         progress, log_position = Progress(), 0
         if checkpoint is not None:
@@ -343,7 +359,9 @@ class Reptile:
                 if schedules:
                     objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
                 # 2. Sample the micro-batches of a step, and count the rows of all before the loss of any is divided.
-                window = [objective.split(batch) for batch in sampler.take(self.accumulate)]
+                if on_policy is not None:
+                    self._share_on_policy = _check_share(on_policy(progress.step))
+                window = [self._split(batch) for batch in sampler.take(self.accumulate)]
                 reduce = self._sum_over_processes if accelerator.num_processes > 1 else None
                 num_items: Any = objective.count(window, reduce).tolist()  # on the host, where the batches are
                 stepped = (num_items[-1] if isinstance(num_items, list) else num_items) > 0
@@ -543,6 +561,13 @@ class Reptile:
     def on_device(self, batch: Batch) -> Batch:
         return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
 
+    def _split(self, batch: Any) -> Batch:
+        """A micro-batch in its parts, with completions of the student's in its share of them. A share of 0 draws no
+        random number."""
+        if self._sampling is not None and self._share_on_policy and float(torch.rand(())) < self._share_on_policy:
+            return self._sampling.sample(batch)
+        return self.objective.split(batch)
+
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(count, "sum")
         return total
@@ -621,3 +646,9 @@ class Reptile:
                 f"the run was stopped with {len(numbers)} processes and goes on with {processes}: not to the same bits",
                 stacklevel=3,
             )
+
+
+def _check_share(share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"on_policy must be a probability, from 0 to 1, or a schedule of it; got {share!r}")
+    return float(share)
