@@ -248,7 +248,7 @@ def test_what_it_is_not_for_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a teacher that is a model or a function"):
         Reptile(model(1), "batch", on_policy=0.5, generate=generate)
     with TeacherCache.write(tmp_path / "cache", vocab_size=V, kind="logits") as writer:
-        writer.add([0], torch.zeros(1, 2, V))
+        writer.add(0, torch.zeros(2, V))
     with (
         TeacherCache.open(tmp_path / "cache") as cache,
         pytest.raises(ValueError, match="TeacherCache holds no answers"),
