@@ -233,6 +233,21 @@ def test_several_teachers_and_bfloat16() -> None:
     assert not torch.equal(before, weights(student))
 
 
+def test_completions_go_to_the_teacher_of_their_prompt() -> None:
+    student, teachers = model(1), {"math": model(2), "code": model(3)}
+    given: dict[str, list[list[int]]] = {"math": [], "code": []}
+    for name, teacher in teachers.items():
+        note = given[name]
+        teacher.register_forward_pre_hook(
+            lambda _, args, named, note=note: note.extend(x[:2].tolist() for x in named["input_ids"]), with_kwargs=True
+        )
+    reptile = Reptile(student, teachers, on_policy=1.0, generate={"max_new_tokens": 4})
+    batch: dict[str, Any] = dict(batches(count=1)[0])
+    begins = batch["input_ids"][:, :2].tolist()
+    reptile.fit([batch | {"teacher": ["code", "math", "code"]}], until=1, progress_bar=False)
+    assert given == {"math": [begins[1]], "code": [begins[0], begins[2]]}
+
+
 def test_what_it_is_not_for_is_said(tmp_path: Path) -> None:
     generate = {"max_new_tokens": 4}
     with pytest.raises(ValueError, match="transformers' generate; Linear has none"):
@@ -249,10 +264,8 @@ def test_what_it_is_not_for_is_said(tmp_path: Path) -> None:
         Reptile(model(1), "batch", on_policy=0.5, generate=generate)
     with TeacherCache.write(tmp_path / "cache", vocab_size=V, kind="logits") as writer:
         writer.add(0, torch.zeros(2, V))
-    with (
-        TeacherCache.open(tmp_path / "cache") as cache,
-        pytest.raises(ValueError, match="TeacherCache holds no answers"),
-    ):
+    cache = TeacherCache.open(tmp_path / "cache")
+    with pytest.raises(ValueError, match="a TeacherCache holds no answers"):
         Reptile(model(1), cache, on_policy=0.5, generate=generate)
     sampling: Any = Reptile(model(1), model(2), on_policy=1.0, generate=generate)._sampling
     plain = batches(count=1)[0]

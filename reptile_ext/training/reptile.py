@@ -37,6 +37,7 @@ from .batches import Batch, is_empty
 from .checkpoint import Log, find_checkpoint, load_checkpoint, save_checkpoint, writing_to
 from .costs import measure_fused_linear
 from .data import DataState, Sampler, check_data, random_state, set_random_state
+from .each_teacher import by_teacher
 from .guards import (
     Unchanged,
     check_apart,
@@ -66,8 +67,10 @@ class Reptile:
         student, teacher: modules that take the same inputs and return logits: a tensor [..., V], or an object with
             `.logits`. The teacher gets no gradient, runs in eval mode, is in no checkpoint, and after `fit` has the
             modes and `requires_grad` it came with. It may be any function that returns logits, several in a list (with
-            `teacher_weights`), or "batch": every batch has its answers; or a `TeacherCache`, which has them on disk:
-            every batch says by "sample_id" which (docs/cache.md, "In training"); one of kind "hidden" needs
+            `teacher_weights`) or, by name, in a dict, of which each sample may have its own: a batch that is a mapping
+            says which, a number or a name for each sample, under "teacher". "batch": every batch has its
+            answers; or a `TeacherCache`, which has them on disk: every batch says by "sample_id" which (docs/cache.md,
+            "In training"); one of kind "hidden" needs
             `fused_linear`, and pays where the K likeliest classes hold too little of the mass and the teacher's head is
             small beside the student. `teacher=None` trains the student on the labels alone with the same loop: how a
             teacher comes to be, and the baseline to compare with. Models are moved to the device, but those that are
@@ -110,8 +113,8 @@ class Reptile:
 
     A batch is a tensor, a pair (inputs, labels), a triple (inputs, labels, sample_weight) or a mapping passed to the
     models as keywords, but for "labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs",
-    "sample_id" and "teacher_rows". See `Objective`. A step without a row that counts is none: it changes nothing and is
-    not counted.
+    "sample_id" and "teacher_rows", and "teacher" where there are several. See `Objective`. A step
+    without a row that counts is none: it changes nothing and is not counted.
 
     With torchrun or accelerate launch, the processes share each step. Data are the same in all of them and are shared
     out; dropout is not the same.
@@ -120,7 +123,7 @@ class Reptile:
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None,
+        teacher: Teacher | Sequence[Teacher] | Mapping[str, Teacher] | TeacherCache | str | None,
         *,
         metrics: Sequence[str] = (),
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -361,7 +364,7 @@ class Reptile:
                 # 2. Sample the micro-batches of a step, and count the rows of all before the loss of any is divided.
                 if on_policy is not None:
                     self._share_on_policy = _check_share(on_policy(progress.step))
-                window = [self._split(batch) for batch in sampler.take(self.accumulate)]
+                window = [part for batch in sampler.take(self.accumulate) for part in self._parts(batch)]
                 reduce = self._sum_over_processes if accelerator.num_processes > 1 else None
                 num_items: Any = objective.count(window, reduce).tolist()  # on the host, where the batches are
                 stepped = (num_items[-1] if isinstance(num_items, list) else num_items) > 0
@@ -376,11 +379,12 @@ class Reptile:
                         with alone, naming_unused_parameters():
                             # 3. Both forwards, to logits or, for fused_linear, hidden states. The teacher's keeps no
                             # graph.
-                            outputs = objective.student_outputs(model, batch)
-                            teacher_outputs = objective.teacher_outputs(batch)
+                            own = objective.for_batch(batch)
+                            outputs = own.student_outputs(model, batch)
+                            teacher_outputs = own.teacher_outputs(batch)
                             # 4. Loss: what these rows add to the mean over all rows of the step.
-                            rows = objective.num_rows(outputs, batch, num_items)
-                            share = objective.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
+                            rows = own.num_rows(outputs, batch, num_items)
+                            share = own.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
                             del outputs, teacher_outputs
                             # 5. Backward. DDP averages what is already divided by a count over all processes: undo it.
                             scaler.scale(share * accelerator.num_processes).backward()
@@ -481,8 +485,8 @@ class Reptile:
         evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device, objective.binary)
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
-            for found in data:
-                batch = self.on_device(objective.split(found))
+            for batch in (self.on_device(part) for found in data for part in self.objective.parts(found)):
+                objective = self.objective.for_batch(batch)
                 if is_empty(batch.inputs):
                     continue
                 outputs = objective.student_outputs(self.student, batch)
@@ -508,8 +512,8 @@ class Reptile:
         evaluation = Evaluation(names, objective.ignore_index, self.accelerator.device, objective.binary)
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
-            for found in data:
-                batch = self.on_device(objective.split(found))
+            for batch in (self.on_device(part) for found in data for part in self.objective.parts(found)):
+                objective = self.objective.for_batch(batch)
                 if is_empty(batch.inputs):
                     continue
                 outputs = objective.student_outputs(self.student, batch)  # which say the rows
@@ -561,12 +565,22 @@ class Reptile:
     def on_device(self, batch: Batch) -> Batch:
         return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
 
-    def _split(self, batch: Any) -> Batch:
+    def _parts(self, batch: Any) -> list[Batch]:
         """A micro-batch in its parts, with completions of the student's in its share of them. A share of 0 draws no
         random number."""
-        if self._sampling is not None and self._share_on_policy and float(torch.rand(())) < self._share_on_policy:
-            return self._sampling.sample(batch)
-        return self.objective.split(batch)
+        sampling, objective = self._sampling, self.objective
+        if sampling is None or not self._share_on_policy or float(torch.rand(())) >= self._share_on_policy:
+            found = objective.parts(batch)
+        elif not objective.has_choice:
+            found = [sampling.sample(batch)]
+        else:
+            parts = by_teacher(batch, objective.teacher_names, len(objective.teachers))
+            found = [sampling.sample(part)._replace(of_teacher=i) for i, part in parts]
+        if self.accelerator.num_processes > 1 and found[0].of_teacher is not None:
+            raise ValueError(
+                "a teacher for each sample is for one process; got several, which would wait for each other"
+            )
+        return found
 
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(count, "sum")
