@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     num_rows_in: int | None = None  # at most so many rows count by labels, or by the mask; None: not known on the host
     sample_id: Any = None  # of each sample, its id in a teacher cache, or pieces [(id, begin, end), …]
     teacher_rows: Any = None  # what the cache says of them: (indices, log_probs) [B, T, K], or (logits,)
+    of_teacher: int | None = None  # which of several teachers alone it is compared with
+    sampled: bool = False  # by the student: its labels say which rows count, and are nothing to learn
 
 
 def split(batch: Any, shift_labels: bool, ignore_index: int) -> Batch:

@@ -25,6 +25,7 @@ from ..heads import Head, KnownHead, known_head, output_layer
 from ..linear import linear_distillation_loss
 from ..modules import BinaryDistillationLoss, DistillationLoss, LinearDistillationLoss, SparseDistillationLoss
 from .batches import Batch, logits_in, num_samples, output_of, scalars_in, split
+from .each_teacher import KEY, by_teacher
 from .modes import in_mode
 
 EVALUATED_ROWS = 512  # whose logits `logits_in_parts` makes at a time: as many as make a product fast
@@ -57,8 +58,9 @@ class Objective:
     Arguments:
         student: a module that returns logits: a tensor [..., V], or an object with `.logits`.
         teacher: a module, or any function of the same inputs, that returns logits. A module is run in eval mode and
-            without a graph, whatever mode it is in, and is left in it. Several teachers are a list: the divergence is
-            the sum of theirs by `teacher_weights`. "batch": every batch has the logits, under "teacher_logits" (a
+            without a graph, whatever mode it is in, and is left in it. Several teachers are a list, or a dict by name:
+            the divergence is the sum of theirs by `teacher_weights`, or each sample's own (see `parts`).
+            "batch": every batch has the logits, under "teacher_logits" (a
             tensor, or a list of one for each teacher), which a batch may have instead of running the teacher, too.
             A `TeacherCache`: every batch is a mapping with the ids of its samples in the cache under "sample_id"
             (docs/cache.md, "In training"); of the kinds "top_k" and "sampled" the loss is
@@ -165,7 +167,7 @@ class Objective:
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None,
+        teacher: Teacher | Sequence[Teacher] | Mapping[str, Teacher] | TeacherCache | str | None,
         *,
         teacher_head: Any = None,
         teacher_weights: Sequence[float] | None = None,
@@ -212,6 +214,8 @@ class Objective:
         self._pos_weight: Tensor | None = loss.pop("pos_weight", None)
         self.student, self.teacher = student, teacher
         self.teachers = teachers_of(teacher)
+        self.teacher_names = list(teacher) if isinstance(teacher, Mapping) else []
+        self.has_choice = isinstance(teacher, Mapping) or len(self.teachers) > 1  # of a teacher for each sample
         self._set_teacher_weights(teacher_weights)
         self.dim = dim
         self._wants_shift = shift_labels
@@ -298,17 +302,6 @@ class Objective:
         if self.student_head is not None:
             self._linear_keywords |= keywords
 
-    @contextlib.contextmanager
-    def without_labels(self) -> Iterator[None]:
-        """The teacher's divergence alone, meanwhile: of tokens that are no data, the labels have no weight."""
-        before = self.criterion, dict(self._linear_keywords)
-        if self.criterion.keywords["hard_weight"]:
-            self.set_keywords(hard_weight=0.0)
-        try:
-            yield
-        finally:
-            self.criterion, self._linear_keywords = before
-
     # ------------------------------------------------------------------------------------------- all of it in a call
 
     def __call__(self, model: nn.Module, batch: Any, num_items: Any = None) -> Tensor:
@@ -347,6 +340,8 @@ class Objective:
         """A batch in its parts, the labels shifted if they are to be. What is split already stays."""
         if isinstance(batch, Batch):
             return batch
+        if self.has_choice and isinstance(batch, Mapping) and KEY in batch:
+            raise ValueError(f"a batch with {KEY!r} is several batches: take them from Objective.parts")
         # Where nobody asked for a shift, a batch without labels is one of which the teacher is all there is to learn.
         has_labels = not isinstance(batch, Mapping) or batch.get("labels") is not None
         shifts = self.shift_labels and (has_labels or bool(self._wants_shift))
@@ -360,6 +355,22 @@ class Objective:
         if self.student_head is not None:
             found = found._replace(num_rows_in=self._rows_in(found))
         return found
+
+    def parts(self, batch: Any) -> list[Batch]:
+        """A batch in its parts, `split`, for each teacher that its samples name under "teacher"; one where none is."""
+        if isinstance(batch, Batch) or not self.has_choice:
+            return [self.split(batch)]
+        found = by_teacher(batch, self.teacher_names, len(self.teachers))
+        return [self.split(part)._replace(of_teacher=i) for i, part in found]
+
+    def for_batch(self, batch: Batch) -> Objective:
+        """The objective of a part: this one, or that of its teacher alone."""
+        if batch.of_teacher is None:
+            return self
+        other, i = copy.copy(self), batch.of_teacher
+        other.teacher, other.teachers, other.teacher_weights = self.teachers[i], [self.teachers[i]], (1.0,)
+        other.teacher_heads = [self.teacher_heads[i]]
+        return other
 
     def _look_up(self, batch: Batch, cache: TeacherCache) -> Batch:
         """A batch with what the cache says of its samples."""
@@ -552,6 +563,8 @@ class Objective:
         overwrite: the caller has no use for the outputs any more, so that a gradient may be written over logits that
             nobody else holds.
         """
+        if batch.sampled and self.criterion.keywords["hard_weight"]:
+            return self._without_hard_labels().loss(outputs, teacher_outputs, batch, num_rows, overwrite=overwrite)
         head = self.student_head
         teacher_outputs = self._like(outputs, teacher_outputs)
         if head is None:
@@ -568,6 +581,12 @@ class Objective:
                     )
                 loss = loss + weight * share * self._auxiliary[name].to(loss.device)
         return loss
+
+    def _without_hard_labels(self) -> Objective:
+        other = copy.copy(self)
+        other._linear_keywords = dict(self._linear_keywords)
+        other.set_keywords(hard_weight=0.0, label_smoothing=0.0)
+        return other
 
     def _like(self, outputs: Tensor, teacher_outputs: Sequence[Tensor]) -> list[Tensor]:
         """What a cache says of a batch's positions as what it says of the rows of these outputs."""
@@ -878,10 +897,14 @@ def _keywords_with_cache(
     return keywords
 
 
-def teachers_of(teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None) -> list[Teacher]:
+def teachers_of(
+    teacher: Teacher | Sequence[Teacher] | Mapping[str, Teacher] | TeacherCache | str | None,
+) -> list[Teacher]:
     """The models among the teachers. A ModuleList has no forward: it is several, too."""
     if teacher is None or teacher == "batch" or isinstance(teacher, TeacherCache):
         return []
+    if isinstance(teacher, Mapping):
+        teacher = list(teacher.values())
     several = isinstance(teacher, (list, tuple, nn.ModuleList))
     found: list[Any] = list(teacher) if several else [teacher]  # type: ignore[arg-type]
     if any(isinstance(x, TeacherCache) for x in found):

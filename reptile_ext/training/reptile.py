@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import time
 import warnings
@@ -38,6 +37,7 @@ from .batches import Batch, is_empty
 from .checkpoint import Log, find_checkpoint, load_checkpoint, save_checkpoint, writing_to
 from .costs import measure_fused_linear
 from .data import DataState, Sampler, check_data, random_state, set_random_state
+from .each_teacher import by_teacher
 from .guards import (
     Unchanged,
     check_apart,
@@ -67,8 +67,10 @@ class Reptile:
         student, teacher: modules that take the same inputs and return logits: a tensor [..., V], or an object with
             `.logits`. The teacher gets no gradient, runs in eval mode, is in no checkpoint, and after `fit` has the
             modes and `requires_grad` it came with. It may be any function that returns logits, several in a list (with
-            `teacher_weights`), or "batch": every batch has its answers; or a `TeacherCache`, which has them on disk:
-            every batch says by "sample_id" which (docs/cache.md, "In training"); one of kind "hidden" needs
+            `teacher_weights`) or, by name, in a dict, of which each sample may have its own: a batch that is a mapping
+            says which, a number or a name for each sample, under "teacher". "batch": every batch has its
+            answers; or a `TeacherCache`, which has them on disk: every batch says by "sample_id" which (docs/cache.md,
+            "In training"); one of kind "hidden" needs
             `fused_linear`, and pays where the K likeliest classes hold too little of the mass and the teacher's head is
             small beside the student. `teacher=None` trains the student on the labels alone with the same loop: how a
             teacher comes to be, and the baseline to compare with. Models are moved to the device, but those that are
@@ -98,12 +100,11 @@ class Reptile:
         binary: one logit a sample, [B] or [B, 1], or many labels, [B, L], each a distribution of its own: the loss is
             `reptile_ext.binary_distillation_loss`, whose keywords are `loss` then, and labels are numbers from 0 to 1.
             accuracy counts elements, f1 and average_precision are means over labels. See `Objective`.
-        on_policy: the probability that a micro-batch's completions are sampled from the student, and the teacher is
-            asked about those (GKD, arXiv 2306.13649; its λ); a number, or a schedule as those below. The divergence is
-            that of the sampled tokens' rows, labels have no weight there, and batches are mappings with input_ids and
-            labels that are ignored in the prompts. For causal language models of transformers; with no cache.
-        generate: of on_policy, keywords of transformers' `generate` (default: do_sample, max_new_tokens=64).
         find_unused_parameters: for several processes: let parameters go without a gradient in a step.
+        on_policy: with this probability, from 0 to 1, or a schedule as temperature has it, such as "linear:0->1", a
+            micro-batch has its prompts alone and the student's own completions of them; the loss is then the
+            divergence over the sampled tokens, with no hard_weight. See docs/training.md, "On-policy distillation".
+        generate: keywords of transformers' `generate` for it, `max_new_tokens` among them.
         teacher_head, teacher_weights, teacher_inputs, student_inputs, auxiliary: see `Objective`.
         loss: keywords of `reptile_ext.distillation_loss`: temperature, hard_weight, ignore_index, inplace, …; with
             `fused_linear`, memory_budget too, and no inplace; with a cache of log-probabilities, those of
@@ -112,8 +113,8 @@ class Reptile:
 
     A batch is a tensor, a pair (inputs, labels), a triple (inputs, labels, sample_weight) or a mapping passed to the
     models as keywords, but for "labels", "sample_weight", "teacher_logits", "teacher_inputs", "student_inputs",
-    "sample_id" and "teacher_rows". See `Objective`. A step without a row that counts is none: it changes nothing and is
-    not counted.
+    "sample_id" and "teacher_rows", and "teacher" where there are several. See `Objective`. A step
+    without a row that counts is none: it changes nothing and is not counted.
 
     With torchrun or accelerate launch, the processes share each step. Data are the same in all of them and are shared
     out; dropout is not the same.
@@ -122,7 +123,7 @@ class Reptile:
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | Sequence[Teacher] | TeacherCache | str | None,
+        teacher: Teacher | Sequence[Teacher] | Mapping[str, Teacher] | TeacherCache | str | None,
         *,
         metrics: Sequence[str] = (),
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -139,14 +140,14 @@ class Reptile:
         fused_linear: bool = False,
         binary: bool = False,
         find_unused_parameters: bool = False,
+        on_policy: float | str | Callable[[int], float] = 0.0,
+        generate: Mapping[str, Any] | None = None,
         teacher_head: Any = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
         student_inputs: Callable[[Any], Any] | None = None,
         auxiliary: Mapping[str, float] | None = None,
         inplace: bool | None = None,
-        on_policy: float | str | Callable[[int], float] = 0.0,
-        generate: Mapping[str, Any] | None = None,
         **loss: Any,
     ) -> None:
         check_keywords(Reptile, loss)
@@ -177,7 +178,6 @@ class Reptile:
                 "cannot be had at another: it may be no schedule"
             )
         loss |= {name: as_function(name, of, 1)(0) for name, of in self._schedules.items()}
-        self._share_on_policy = on_policy
         self.objective = Objective(
             student,
             teacher,
@@ -194,7 +194,14 @@ class Reptile:
             inplace=inplace,
             **loss,
         )
-        self._on_policy = self._make_on_policy(student, on_policy, generate)
+        # A constant is a schedule too; what a function returns is checked at each step.
+        self._on_policy = on_policy if callable(on_policy) or isinstance(on_policy, str) else None
+        first = on_policy if self._on_policy is None else as_function("on_policy", on_policy, 1)(0)
+        self._share_on_policy = _check_share(first)
+        samples = self._on_policy is not None or self._share_on_policy > 0
+        if generate is not None and not samples:
+            raise ValueError("generate is for the completions of on_policy; got it with on_policy=0")
+        self._sampling = OnPolicy(self.objective, generate) if samples else None
         check_trainable(student)
         check_precision(student, precision)
         for one in self.objective.teachers:
@@ -322,6 +329,7 @@ class Reptile:
         scheduler = self._make_scheduler(optimizer, total)
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.precision == "float16")
         schedules = {name: as_function(name, of, total) for name, of in self._schedules.items()}
+        on_policy = None if self._on_policy is None else as_function("on_policy", self._on_policy, total)
         best: dict[str, Any] = {}  # the best student so far, kept only where patience will ask for it back
         progress, log_position = Progress(), 0
         if checkpoint is not None:
@@ -335,7 +343,6 @@ class Reptile:
             if until.patience is not None and (not best or state.get("metric", until.metric) != until.metric):
                 # So far nobody kept the best student, or another one was: patience begins here.
                 best, progress.best_metrics, progress.stale = {}, {}, 0
-        share_on_policy = as_function("on_policy", self._share_on_policy, total)
         if schedules:  # also for who evaluates after a run that was at its end already
             objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
         writes = folder is not None and accelerator.is_main_process
@@ -355,23 +362,16 @@ class Reptile:
                 if schedules:
                     objective.set_keywords(**{name: of(progress.step) for name, of in schedules.items()})
                 # 2. Sample the micro-batches of a step, and count the rows of all before the loss of any is divided.
-                window = [objective.split(batch) for batch in sampler.take(self.accumulate)]
-                is_sampled = [False] * len(window)
-                if self._on_policy is not None:
-                    is_sampled = [float(torch.rand(())) < share_on_policy(progress.step) for _ in window]
-                    window = [
-                        self._on_policy.sampled(self.on_device(batch)) if sampled else batch
-                        for batch, sampled in zip(window, is_sampled, strict=True)
-                    ]
+                if on_policy is not None:
+                    self._share_on_policy = _check_share(on_policy(progress.step))
+                window = [part for batch in sampler.take(self.accumulate) for part in self._parts(batch)]
                 reduce = self._sum_over_processes if accelerator.num_processes > 1 else None
                 num_items: Any = objective.count(window, reduce).tolist()  # on the host, where the batches are
                 stepped = (num_items[-1] if isinstance(num_items, list) else num_items) > 0
                 loss, rows = torch.zeros((), device=accelerator.device), cast("float | Tensor", 0.0)
                 if stepped:
                     if accelerator.num_processes == 1:  # several wait for each other at each micro-batch
-                        kept = [not is_empty(batch.inputs) for batch in window]
-                        is_sampled = list(itertools.compress(is_sampled, kept))
-                        window = list(itertools.compress(window, kept))
+                        window = [batch for batch in window if not is_empty(batch.inputs)]
                     guard = None if progress.step or idle else Unchanged(objective.teachers, self.student)
                     for taken, batch in enumerate(map(self.on_device, window), start=1):
                         # Gradients of several processes meet in the last backward.
@@ -379,12 +379,12 @@ class Reptile:
                         with alone, naming_unused_parameters():
                             # 3. Both forwards, to logits or, for fused_linear, hidden states. The teacher's keeps no
                             # graph.
-                            outputs = objective.student_outputs(model, batch)
-                            teacher_outputs = objective.teacher_outputs(batch)
+                            own = objective.for_batch(batch)
+                            outputs = own.student_outputs(model, batch)
+                            teacher_outputs = own.teacher_outputs(batch)
                             # 4. Loss: what these rows add to the mean over all rows of the step.
-                            rows = objective.num_rows(outputs, batch, num_items)
-                            with objective.without_labels() if is_sampled[taken - 1] else contextlib.nullcontext():
-                                share = objective.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
+                            rows = own.num_rows(outputs, batch, num_items)
+                            share = own.loss(outputs, teacher_outputs, batch, rows, overwrite=True)
                             del outputs, teacher_outputs
                             # 5. Backward. DDP averages what is already divided by a count over all processes: undo it.
                             scaler.scale(share * accelerator.num_processes).backward()
@@ -485,8 +485,8 @@ class Reptile:
         evaluation = Evaluation(self.metrics, objective.ignore_index, self.accelerator.device, objective.binary)
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
-            for found in data:
-                batch = self.on_device(objective.split(found))
+            for batch in (self.on_device(part) for found in data for part in self.objective.parts(found)):
+                objective = self.objective.for_batch(batch)
                 if is_empty(batch.inputs):
                     continue
                 outputs = objective.student_outputs(self.student, batch)
@@ -512,8 +512,8 @@ class Reptile:
         evaluation = Evaluation(names, objective.ignore_index, self.accelerator.device, objective.binary)
         random_numbers, put_data_back = random_state(), DataState("eval", data).hold()
         with torch.no_grad(), frozen(objective.teachers), in_mode(self.student, training=False):
-            for found in data:
-                batch = self.on_device(objective.split(found))
+            for batch in (self.on_device(part) for found in data for part in self.objective.parts(found)):
+                objective = self.objective.for_batch(batch)
                 if is_empty(batch.inputs):
                     continue
                 outputs = objective.student_outputs(self.student, batch)  # which say the rows
@@ -565,20 +565,22 @@ class Reptile:
     def on_device(self, batch: Batch) -> Batch:
         return Batch(*(send_to_device(part, self.accelerator.device) for part in batch))
 
-    def _make_on_policy(self, student: nn.Module, share: Any, generate: Mapping[str, Any] | None) -> OnPolicy | None:
-        if isinstance(share, (int, float)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"on_policy must be from 0 to 1; got {share!r}")
-            if share == 0:
-                if generate is not None:
-                    raise ValueError("generate is for on_policy, which is 0")
-                return None
-        if self.objective.cache is not None or not self.objective.teachers:
-            what = "a cache knows its own samples alone" if self.objective.cache is not None else "there is none"
-            raise ValueError(f"on_policy needs a teacher that can be asked: {what}")
-        if not self.objective.shift_labels:
-            raise ValueError("on_policy needs labels that are shifted (shift_labels=True): input ids, as they stand")
-        return OnPolicy(student, self.objective.ignore_index, generate)
+    def _parts(self, batch: Any) -> list[Batch]:
+        """A micro-batch in its parts, with completions of the student's in its share of them. A share of 0 draws no
+        random number."""
+        sampling, objective = self._sampling, self.objective
+        if sampling is None or not self._share_on_policy or float(torch.rand(())) >= self._share_on_policy:
+            found = objective.parts(batch)
+        elif not objective.has_choice:
+            found = [sampling.sample(batch)]
+        else:
+            parts = by_teacher(batch, objective.teacher_names, len(objective.teachers))
+            found = [sampling.sample(part)._replace(of_teacher=i) for i, part in parts]
+        if self.accelerator.num_processes > 1 and found[0].of_teacher is not None:
+            raise ValueError(
+                "a teacher for each sample is for one process; got several, which would wait for each other"
+            )
+        return found
 
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(count, "sum")
@@ -658,3 +660,9 @@ class Reptile:
                 f"the run was stopped with {len(numbers)} processes and goes on with {processes}: not to the same bits",
                 stacklevel=3,
             )
+
+
+def _check_share(share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"on_policy must be a probability, from 0 to 1, or a schedule of it; got {share!r}")
+    return float(share)

@@ -25,8 +25,6 @@ def as_function(name: str, value: Any, total: int | None) -> Schedule:
     """A schedule of temperature or hard_weight as a function of the number of steps done."""
     if callable(value):
         return lambda step: float(value(step))
-    if isinstance(value, (int, float)):
-        return lambda step: float(value)
     found = re.fullmatch(r"(linear|cosine):([^→>]+?)(?:→|->)([^→>]+)", value.replace(" ", ""))
     try:
         kind, first, last = found.group(1), float(found.group(2)), float(found.group(3))  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...training import Reptile
-from ...training.on_policy import generated
+from ...training.modes import in_mode
 from ...training.weights import load_weights
 from .data import padding_of
 
@@ -23,14 +23,27 @@ _BATCH, _FUNCTIONS = 16, 100
 def written(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int | None = None, **options: Any
 ) -> list[list[int]]:
-    """New tokens after each prompt (of an encoder-decoder: all it writes), some prompts at a time. seed: of a sampling,
-    which leaves the random numbers as they were; None: the likeliest tokens."""
+    """New tokens after each prompt (of an encoder-decoder: all it writes), by transformers' generate, some prompts at a
+    time, those of different lengths with their padding in front. seed: of a sampling, which leaves the random numbers
+    as they were; None: the likeliest tokens."""
+    generate: Any = model.generate
+    is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    device, pad = next(model.parameters()).device, padding_of(tokenizer)
     found: list[list[int]] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad(), in_mode(model, training=False):
         torch.manual_seed(seed or 0)
         for start in range(0, len(prompts), _BATCH):
             some = prompts[start : start + _BATCH]
-            found += generated(model, some, pad=padding_of(tokenizer), do_sample=seed is not None, **options)
+            longest = max(map(len, some))
+            ids = torch.full((len(some), longest), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for i, prompt in enumerate(some):
+                where = slice(0, len(prompt)) if is_encoder_decoder else slice(longest - len(prompt), longest)
+                ids[i, where] = torch.tensor(prompt)
+                mask[i, where] = 1
+            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+            out = generate(**inputs, pad_token_id=pad, do_sample=seed is not None, **options)
+            found += out[:, 0 if is_encoder_decoder else longest :].tolist()
     return found
 
 
