@@ -254,6 +254,8 @@ class Named:
             vocab_size=classes, max_position_embeddings=context, d_model=width, dropout=dropout,
             encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=heads, decoder_attention_heads=heads,
             encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, decoder_start_token_id=start,
+            # Else the tokens' embeddings are nothing beside the positions'.
+            scale_embedding=True, init_std=width**-0.5,
             forced_eos_token_id=special["eos_token_id"], **special,
         )  # fmt: skip
 

@@ -60,18 +60,18 @@ class Translation(TextSettings):
 # The built-in case, where nothing else is given.
 _BUILT_IN: dict[str, Any] = {
     "teacher": "builtin:transformer,width=128,layers=2,heads=4",
-    "student": "builtin:transformer,width=64,layers=1,heads=4",
+    "student": "builtin:transformer,width=48,layers=1,heads=4",
     "max_length": 32,
-    "samples": 300,
+    "samples": 200,
     "batch": 32,
     "accumulate": 1,
-    "steps": 1500,
+    "steps": 1000,
     "teacher_batch": 32,
-    "teacher_steps": 1500,
+    "teacher_steps": 1000,
     "teacher_learning_rate": 1e-3,
     "learning_rate": 2e-3,
-    "eval_every": 150,
-    "checkpoint_every": 750,
+    "eval_every": 100,
+    "checkpoint_every": 500,
     "precision": "float32",
     "fused_linear": "no",
     "baseline": "yes",
@@ -86,7 +86,8 @@ def build(settings: Translation, folder: Path) -> Task:
         settings = settings.model_copy(update={name: x for name, x in _BUILT_IN.items() if name not in given})
         train, held_out = phrases()
         texts = [text for row in train for text in row.values()]
-        tokenizer = wrapped(trained_tokenizer(_VOCABULARY, texts, folder / "vocabulary.json"))
+        path = folder / "vocabulary.json"
+        tokenizer = wrapped(trained_tokenizer(_VOCABULARY, texts, path, single_digits=True))
         tables = {"train": Table.of_rows("train", train), "eval": Table.of_rows("eval", held_out)}
         tables["transfer"] = _without_targets(row["source"] for row in train)
     else:

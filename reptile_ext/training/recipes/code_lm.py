@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliImplicitFlag
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -236,10 +236,14 @@ def standard_library() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def trained_tokenizer(size: int, texts: list[str], path: Path) -> Tokenizer:
+def trained_tokenizer(size: int, texts: list[str], path: Path, single_digits: bool = False) -> Tokenizer:
     """Train a byte-level byte-pair vocabulary and keep it in the run folder, or take the one that is there."""
     if not path.exists():
         trained = ByteLevelBPETokenizer()
+        if single_digits:  # of which any number is made, and copied
+            of_bytes = trained._tokenizer.pre_tokenizer
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            trained._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, of_bytes])
         trained.train_from_iterator(texts, vocab_size=size, min_frequency=2, show_progress=False)
         write_atomically(path, lambda temporary: trained.save(str(temporary)))
     return Tokenizer.from_file(str(path))
